@@ -1,0 +1,1 @@
+"""ATP: joint structured pruning and LoRA tuning of LLaMA-family models."""
