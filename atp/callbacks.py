@@ -1,0 +1,256 @@
+"""What happens around training steps: checkpoints that survive anything, progress people can read, throughput, mask history.
+
+Sits beside the training module in the Lightning trainer. Nothing here changes what is learnt. It knows the training modules' public
+state and nothing of Hydra or of the stages around training.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from atp.module import PruningModule, TrainingDiverged, TuningModule
+from atp.objective import Phase
+
+log = logging.getLogger(__name__)
+
+
+class RunCheckpoint(Callback):
+    """Writes the resumable state: every few steps, and at the end of the step in which Ctrl-C or SIGTERM arrives.
+
+    The file is written under a temporary name and renamed, so a kill at any moment leaves the previous checkpoint whole. State that holds
+    values which are not finite is never written. A second Ctrl-C stops at once.
+
+    Args:
+        path: The checkpoint file.
+        every_n_steps: Optimiser steps between checkpoints.
+
+    Attributes:
+        interrupted: Whether a signal ended training early.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int = 50) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"trainer.checkpoint_every_n_steps is {every_n_steps}; it must be at least 1")
+        self.path = path
+        self.every_n_steps = every_n_steps
+        self.interrupted = False
+        self._last_step = -1
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over SIGINT and SIGTERM while training."""
+        self._last_step = trainer.global_step
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._on_signal)
+            except ValueError:  # not in the main thread: signals stay with whoever runs us
+                return
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            self._restore_signals()
+            raise KeyboardInterrupt
+        self.interrupted = True
+        log.warning("%s: finishing this step, then saving; once more stops at once", signal.Signals(number).name)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when due, at a step's boundary only."""
+        step = trainer.global_step
+        at_boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not at_boundary or step == self._last_step:
+            return
+        if self.interrupted or step - self._last_step >= self.every_n_steps:
+            self.save(trainer, pl_module)
+        if self.interrupted:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end of training."""
+        self._restore_signals()
+        if not self.interrupted:
+            self.save(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give signals back; what was saved stays."""
+        self._restore_signals()
+
+    def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the checkpoint.
+
+        Raises:
+            TrainingDiverged: A trainable value is not finite; the previous checkpoint is kept.
+        """
+        assert isinstance(pl_module, TuningModule)
+        broken = pl_module.find_divergence()
+        if broken:
+            raise TrainingDiverged(
+                f"{broken} holds values that are not finite at step {trainer.global_step}; the last good checkpoint is kept. Try a "
+                "lower optim.lr or optim.generator_lr, trainer.gradient_clip_val=1.0, or trainer.precision=32-true"
+            )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            os.replace(temporary, self.path)
+        self._last_step = trainer.global_step
+
+    def _restore_signals(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+
+class Throughput(Callback):
+    """Tokens per second since the last logged step, as ``train/tokens_per_second``."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._since = 0.0
+        self.tokens_per_second = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the step's padded tokens and log the rate now and then."""
+        self._tokens += batch["input_ids"].numel() * trainer.world_size
+        elapsed = time.perf_counter() - self._since
+        if elapsed > 1.0 or not self.tokens_per_second:
+            self.tokens_per_second = self._tokens / max(elapsed, 1e-9)
+            self._tokens, self._since = 0, time.perf_counter()
+        pl_module.log("train/tokens_per_second", self.tokens_per_second)
+
+
+class ProgressReport(Callback):
+    """A Rich progress bar on a terminal, a line every so often elsewhere, and one line per phase.
+
+    Args:
+        title: What is being trained, shown first.
+        console: Where the bar goes; standard error by default.
+        lines: Number of lines over the run where there is no terminal.
+    """
+
+    def __init__(self, title: str, console: Console | None = None, lines: int = 10) -> None:
+        self.title = title
+        self.console = console or Console(file=sys.stderr)
+        self.lines = lines
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._phase: Phase | None = None
+        self._started_at = 0.0
+        self._first_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar at the step the run goes on from."""
+        self._started_at, self._first_step, self._phase = time.perf_counter(), trainer.global_step, None
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=trainer.max_steps, completed=trainer.global_step, figures="")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Announce a phase when it begins."""
+        phase = pl_module.phase if isinstance(pl_module, PruningModule) else None
+        if phase is not self._phase and phase is not None:
+            log.info("%s: %s from step %d of %d", self.title, phase.value, trainer.global_step, trainer.max_steps)
+        self._phase = phase
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance the bar, or write a line."""
+        step = trainer.global_step
+        if self._bar is not None:
+            description = f"{self.title} · {self._phase.value}" if self._phase else self.title
+            self._bar.update(self._task, completed=step, description=description, figures=_figures(trainer))
+        elif step % max(int(trainer.max_steps) // self.lines, 1) == 0 and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            per_step = (time.perf_counter() - self._started_at) / max(step - self._first_step, 1)
+            left = per_step * (int(trainer.max_steps) - step)
+            log.info("%s step %d/%d  %s  %.0f s left", self.title, step, trainer.max_steps, _figures(trainer), left)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close the bar."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _figures(trainer: Trainer) -> str:
+    """Loss, sparsity against target, kept heads and channels, tokens per second: what has been logged of them."""
+    seen = trainer.callback_metrics
+
+    def number(name: str, form: str) -> str:
+        return format(float(seen[name]), form) if name in seen else ""
+
+    parts = [f"loss {number('train/loss', '.3f')}"]
+    if "mask/sparsity" in seen:
+        parts.append(f"sparsity {number('mask/sparsity', '.3f')}/{number('mask/target_sparsity', '.3f')}")
+        parts.append(f"heads {number('mask/heads_kept', '.0f')}")
+        parts.append(f"channels {number('mask/channels_kept', '.0f')}")
+    if "train/tokens_per_second" in seen:
+        parts.append(f"{number('train/tokens_per_second', '.0f')} tok/s")
+    return "  ".join(parts)
+
+
+class MaskHistory(Callback):
+    """Appends the keep probability's mean per axis to a CSV file, so that the evolution of masks can be drawn later.
+
+    Args:
+        path: The CSV file; a resumed run goes on in it.
+        every_n_steps: Steps between rows.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int) -> None:
+        self.path = path
+        self.every_n_steps = max(every_n_steps, 1)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write a row when due."""
+        if not isinstance(pl_module, PruningModule) or trainer.global_step % self.every_n_steps or not trainer.is_global_zero:
+            return
+        with torch.no_grad():
+            kept = {name: float(mask.mean()) for name, mask in pl_module.space.split(pl_module.current_masks()).items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if is_new:
+                writer.writerow(["step", *kept])
+            writer.writerow([trainer.global_step, *(f"{value:.4f}" for value in kept.values())])

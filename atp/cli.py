@@ -1,0 +1,193 @@
+"""The command line: ``python train.py`` and ``atp-train``.
+
+Turns arguments into a checked, typed configuration and hands it to the pipeline. Before Hydra runs, this file answers ``--help`` from the
+schema, resolves ``resume=``, and composes the configuration once so that a mistake fails at once with the file, the key and the nearest
+valid key. Together with the schema this is the only place that knows Hydra's command line; it knows nothing of what a run does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from atp.config import config_dir, register_schema, schema_fields
+from atp.config_help import help_text
+from atp.rundir import find_run, saved_overrides
+
+log = logging.getLogger(__name__)
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point.
+
+    Args:
+        argv: Arguments without the program name; the process' own when None.
+
+    Raises:
+        SystemExit: With 2 after a user's mistake, 130 after an interruption, 1 after any other failure.
+    """
+    register_schema()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in arguments or "-h" in arguments:
+        sys.stdout.write(help_text())
+        return
+    try:
+        arguments = _with_resume(arguments)
+        _check(arguments)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(USER_ERROR) from None
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sys.argv = [sys.argv[0], *arguments]
+    hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")(_job)()
+
+
+def _job(cfg: DictConfig) -> float | None:
+    """One Hydra job: run the pipeline, turn its complaints into messages and exit codes."""
+    from atp.pipeline import RunInterrupted, run
+
+    is_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith(("resume=", "run_dir="))]
+    try:
+        return run(cfg, run_dir, overrides=overrides)
+    except RunInterrupted as interruption:
+        log.warning("%s", interruption)
+        raise SystemExit(INTERRUPTED) from None
+    except KeyboardInterrupt:
+        log.warning("interrupted; go on with: python train.py resume=%s", run_dir)
+        raise SystemExit(INTERRUPTED) from None
+    except (ValueError, OSError, RuntimeError) as error:
+        if is_sweep or not is_expected(error):
+            raise
+        log.error("%s", error)
+        raise SystemExit(USER_ERROR) from None
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether an error is ours, with a message meant for the user, rather than a failure inside a library."""
+    from atp.module import TrainingDiverged
+
+    if isinstance(error, (TrainingDiverged, OSError)):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return isinstance(error, ValueError) and raised_in.split(".")[0] == "atp"
+
+
+def compose_config(overrides: Sequence[str]) -> DictConfig:
+    """Compose the configuration outside a Hydra job, for notebooks, tests and checks.
+
+    Raises:
+        ValueError: What is wrong, where, and the nearest valid name.
+    """
+    register_schema()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir(), version_base="1.3"):
+            return compose("train", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error)) from error
+
+
+def explain(error: BaseException) -> str:
+    """A composition error in one or two lines: file or override, key, nearest valid key."""
+    if isinstance(error, MissingConfigException):
+        return _explain_missing(error)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the override {error.override!r}: {error.message}"
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    where = next((line.rstrip(":") for line in str(error).splitlines() if line.startswith("In '")), "")
+    where = where.split(":")[0].removeprefix("In ").strip("'")
+    place = f"conf/{where}.yaml" if where else "command line"
+    key = str(getattr(cause, "full_key", "") or "")
+    parent, _, name = key.rpartition(".")
+    try:
+        valid = list(schema_fields(parent))
+    except KeyError:
+        valid = []
+    if key and name not in valid and valid:
+        return f"{place}: there is no option {key!r}; {_nearest(name, valid, parent)}"
+    reason = str(cause).splitlines()[0]
+    return f"{place}: {key}: {reason}" if key else f"{place}: {reason}"
+
+
+def _explain_missing(error: MissingConfigException) -> str:
+    name = error.missing_cfg_file or ""
+    group, _, choice = str(name).rpartition("/")
+    options = [str(o) for o in error.options or []]
+    if not group or not options:
+        return str(error).splitlines()[0]
+    return f"there is no {group}={choice}; {_nearest(choice, options, '')}"
+
+
+def _nearest(name: str, valid: Sequence[str], parent: str) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    prefix = f"{parent}." if parent else ""
+    listed = f"valid: {', '.join(valid)}"
+    return f"did you mean {prefix + close[0]!r}? ({listed})" if close else listed
+
+
+def _parse(arguments: Sequence[str]) -> Any:
+    return get_args_parser().parse_args(list(arguments))
+
+
+def _check(arguments: Sequence[str]) -> None:
+    """Compose once and complain clearly; in a sweep each swept override stands with its first value."""
+    parsed = _parse(arguments)
+    if parsed.config_name or parsed.config_dir or parsed.config_path:
+        return
+    overrides = list(parsed.overrides)
+    try:
+        swept = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as error:
+        raise ValueError(explain(error)) from None
+    first = []
+    for text, override in zip(overrides, swept, strict=True):
+        if override.is_sweep_override():
+            value = next(iter(override.sweep_string_iterator()))
+            text = f"{override.get_key_element()}={value}"
+        if not override.key_or_group.startswith("hydra"):
+            first.append(text)
+    cfg = compose_config(first)
+    missing = OmegaConf.missing_keys(cfg)
+    if missing:
+        raise ValueError(f"{sorted(missing)[0]} is not set; add {sorted(missing)[0]}=<value>")
+
+
+def _with_resume(arguments: list[str]) -> list[str]:
+    """Replace ``resume=last`` by its directory, and a lone ``resume=`` by the overrides the run was started with."""
+    resume = next((a for a in arguments if a.startswith("resume=") and a not in ("resume=null", "resume=")), None)
+    if resume is None:
+        return arguments
+    others = [a for a in arguments if a is not resume]
+    if any(a in ("-m", "--multirun") for a in others):
+        raise ValueError("resume goes on with one run; leave out -m")
+    name = compose_config(others).name if others else None
+    run_dir = find_run(resume.removeprefix("resume="), name)
+    if not others:
+        others = saved_overrides(run_dir)
+    return [*others, f"resume='{run_dir}'", f"run_dir='{run_dir}'"]

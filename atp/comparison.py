@@ -1,0 +1,307 @@
+"""The dense, tuned and pruned models side by side: rows of figures, headlines, and the table on the terminal.
+
+Takes the content of a `metrics.json` and turns it into text once; the terminal table and the page of `report` show the
+same rows. Quantities that were not measured have no row.
+
+It does not know run directories, charts or pages.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.padding import Padding
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from atp.run_record import check_metrics, clean, number
+
+MODEL_LABELS = {
+    "dense": "dense base",
+    "dense_lora": "dense + LoRA",
+    "pruned": "pruned",
+    "random": "random masks",
+    "uniform": "uniform widths",
+}
+_LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison: a heading, or a quantity with one text per model.
+
+    Attributes:
+        label: Heading or quantity, with its unit.
+        cells: Model key to figure.
+        against: What the pruned model's figure means against its reference; in a heading, the name of that column.
+        heading: Whether the line opens a section.
+    """
+
+    label: str
+    cells: Mapping[str, str] = field(default_factory=dict)
+    against: str = ""
+    heading: bool = False
+
+
+def comparison_rows(metrics: Mapping[str, Any]) -> list[Row]:
+    """Lay out the comparison.
+
+    Args:
+        metrics: Content of a run's `metrics.json`.
+
+    Returns:
+        Headings and rows in reading order.
+
+    Raises:
+        ValueError: If a value is of the wrong kind; the message names its key.
+    """
+    check_metrics(metrics, "metrics")
+    sections = {
+        ("Size", "vs dense"): _size_rows(metrics),
+        ("Quality", "recovery"): _quality_rows(metrics),
+        ("Cost", "vs dense"): _cost_rows(metrics),
+    }
+    return [
+        clean_row
+        for (label, against), rows in sections.items()
+        if rows
+        for clean_row in (Row(label, {}, against, heading=True), *rows)
+    ]
+
+
+def comparison_table(metrics: Mapping[str, Any]) -> Table:
+    """Build the table printed at the end of a run.
+
+    Args:
+        metrics: Content of a run's `metrics.json`.
+
+    Returns:
+        A table with one column per model that was evaluated, for a console at least 80 columns wide. On a console that
+        is not UTF-8 it prints characters of the console's encoding only.
+
+    Raises:
+        ValueError: If a value is of the wrong kind; the message names its key.
+    """
+    rows = comparison_rows(metrics)
+    name = clean(str((metrics.get("run") or {}).get("name") or "this run"))
+    table = _EncodableTable(
+        title=Text(f"{name}: pruned against dense"),
+        caption=Text("recovery: quality kept in % of dense + LoRA (same data and steps); vs dense: pruned vs dense base"),
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+        title_style="bold",
+        caption_style="dim",
+    )
+    models = evaluated_models(metrics)
+    table.add_column("", overflow="fold")
+    for model in models:
+        header = Text(model_label(model).replace(" ", "\n", 1))
+        style = "bold" if model == "pruned" else ""
+        table.add_column(header, justify="right", vertical="bottom", overflow="fold", no_wrap=True, style=style)
+    table.add_column("", justify="right", vertical="bottom", overflow="fold", no_wrap=True)
+    for row in rows:
+        style = "bold cyan" if row.heading else ""
+        label = Padding(Text(row.label, style), (0, 0, 0, 0 if row.heading else 1))
+        cells = [Text(row.cells.get(model, "")) for model in models]
+        table.add_row(label, *cells, Text(row.against, style))
+    return table
+
+
+def headlines(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Pick the figures a reader wants first.
+
+    Args:
+        metrics: Checked content of a `metrics.json`.
+
+    Returns:
+        Name, figure and explanation of each headline whose numbers are there.
+    """
+    found = []
+    blocks, target, whole = (number(metrics, "sparsity", key) for key in ("blocks", "target", "model"))
+    if blocks is not None:
+        goal = [] if target is None else [f"target {_percent(target)}"]
+        found.append(("block sparsity", _percent(blocks), "; ".join([*goal, "of the decoder blocks' parameters removed"])))
+    dense, pruned = number(metrics, "parameters", "dense"), number(metrics, "parameters", "pruned")
+    if pruned is not None:
+        share = "" if whole is None else f", {_percent(whole)} fewer"
+        found.append(("parameters", _count(pruned), "" if dense is None else f"dense base {_count(dense)}{share}"))
+    recovery, versus = number(metrics, "recovery", "mean"), number(metrics, "recovery_vs_dense", "mean")
+    if recovery is not None:
+        other = "" if versus is None else f"; {versus:.1f}% of the untuned dense base"
+        found.append(("mean recovery", f"{recovery:.1f}%", f"of dense + LoRA{other}"))
+    perplexity = number(metrics, "eval", "pruned", "perplexity")
+    if perplexity is not None:
+        others = [(model_label(m), number(metrics, "eval", m, "perplexity")) for m in ("dense_lora", "dense")]
+        told = [f"{label} {_figure(value)}" for label, value in others if value is not None]
+        found.append(("perplexity", _figure(perplexity), "; ".join([", ".join(told), "lower is better"]).lstrip("; ")))
+    for kind in ("prefill", "decode"):
+        ratio = speed_ratio(metrics, kind)
+        if ratio is not None:
+            found.append((f"{kind} speed", f"{ratio:.2f}x", "the dense base's"))
+    return found
+
+
+def evaluated_models(metrics: Mapping[str, Any]) -> list[str]:
+    """List the models a run has quality figures for.
+
+    Args:
+        metrics: Checked content of a `metrics.json`.
+
+    Returns:
+        Keys under `eval`: the dense base, the tuned dense model and the pruned one first, baselines after them. The
+        dense and the pruned model are always there.
+    """
+    present = {"dense": None, "pruned": None, **(metrics.get("eval") or {})}
+    known = [model for model in MODEL_LABELS if model in present]
+    return known + [model for model in present if model not in MODEL_LABELS]
+
+
+def model_label(model: str) -> str:
+    """Name a model for readers.
+
+    Args:
+        model: Key under `eval`.
+
+    Returns:
+        Its label.
+    """
+    return MODEL_LABELS.get(model, clean(model))
+
+
+def metric_names(metrics: Mapping[str, Any]) -> list[str]:
+    """List the quality metrics of a run.
+
+    Args:
+        metrics: Checked content of a `metrics.json`.
+
+    Returns:
+        Metric names, those where lower is better first, otherwise in the order they were written.
+    """
+    names = dict.fromkeys(metric for scores in (metrics.get("eval") or {}).values() for metric in scores or {})
+    return sorted(names, key=lambda metric: not lower_is_better(metric))
+
+
+def lower_is_better(metric: str) -> bool:
+    """Say which direction of a metric is better.
+
+    Args:
+        metric: Name such as "perplexity" or "bill/rougeL".
+
+    Returns:
+        True for perplexity, bits per byte and losses.
+    """
+    return metric.rsplit("/", 1)[-1] in _LOWER_IS_BETTER
+
+
+def speed_ratio(metrics: Mapping[str, Any], kind: str) -> float | None:
+    """Read how many times faster the pruned model is.
+
+    Args:
+        metrics: Checked content of a `metrics.json`.
+        kind: "prefill" or "decode".
+
+    Returns:
+        Dense latency over pruned latency, or None if not measured.
+    """
+    ratio = number(metrics, "speed", f"{kind}_ratio")
+    dense, pruned = (number(metrics, "speed", model, f"{kind}_latency_ms") for model in ("dense", "pruned"))
+    return dense / pruned if ratio is None and dense and pruned else ratio
+
+
+class _EncodableTable(Table):
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for part in super().__rich_console__(console, options):
+            if options.ascii_only and isinstance(part, Segment):
+                part = Segment(_encodable(part.text, options.encoding), part.style, part.control)
+            yield part
+
+
+def _encodable(text: str, encoding: str) -> str:
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def _size_rows(metrics: Mapping[str, Any]) -> list[Row]:
+    rows = []
+    for label, suffix in (("parameters", ""), ("decoder-block parameters", "_blocks")):
+        rows.append(_pair(label, [number(metrics, "parameters", f"{model}{suffix}") for model in ("dense", "pruned")], _count))
+    target = number(metrics, "sparsity", "target")
+    goal = "" if target is None else f", target {_percent(target)}"
+    for label, key in ((f"block sparsity{goal}", "blocks"), ("whole-model sparsity", "model")):
+        value = number(metrics, "sparsity", key)
+        if value is not None:
+            rows.append(Row(label, {"dense": _percent(0.0), "pruned": _percent(value)}))
+    rows.append(_pair("file size (MiB)", [number(metrics, "files", f"{m}_mib") for m in ("dense", "pruned")], _decimal))
+    return [row for row in rows if row.cells]
+
+
+def _quality_rows(metrics: Mapping[str, Any]) -> list[Row]:
+    rows = []
+    for metric in metric_names(metrics):
+        count, kept = number(metrics, "eval_counts", metric), number(metrics, "recovery", metric)
+        details = ["lower is better"] * lower_is_better(metric) + ([] if count is None else [f"n={count:,.0f}"])
+        label = clean(metric) + (f" ({', '.join(details)})" if details else "")
+        scores = {model: number(metrics, "eval", model, metric) for model in evaluated_models(metrics)}
+        cells = {model: _figure(score) for model, score in scores.items() if score is not None}
+        rows.append(Row(label, cells, "" if kept is None else f"{kept:.1f}%"))
+    for label, key in (("mean recovery of dense + LoRA", "recovery"), ("mean recovery of dense base", "recovery_vs_dense")):
+        mean = number(metrics, key, "mean")
+        if mean is not None:
+            rows.append(Row(label, {}, f"{mean:.1f}%"))
+    return rows
+
+
+def _cost_rows(metrics: Mapping[str, Any]) -> list[Row]:
+    both = ("dense", "pruned")
+    rows = [_pair("MACs per token", [number(metrics, "macs", f"{model}_per_token") for model in both], _macs)]
+    for kind, label in (("prefill", "prefill latency (ms)"), ("decode", "decode latency (ms/token)")):
+        row = _pair(label, [number(metrics, "speed", model, f"{kind}_latency_ms") for model in both], _figure)
+        ratio = speed_ratio(metrics, kind)
+        rows.append(Row(label, row.cells, "" if ratio is None else f"{ratio:.2f}x speed"))
+    rates = [number(metrics, "speed", model, "prefill_tokens_per_s") for model in both]
+    rows.append(_pair("prefill (tokens/s)", rates, lambda rate: f"{rate:,.0f}"))
+    for label, key in (("weights in memory (MiB)", "weights_mib"), ("peak memory, inference (MiB)", "inference_peak_mib")):
+        rows.append(_pair(label, [number(metrics, "memory", f"{model}_{key}") for model in both], _decimal))
+    peak = number(metrics, "memory", "train_peak_mib")
+    rows.append(Row("peak memory, training (MiB)", {} if peak is None else {"pruned": _decimal(peak)}))
+    return [row for row in rows if row.cells or row.against]
+
+
+def _pair(label: str, values: Iterable[float | None], form: Callable[[float], str]) -> Row:
+    dense, pruned = values
+    cells = {model: form(value) for model, value in (("dense", dense), ("pruned", pruned)) if value is not None}
+    change = f"{100 * (pruned / dense - 1):+.1f}%" if dense and pruned is not None else ""
+    return Row(label, cells, change)
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}%"
+
+
+def _decimal(value: float) -> str:
+    return f"{value:,.1f}"
+
+
+def _figure(value: float) -> str:
+    if abs(value) >= 1e5:
+        return f"{value:.3g}"
+    return f"{value:,.{3 if abs(value) < 10 else 2 if abs(value) < 100 else 1}f}"
+
+
+def _count(value: float) -> str:
+    return _scaled(value, ("", "k", "M", "B", "T"))
+
+
+def _macs(value: float) -> str:
+    return _scaled(value, ("", "k", "M", "G", "T", "P"))
+
+
+def _scaled(value: float, prefixes: tuple[str, ...]) -> str:
+    power = 0
+    while abs(value) >= 999.5 and power < len(prefixes) - 1:
+        value, power = value / 1000, power + 1
+    return f"{value:.{0 if not power else 1 if abs(value) >= 99.95 else 2}f}{' ' if power else ''}{prefixes[power]}"

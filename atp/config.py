@@ -1,0 +1,203 @@
+"""The configuration schema: every group and option, with its type, default and meaning.
+
+The first thing in the flow. Hydra composes the YAML files of ``conf/`` onto these dataclasses, so that a misspelled key or a wrong type
+fails before anything runs; ``--help`` prints the help texts. Ranges are checked where a value is used. Nothing below the pipeline
+imports this file: the other modules take plain keyword arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+
+SCHEMA_NAME = "schema"
+
+
+def config_dir() -> str:
+    """Absolute path of the YAML tree: inside the package when installed from a wheel, beside it in a checkout."""
+    packaged = Path(__file__).parent / "conf"
+    return str(packaged if packaged.is_dir() else Path(__file__).parent.parent / "conf")
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with a default and its help text."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelConfig:
+    """The base model."""
+
+    name: str = option("embedded", "short name for reports")
+    path: str | None = option("embedded", "'embedded', a directory in Hugging Face layout, or a hub id")
+    revision: str | None = option(None, "hub revision; unset takes the main branch")
+    dtype: str = option("float32", "dtype of the frozen weights: float32, bfloat16 or float16")
+    attn_implementation: str = option("sdpa", "attention kernel: sdpa, eager or flash_attention_2")
+    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, about a third slower")
+
+
+@dataclass
+class DataConfig:
+    """Training, validation and test data."""
+
+    name: str = option("embedded_legal", "short name for reports")
+    source: str = option("embedded", "embedded, jsonl, or legal (CaseHOLD + BillSum)")
+    domain: str = option("legal", "embedded: legal, health, finance or narrative")
+    path: Any = option(None, "jsonl: training file, or a list of files")
+    validation_path: str | None = option(None, "jsonl: validation file; unset carves a share off the training data")
+    test_path: str | None = option(None, "jsonl: test file; unset carves a share off the training data")
+    fields: dict[str, str] = option({}, "jsonl: our field name -> the file's, e.g. {text: body}")
+    casehold_path: str | None = option(None, "legal: local JSONL file instead of the hub")
+    billsum_path: str | None = option(None, "legal: local JSONL file instead of the hub")
+    validation_fraction: float = option(0.05, "share carved off for validation where no file is given")
+    test_fraction: float = option(0.05, "share carved off for the test where no file is given")
+    max_train: int | None = option(None, "use at most this many training records")
+    max_validation: int | None = option(200, "use at most this many validation records")
+    max_test: int | None = option(400, "use at most this many test records")
+    max_length: int = option(256, "tokens per training sequence; longer texts are cut into windows")
+    batch_size: int = option(16, "sequences per forward pass")
+    loss_on: str = option("auto", "auto (completions where there is a prompt), completion, or all")
+    num_workers: int = option(0, "loader processes")
+
+
+@dataclass
+class ScheduleConfig:
+    """When what happens, as fractions of the run."""
+
+    warmup: float = option(0.05, "tune adapters only")
+    ramp: float = option(0.25, "raise the target sparsity from zero")
+    freeze_at: float = option(0.4, "fix the masks; the rest tunes adapters on the small architecture")
+    shape: str = option("cubic", "how the target rises: linear or cubic")
+
+
+@dataclass
+class PruneConfig:
+    """What is pruned and how the decision is learnt: generator x sampler x budget."""
+
+    name: str = option("l0", "short name for reports")
+    sparsity: float = option(0.5, "fraction of decoder-block parameters to remove, in (0, 1)")
+    space: list[str] = option(["heads", "channels"], "unit kinds: heads, query_heads, channels")
+    shape: str = option("per_layer", "per_layer, or uniform: equal widths in every layer")
+    min_heads: int = option(1, "KV heads every layer keeps; 0 lets attention blocks vanish")
+    min_channels: int = option(1, "FFN channels every layer keeps; 0 lets FFN blocks vanish")
+    generator: dict[str, Any] = option({}, "how scores are made (config group prune/generator)")
+    sampler: dict[str, Any] = option({}, "scores to masks (config group prune/sampler)")
+    budget: dict[str, Any] = option({}, "what drives sparsity to the target (config group prune/budget)")
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass
+class LoraConfig:
+    """LoRA adapters (PEFT)."""
+
+    r: int = option(8, "rank")
+    alpha: float = option(16.0, "scale numerator: adapters are multiplied by alpha / r")
+    dropout: float = option(0.0, "dropout before A")
+    target_modules: list[str] = option(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "linears to adapt"
+    )
+
+
+@dataclass
+class OptimConfig:
+    """AdamW; one group for adapters, one for the generator, one for Lagrange multipliers."""
+
+    lr: float = option(1e-3, "peak learning rate of the adapters")
+    generator_lr: float = option(0.05, "peak learning rate of the generator")
+    multiplier_lr: float = option(1.0, "ascent rate of Lagrange multipliers")
+    weight_decay: float = option(0.0, "weight decay of the adapters")
+    warmup: float = option(0.05, "fraction of the run over which rates rise")
+    min_lr_ratio: float = option(0.1, "where the cosine ends, as a fraction of the peak")
+
+
+@dataclass
+class TrainerConfig:
+    """The Lightning trainer."""
+
+    max_steps: int = option(400, "optimiser steps")
+    accumulate_grad_batches: int = option(1, "forward passes per optimiser step")
+    precision: str = option("32-true", "32-true, bf16-mixed or bf16-true")
+    gradient_clip_val: float | None = option(1.0, "clip the gradient norm; null for none")
+    accelerator: str = option("auto", "auto, cpu or gpu")
+    devices: int = option(1, "devices")
+    val_checks: int = option(4, "validations spread over the run; 0 for none")
+    log_every_n_steps: int = option(10, "steps between logged points")
+    checkpoint_every_n_steps: int = option(50, "steps between checkpoints (Ctrl-C also writes one)")
+    extra: dict[str, Any] = option({}, "further keyword arguments of lightning.Trainer")
+
+
+@dataclass
+class EvaluateConfig:
+    """What is measured at the end."""
+
+    batch_size: int = option(32, "sequences per evaluation batch")
+    max_new_tokens: int = option(64, "longest generated answer")
+    max_generate: int = option(64, "completions to generate per task for ROUGE")
+    reference: bool = option(True, "also tune the dense model with LoRA on the same data and steps")
+    baselines: list[str] = option([], "prune at once, then tune: random, uniform (magnitude within layers at equal widths)")
+    samples: int = option(4, "generated samples kept for the report")
+    speed: bool = option(True, "measure prefill and decode latency of dense and pruned")
+    speed_prompt_tokens: int = option(128, "prompt length of the speed measurement")
+    speed_new_tokens: int = option(32, "decoded tokens of the speed measurement")
+    speed_repeats: int = option(5, "repeats, dense and pruned in alternation")
+
+
+@dataclass
+class ExportConfig:
+    """How the pruned model is written."""
+
+    dtype: str | None = option(None, "dtype of the exported weights; unset keeps the base model's")
+    max_shard_size: str = option("5GB", "largest safetensors file")
+
+
+@dataclass
+class TrainConfig:
+    """Everything of one run."""
+
+    name: str = option("run", "name of the run; also its folder under runs/")
+    run_dir: str = option("runs/${name}/${now:%Y-%m-%d_%H-%M-%S}", "where the run is written")
+    resume: str | None = option(None, "run directory to go on with, or 'last'")
+    seed: int = option(0, "seed of everything random")
+    threads: int | None = option(None, "CPU threads; unset leaves it to torch")
+    optimized_metric: str = option("eval.pruned.perplexity", "key of metrics.json that a sweep optimises")
+    experiment: Any = option(None, "config group: a complete preset")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    callbacks: dict[str, Any] = option({}, "further Lightning callbacks, each a _target_ node")
+    logger: dict[str, Any] = option({}, "loggers beside the CSV file that every run has, each a _target_ node")
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+def register_schema() -> None:
+    """Make the schema known to Hydra; may be called repeatedly."""
+    ConfigStore.instance().store(name=SCHEMA_NAME, node=TrainConfig)
+
+
+def schema_fields(path: str) -> dict[str, type | None]:
+    """Valid keys below a dotted config path, each with its nested dataclass (None for plain values).
+
+    Raises:
+        KeyError: The path leads to no dataclass.
+    """
+    node: Any = TrainConfig
+    for part in filter(None, path.split(".")):
+        node = _nested(node, part)
+        if node is None:
+            raise KeyError(path)
+    return {name: _nested(node, name) for name in node.__dataclass_fields__}
+
+
+def _nested(node: Any, name: str) -> Any:
+    item = node.__dataclass_fields__.get(name)
+    factory = getattr(item, "default_factory", MISSING)
+    return factory if hasattr(factory, "__dataclass_fields__") else None

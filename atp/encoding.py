@@ -1,0 +1,263 @@
+"""Encoding: records as token ids, and which of them count in the loss.
+
+The one place that draws the boundary between prompt and completion and that cuts what is too long, so that training,
+scoring and generation see the same ids. It sits between :mod:`atp.records` and its two readers, :mod:`atp.data` and
+:mod:`atp.evaluate`. It knows nothing of torch, batches on a device, or models.
+
+Boundary: the prompt is tokenised alone, as generation will see it. The completion's ids are what the whole text adds to
+that; where a token of the whole text would span the boundary, the completion is tokenised alone as well.
+
+Too long: a completion is kept whole as long as it fits with one token of its prompt; the prompt gives way, losing its
+middle, because its beginning holds the task and the start of the document and its end the question (as LongBench does,
+Bai et al. 2023, arXiv 2308.14508, section 4). Only a completion that leaves no room at all is cut, at its end. Running
+text is never dropped but continued in further windows.
+
+Shape suffixes: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from atp.records import ChoiceRecord, Record, TextRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""Label of tokens that do not count, as in torch and transformers."""
+
+LOSS_ON = ("auto", "completion", "all")
+_CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One sequence to train on or to score.
+
+    Attributes:
+        input_ids: Token ids, int32 [T].
+        context: Leading tokens that are given, not learnt. The first token of a sequence never counts in the loss,
+            since nothing precedes it.
+        text_bytes: UTF-8 bytes of the text that the learnt tokens spell.
+    """
+
+    input_ids: np.ndarray
+    context: int
+    text_bytes: int
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Return the ids with the given ones replaced by :data:`IGNORED`, int64 [T]; unshifted, as transformers takes."""
+        labels = self.input_ids.astype(np.int64)
+        labels[: self.context] = IGNORED
+        return labels
+
+    @property
+    def loss_tokens(self) -> int:
+        """Return how many tokens count in the loss."""
+        return len(self.input_ids) - max(1, self.context)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choices:
+    """One multiple-choice item to score.
+
+    Attributes:
+        prompt: Ids of beginning-of-sequence and prompt, the same for every choice.
+        continuations: Ids of each choice, with the end-of-sequence token where ``complete``.
+        complete: Whether each choice is whole and so closed by an end-of-sequence token.
+        text_bytes: UTF-8 bytes of each choice's text.
+    """
+
+    prompt: list[int]
+    continuations: list[list[int]]
+    complete: list[bool]
+    text_bytes: list[int]
+
+
+class Encoder:
+    """Encodes records for one tokenizer and one greatest length.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        max_length: Most tokens of a sequence, special ones included.
+
+    Attributes:
+        truncated: How many ``prompts``, ``completions`` and ``texts`` (cut into windows) did not fit so far.
+
+    Raises:
+        ValueError: ``max_length`` is too small to hold a prompt and a completion.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        if max_length < 8:
+            raise ValueError(f"data.max_length={max_length} is too short to hold a prompt and a completion; use >= 8")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.truncated: Counter[str] = Counter(prompts=0, completions=0, texts=0)
+        self._bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+        self._eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+
+    @property
+    def pad_id(self) -> int:
+        """Return the id to pad with; attention masks and labels hide it, so a stand-in does when there is none."""
+        for name in ("pad_token_id", "eos_token_id"):
+            if getattr(self.tokenizer, name) is not None:
+                return int(getattr(self.tokenizer, name))
+        return 0
+
+    def encode(self, records: Sequence[Record], loss_on: str = "auto") -> list[list[Example]]:
+        """Encode records: each becomes one example, or several windows if it is long running text.
+
+        A window after the first opens with the token before it as context, so every token is learnt exactly once.
+
+        Args:
+            records: What to encode; of choices, the right one.
+            loss_on: ``completion`` (end of sequence included) or ``all`` tokens; ``auto`` takes completions where
+                there are any and all tokens of running text.
+
+        Returns:
+            The examples of each record.
+
+        Raises:
+            ValueError: ``loss_on`` is unknown, or is ``completion`` and a record is running text.
+        """
+        if loss_on not in LOSS_ON:
+            raise ValueError(f"data.loss_on={loss_on!r} is unknown; choose one of {LOSS_ON}")
+        found: list[list[Example]] = []
+        for start in range(0, len(records), _CHUNK):
+            found.extend(self._encode_chunk(records[start : start + _CHUNK], loss_on))
+        return found
+
+    def choices(self, records: Sequence[ChoiceRecord]) -> list[Choices]:
+        """Encode multiple-choice items for scoring; a prompt that must be cut is cut alike for all its choices."""
+        prompts = [record.prompt for record in records for _ in record.choices]
+        pairs = iter(self._pairs(prompts, [text for record in records for text in record.choices]))
+        found = []
+        for record in records:
+            parts = [next(pairs) for _ in record.choices]
+            prompt = self._fit(parts[0][0], max(len(continuation) for _, continuation in parts))
+            closed = [self._close(prompt, ids, text) for (_, ids), text in zip(parts, record.choices, strict=True)]
+            found.append(Choices(self._bos + prompt, *(list(column) for column in zip(*closed, strict=True))))
+        return found
+
+    def prompts(self, texts: Sequence[str], new_tokens: int) -> list[list[int]]:
+        """Return the ids to generate from: beginning of sequence and prompt, leaving room for ``new_tokens``.
+
+        Raises:
+            ValueError: ``new_tokens`` leaves no room for a prompt.
+        """
+        room = self.max_length - new_tokens - len(self._bos)
+        if room < 1:
+            raise ValueError(
+                f"evaluate.max_new_tokens={new_tokens} leaves no room for a prompt within "
+                f"data.max_length={self.max_length}; lower the one or raise the other"
+            )
+        return [self._bos + self._cut_middle(ids, room) for ids in self._ids(texts)]
+
+    def _encode_chunk(self, records: Sequence[Record], loss_on: str) -> Iterator[list[Example]]:
+        texts = [record for record in records if isinstance(record, TextRecord)]
+        if texts and loss_on == "completion":
+            raise ValueError(
+                f"data.loss_on='completion', but {len(texts)} records are running text and have none, e.g. "
+                f"{texts[0].text[:40]!r}; use data.loss_on=auto"
+            )
+        choices = [record for record in records if isinstance(record, ChoiceRecord)]
+        pairs = [record for record in records if not isinstance(record, TextRecord | ChoiceRecord)]
+        windows = (self._windows(ids, record.text) for ids, record in zip(self._texts(texts), texts, strict=True))
+        options = iter(self.choices(choices))
+        split = iter(self._pairs([record.prompt for record in pairs], [record.completion for record in pairs]))
+        for record in records:
+            if isinstance(record, TextRecord):
+                yield next(windows)
+                continue
+            if isinstance(record, ChoiceRecord):
+                option, label = next(options), record.label
+                prompt, continuation = option.prompt, option.continuations[label]
+                text_bytes = option.text_bytes[label]
+            else:
+                ids, continuation = next(split)
+                fitted = self._fit(ids, len(continuation))
+                continuation, _, text_bytes = self._close(fitted, continuation, record.completion)
+                prompt = self._bos + fitted
+            learnt = 0 if loss_on == "all" else len(prompt)
+            text_bytes += len(self.tokenizer.decode(prompt[len(self._bos) :]).encode()) if loss_on == "all" else 0
+            yield [Example(np.array(prompt + continuation, dtype=np.int32), learnt, text_bytes)]
+
+    def _windows(self, ids: list[int], text: str) -> list[Example]:
+        """Cut running text; ``ids`` holds its end of sequence."""
+        stream = self._bos + ids
+        windows = [Example(np.array(stream[: self.max_length], dtype=np.int32), 0, len(text.encode()))]
+        lead = len(self._bos) + 1
+        for start in range(self.max_length, len(stream), self.max_length - lead):
+            window = self._bos + stream[start - 1 : start + self.max_length - lead]
+            windows.append(Example(np.array(window, dtype=np.int32), lead, 0))
+        self.truncated["texts"] += len(windows) > 1
+        return windows
+
+    def _fit(self, prompt: list[int], completion: int) -> list[int]:
+        """Cut a prompt's middle to make room for a completion of so many tokens."""
+        room = self.max_length - len(self._bos) - completion - len(self._eos)
+        return self._cut_middle(prompt, room if room >= 1 else self.max_length // 8)
+
+    def _cut_middle(self, ids: list[int], room: int) -> list[int]:
+        if len(ids) <= room:
+            return ids
+        self.truncated["prompts"] += 1
+        tail = room // 2
+        return ids[: room - tail] + ids[len(ids) - tail :]
+
+    def _close(self, prompt: list[int], ids: list[int], text: str) -> tuple[list[int], bool, int]:
+        """Return the completion closed, whether it is whole, and its bytes; cut if it does not fit."""
+        room = self.max_length - len(self._bos) - len(prompt)
+        if len(ids) + len(self._eos) <= room:
+            return ids + self._eos, True, len(text.encode())
+        self.truncated["completions"] += 1
+        return ids[:room], False, len(self.tokenizer.decode(ids[:room]).encode())
+
+    def _pairs(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Tokenise prompts and what follows them, with the boundary where generation has it."""
+        distinct = list(dict.fromkeys(prompts))
+        alone = dict(zip(distinct, self._ids(distinct), strict=True))
+        wholes = self._ids([prompt + text for prompt, text in zip(prompts, continuations, strict=True)])
+        spanning = [i for i, whole in enumerate(wholes) if whole[: len(alone[prompts[i]])] != alone[prompts[i]]]
+        apart = dict(zip(spanning, self._ids([continuations[i] for i in spanning]), strict=True))
+        pairs = []
+        for i, whole in enumerate(wholes):
+            prompt = alone[prompts[i]]
+            pairs.append((prompt, apart[i] if i in apart else whole[len(prompt) :]))
+        return pairs
+
+    def _texts(self, records: Sequence[TextRecord]) -> list[list[int]]:
+        return [ids + self._eos for ids in self._ids([record.text for record in records])]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return encoded["input_ids"]
+
+
+def pad(examples: Sequence[Example], pad_id: int) -> dict[str, np.ndarray]:
+    """Pad examples on the right to the longest of them.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` (1 for tokens, 0 for padding) and ``labels``, int64 [B, T].
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    shape = (len(examples), longest)
+    ids_BT = np.full(shape, pad_id, dtype=np.int64)
+    mask_BT = np.zeros(shape, dtype=np.int64)
+    labels_BT = np.full(shape, IGNORED, dtype=np.int64)
+    for row, example in enumerate(examples):
+        size = len(example.input_ids)
+        ids_BT[row, :size] = example.input_ids
+        mask_BT[row, :size] = 1
+        labels_BT[row, :size] = example.labels
+    return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}

@@ -1,0 +1,69 @@
+"""Experiment loggers that never stand in the way.
+
+Weights & Biases goes online only for a user who is already logged in, otherwise writes offline runs that can be synchronised later, and
+never asks for anything. Sits beside callbacks; knows nothing of what is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+log = logging.getLogger(__name__)
+
+
+def is_logged_in(environment: dict[str, str] | None = None) -> bool:
+    """Whether a wandb API key is at hand: in the environment, or in the netrc file for the configured server."""
+    env = os.environ if environment is None else environment
+    if env.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(env.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    candidates = [env["NETRC"]] if env.get("NETRC") else [str(Path.home() / ".netrc"), str(Path.home() / "_netrc")]
+    for candidate in candidates:
+        try:
+            if netrc.netrc(candidate).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def wandb_logger(save_dir: str, *, name: str | None = None, offline: bool | None = None, **options: Any) -> WandbLogger:
+    """A wandb logger: online when logged in, else offline.
+
+    Args:
+        save_dir: The run directory.
+        name: Run name.
+        offline: Force it either way; None decides by login and ``WANDB_MODE``.
+        **options: Passed on, e.g. ``project``, ``group``, ``tags``.
+    """
+    mode = os.environ.get("WANDB_MODE", "")
+    if offline is None:
+        offline = mode in ("offline", "dryrun") or (mode != "online" and not is_logged_in())
+    if offline and mode not in ("offline", "dryrun", "disabled"):
+        log.info("wandb: not logged in, so the run is written offline; `wandb sync` uploads it later")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    Path(save_dir).mkdir(parents=True, exist_ok=True)
+    return WandbLogger(save_dir=save_dir, name=name, offline=offline, log_model=False, **options)
+
+
+def close_loggers(loggers: Sequence[Logger]) -> None:
+    """Finish every wandb run, so that the next job of a sweep starts clean; says how to synchronise an offline one."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            if wandb.run is None:
+                continue
+            folder = Path(wandb.run.dir).parent
+            is_offline = wandb.run.settings.mode == "offline" or wandb.run.offline
+            wandb.finish()
+            if is_offline:
+                log.info("upload this run with: wandb sync %s", folder)

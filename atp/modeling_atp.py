@@ -1,0 +1,218 @@
+"""LLaMA-family models whose layers differ in width: the file copied beside the weights of a pruned model.
+
+Self-contained (torch and transformers only), so that a pruned model loads without atp installed:
+`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`. It holds only what differs from the stock
+models: every layer is a stock decoder layer built from its own entry of transformers' `per_layer_config` (5.15 or
+newer), and a layer whose entry says `skip: ["attention"]` or `skip: ["mlp"]` has that half left out, its norm included.
+It knows nothing of masks, of pruning or of how the widths were chosen.
+
+Shape suffixes: B batch, T tokens, D hidden.
+"""
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
+from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
+
+ATTENTION, MLP = "attention", "mlp"
+
+
+class PerLayerConfigMixin:
+    """Replaces the checks of a stock config that read one width for all layers."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.validate()
+
+    def validate(self) -> None:
+        """Runs the checks of the stock config, on the layers where they concern widths.
+
+        Raises:
+            ValueError: If the config describes a model that cannot be built.
+        """
+        self.validate_token_ids()
+        self.validate_layer_type()
+        self.validate_rope()
+        self.validate_architecture()
+
+    def validate_architecture(self) -> None:
+        """Checks that each layer's widths can be built.
+
+        Raises:
+            ValueError: If query heads do not divide among KV heads, a width is not positive, or `skip` holds an
+                unknown name.
+        """
+        for index, layer in enumerate(self.per_layer_config):
+            skip = getattr(layer, "skip", ())
+            if unknown := set(skip) - {ATTENTION, MLP}:
+                raise ValueError(f"layer {index}: skip holds {sorted(unknown)}; it may hold {ATTENTION!r} and {MLP!r}")
+            heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
+            if ATTENTION not in skip and (heads < 1 or kv_heads < 1 or heads % kv_heads):
+                raise ValueError(
+                    f"layer {index}: num_attention_heads={heads} must be a positive multiple of "
+                    f"num_key_value_heads={kv_heads}, or the layer must list {ATTENTION!r} in its skip"
+                )
+            if MLP not in skip and layer.intermediate_size < 1:
+                raise ValueError(
+                    f"layer {index}: intermediate_size={layer.intermediate_size} must be positive, "
+                    f"or the layer must list {MLP!r} in its skip"
+                )
+
+
+class NoHeads(nn.Module):
+    """Takes the place of a removed attention block: adds nothing to the residual stream.
+
+    It still writes one zero per token to the cache, because generation reads the number of cached tokens from layer 0
+    and the attention mask's length from another layer: every layer has to count tokens, with attention or without.
+    """
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(
+        self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        """Returns a zero that broadcasts over hidden_states (B, T, D), and no attention weights."""
+        if past_key_values is not None:
+            batch, tokens = hidden_states.shape[:2]
+            layers = past_key_values.layers
+            # A static cache may have allocated this layer already, from the config's head counts.
+            kept = layers[self.layer_idx].keys if self.layer_idx < len(layers) else None
+            heads, dims = (1, 1) if kept is None else (kept.shape[1], kept.shape[3])
+            states = hidden_states.new_zeros(batch, heads, tokens, dims)
+            past_key_values.update(states, states, self.layer_idx)
+        return hidden_states.new_zeros(()), None
+
+
+class NoChannels(nn.Module):
+    """Takes the place of a removed FFN block: adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Returns a zero that broadcasts over hidden_states (B, T, D)."""
+        return hidden_states.new_zeros(())
+
+
+def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, layer_idx: int) -> nn.Module:
+    """Builds one stock decoder layer at its own widths, without the halves it skips.
+
+    Args:
+        layer_class: The family's stock decoder layer.
+        config: The model's config.
+        layer_idx: Index of the layer.
+
+    Returns:
+        The layer; parameters of a skipped half and of its norm do not exist.
+    """
+    layer_config = copy.copy(config.per_layer_config[layer_idx])
+    skip = getattr(layer_config, "skip", ())
+    if ATTENTION in skip:
+        layer_config.num_attention_heads = layer_config.num_key_value_heads = 1
+    if MLP in skip:
+        layer_config.intermediate_size = 1
+    layer = layer_class(layer_config, layer_idx)
+    # The forward pass reads the attention kernel from here: it must follow the model's setting, not a copy of it.
+    layer.self_attn.config = config
+    if ATTENTION in skip:
+        layer.self_attn = NoHeads(layer_idx)
+        layer.input_layernorm = nn.Identity()
+    if MLP in skip:
+        layer.mlp = NoChannels()
+        layer.post_attention_layernorm = nn.Identity()
+    return layer
+
+
+class PerLayerCausalLMMixin:
+    """Builds a stock causal language model without layers, then adds layers of different widths."""
+
+    layer_class: ClassVar[type[nn.Module]]
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        shell = copy.copy(config)
+        shell.per_layer_config = None
+        shell.num_hidden_layers = 0
+        super().__init__(shell)
+        config._attn_implementation = shell._attn_implementation
+        self.config = self.model.config = config
+        self.model.layers = nn.ModuleList(
+            build_layer(self.layer_class, config, index) for index in range(config.num_hidden_layers)
+        )
+        self.post_init()
+
+
+class AtpLlamaConfig(PerLayerConfigMixin, LlamaConfig):
+    """Llama config with widths per layer."""
+
+    model_type = "atp_llama"
+
+
+class AtpMistralConfig(PerLayerConfigMixin, MistralConfig):
+    """Mistral config with widths per layer."""
+
+    model_type = "atp_mistral"
+
+
+class AtpQwen2Config(PerLayerConfigMixin, Qwen2Config):
+    """Qwen2 config with widths per layer."""
+
+    model_type = "atp_qwen2"
+
+
+class AtpQwen3Config(PerLayerConfigMixin, Qwen3Config):
+    """Qwen3 config with widths per layer."""
+
+    model_type = "atp_qwen3"
+
+
+class AtpLlamaForCausalLM(PerLayerCausalLMMixin, LlamaForCausalLM):
+    """Llama with widths per layer."""
+
+    config_class = AtpLlamaConfig
+    layer_class = LlamaDecoderLayer
+
+
+class AtpMistralForCausalLM(PerLayerCausalLMMixin, MistralForCausalLM):
+    """Mistral with widths per layer."""
+
+    config_class = AtpMistralConfig
+    layer_class = MistralDecoderLayer
+
+
+class AtpQwen2ForCausalLM(PerLayerCausalLMMixin, Qwen2ForCausalLM):
+    """Qwen2 with widths per layer."""
+
+    config_class = AtpQwen2Config
+    layer_class = Qwen2DecoderLayer
+
+
+class AtpQwen3ForCausalLM(PerLayerCausalLMMixin, Qwen3ForCausalLM):
+    """Qwen3 with widths per layer."""
+
+    config_class = AtpQwen3Config
+    layer_class = Qwen3DecoderLayer
+
+
+MODEL_CLASSES: tuple[type[PerLayerCausalLMMixin], ...] = (
+    AtpLlamaForCausalLM,
+    AtpMistralForCausalLM,
+    AtpQwen2ForCausalLM,
+    AtpQwen3ForCausalLM,
+)
+
+
+def register() -> None:
+    """Makes the Auto classes know these models, so that loading one needs no `trust_remote_code`. Repeatable."""
+    for model_class in MODEL_CLASSES:
+        AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
+        AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)

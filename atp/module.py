@@ -1,0 +1,305 @@
+"""The training systems: LoRA tuning, and LoRA tuning with masks that are learnt at the same time.
+
+Sits between the data module and removal. One forward and one backward pass per step update adapters, generator and multipliers together,
+in parameter groups with rates of their own. Everything random in a step is seeded from (seed, step), so a resumed run repeats what the
+uninterrupted one would have done. Checkpoints hold what trains and the frozen masks, never the base weights. It knows nothing of Hydra,
+of files, or of how results are measured.
+
+Shape suffixes: B batch, T tokens, U units.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from atp.generator import Generator
+from atp.lora import MaskedModel, trainable_parameters
+from atp.objective import Budget, Phase, SparsitySchedule
+from atp.sampler import Sampler
+from atp.selection import select
+
+log = logging.getLogger(__name__)
+
+Batch = Mapping[str, Tensor]
+
+
+class TrainingDiverged(RuntimeError):
+    """Loss or weights stopped being finite; the message says at which step and what to try."""
+
+
+class TuningModule(LightningModule):
+    """LoRA tuning of a causal LM: the dense reference, two-stage baselines, and the base of :class:`PruningModule`.
+
+    Args:
+        model: Callable as a causal LM with ``labels``; only what requires gradients trains.
+        total_steps: Optimiser steps of the whole run.
+        lr: Peak learning rate of the adapters.
+        weight_decay: AdamW weight decay of the adapters.
+        warmup: Fraction of the run over which the rate rises.
+        min_lr_ratio: Where the cosine ends, as a fraction of the peak.
+        seed: Seed of everything random in the steps.
+        base_id: Name of the base model; a checkpoint made from another base is refused.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        total_steps: int,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        warmup: float = 0.05,
+        min_lr_ratio: float = 0.1,
+        seed: int = 0,
+        base_id: str = "",
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False
+        self.model = model
+        self.total_steps = total_steps
+        self.lr, self.weight_decay, self.warmup, self.min_lr_ratio = lr, weight_decay, warmup, min_lr_ratio
+        self.seed = seed
+        self.base_id = base_id
+        self.val_loss = MeanMetric()
+
+    # ---- steps
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the step's noise from (seed, step)."""
+        torch.manual_seed((self.seed * 1_000_003 + batch_idx) % 2**63)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One forward pass; returns the loss to descend."""
+        loss = self.model(**batch).loss
+        self._check_finite(loss)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Accumulate the token-weighted loss behind ``val/perplexity``."""
+        loss = self.model(**batch).loss
+        tokens = (batch["labels"][:, 1:] != -100).sum()
+        self.val_loss.update(loss.float(), tokens)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/loss`` and ``val/perplexity``."""
+        loss = self.val_loss.compute()
+        self.val_loss.reset()
+        self.log("val/loss", loss)
+        self.log("val/perplexity", loss.exp(), prog_bar=True)
+
+    def _check_finite(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise TrainingDiverged(
+                f"the loss became {float(loss.detach())} at step {self.global_step}; try a lower optim.lr or optim.generator_lr, "
+                "trainer.gradient_clip_val=1.0, or trainer.precision=32-true. The last checkpoint is from before this step"
+            )
+
+    # ---- optimiser
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """AdamW groups, each with a ``name``."""
+        adapters = list(trainable_parameters(self.model).values())
+        return [{"name": "lora", "params": adapters, "lr": self.lr, "weight_decay": self.weight_decay}]
+
+    def rate_factor(self, group: str, step: int) -> float:
+        """Factor on a group's peak rate at an optimiser step: linear warm-up, then cosine to ``min_lr_ratio``."""
+        return self._cosine(step, self.total_steps)
+
+    def _cosine(self, step: int, total: int) -> float:
+        rise = max(round(total * self.warmup), 1)
+        if step < rise:
+            return (step + 1) / rise
+        done = min((step - rise) / max(total - rise, 1), 1.0)
+        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+    def configure_optimizers(self) -> Any:
+        """One AdamW over all groups, with one schedule per group."""
+        optimizer = torch.optim.AdamW(self.parameter_groups(), betas=(0.9, 0.99))
+        names = [group["name"] for group in optimizer.param_groups]
+        factors = [lambda step, name=name: self.rate_factor(name, step) for name in names]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what trains and this module's own buffers; name the base they belong to."""
+        wanted = self._own_state()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in wanted}
+        checkpoint["atp"] = {"base_id": self.base_id, "total_steps": self.total_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base or run length, or one that lacks something that trains."""
+        meta = checkpoint.get("atp", {})
+        for key, mine in (("base_id", self.base_id), ("total_steps", self.total_steps)):
+            if meta.get(key) != mine:
+                raise ValueError(
+                    f"the checkpoint was made with {key} = {meta.get(key)!r}, this run has {mine!r}; resume with the run's own "
+                    "settings or start a new run"
+                )
+        missing = self._own_state() - set(checkpoint["state_dict"])
+        if missing:
+            raise ValueError(f"the checkpoint lacks {sorted(missing)[:3]}; lora or prune settings differ from the run that wrote it")
+
+    def _own_state(self) -> set[str]:
+        return set(trainable_parameters(self))
+
+    def find_divergence(self) -> str | None:
+        """Name of a trainable tensor that holds a value which is not finite, if any."""
+        return next((n for n, p in trainable_parameters(self).items() if not torch.isfinite(p).all()), None)
+
+
+class PruningModule(TuningModule):
+    """Joint training of masks and adapters.
+
+    Args:
+        model: The masked LoRA model.
+        generator: Makes logits.
+        sampler: Makes masks of them.
+        budget: The term that drives sparsity to its target.
+        schedule: Phases and target by step.
+        generator_lr: Peak learning rate of the generator; it falls along a cosine until the freeze.
+        multiplier_lr: Rate at which Lagrange multipliers ascend.
+        shape: ``per_layer`` or ``uniform``, see :func:`atp.selection.select`.
+        min_units: Units every layer keeps, by kind.
+        **tuning: Arguments of :class:`TuningModule`.
+    """
+
+    def __init__(
+        self,
+        model: MaskedModel,
+        generator: Generator,
+        sampler: Sampler,
+        budget: Budget,
+        schedule: SparsitySchedule,
+        *,
+        generator_lr: float = 0.05,
+        multiplier_lr: float = 1.0,
+        shape: str = "per_layer",
+        min_units: Mapping[str, int] | None = None,
+        **tuning: Any,
+    ) -> None:
+        super().__init__(model, **tuning)
+        self.masked = model
+        self.space = model.space
+        self.generator, self.sampler, self.budget, self.schedule = generator, sampler, budget, schedule
+        self.generator_lr, self.multiplier_lr = generator_lr, multiplier_lr
+        self.shape, self.min_units = shape, min_units
+        self.register_buffer("final_masks_U", torch.ones(self.space.num_units))
+        self.register_buffer("final_scores_U", torch.ones(self.space.num_units))
+        self.register_buffer("is_frozen", torch.zeros((), dtype=torch.bool))
+        self.sampled_U: Tensor | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """Phase of the step that comes next."""
+        return self.schedule.phase(self.global_step)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the step; fix the masks once their time has come."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self.phase is Phase.FROZEN and not self.is_frozen:
+            self.freeze()
+
+    def freeze(self) -> None:
+        """Fix the deterministic architecture that meets the target; from here on only adapters train."""
+        logits_U = self.logits()
+        self.final_scores_U.copy_(self.sampler.keep_probability(logits_U))
+        masks_U = select(self.space, logits_U, self.schedule.target, shape=self.shape, min_units=self.min_units)
+        self.final_masks_U.copy_(masks_U)
+        self.is_frozen.fill_(True)
+        self.sampled_U = None
+        sparsity = float(self.space.sparsity(masks_U.double()))
+        log.info("masks frozen at step %d: block sparsity %.4f (target %.4f)", self.global_step, sparsity, self.schedule.target)
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """The generator's noise-free logits [U]."""
+        training = self.generator.training
+        self.generator.eval()
+        logits_U = self.generator().detach().float()
+        self.generator.train(training)
+        return logits_U
+
+    def current_masks(self) -> Tensor:
+        """Noise-free masks [U] as of now: the final ones once frozen, all ones during warm-up."""
+        if self.is_frozen:
+            return self.final_masks_U
+        if self.phase is Phase.WARMUP:
+            return torch.ones_like(self.final_masks_U)
+        return self.sampler.deterministic(self.logits())
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Task loss of the masked model plus the budget term, in one forward pass."""
+        budget_loss = self._apply_masks()
+        task_loss = self.model(**batch).loss
+        loss = task_loss + budget_loss
+        self._check_finite(loss)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/task_loss", task_loss)
+        self.log("train/budget_loss", budget_loss)
+        return loss
+
+    def _apply_masks(self) -> Tensor:
+        """Set this step's masks; return the budget term."""
+        phase, target = self.phase, self.schedule.target_at(self.global_step)
+        nothing = self.final_masks_U.new_zeros(())
+        if phase is not Phase.PRUNING:
+            masks_U = self.current_masks()
+            self.masked.set_masks(masks_U if phase is Phase.FROZEN else None)
+            self._log_masks(self.space.sparsity(masks_U), target if phase is Phase.FROZEN else 0.0)
+            return nothing
+        logits_U = self.generator().float()
+        masks_U = self.sampler(logits_U)
+        self.sampled_U = masks_U.detach()
+        self.masked.set_masks(masks_U)
+        expected = self.space.sparsity(self.sampler.keep_probability(logits_U))
+        self._log_masks(expected, target)
+        return self.budget(expected, self.space.sparsity(masks_U), target)
+
+    def _log_masks(self, sparsity: Tensor, target: float) -> None:
+        self.log("mask/sparsity", sparsity.detach())
+        self.log("mask/target_sparsity", target)
+        self.log("mask/keep_ratio", 1.0 - sparsity.detach())
+        kept_U = (self.sampled_U if self.sampled_U is not None else self.current_masks()) > 0.5
+        self.log("mask/heads_kept", self.space.kept_heads(kept_U.float()))
+        self.log("mask/channels_kept", self.space.kept_channels(kept_U.float()))
+        for index, value in enumerate(self.budget.multipliers(), 1):
+            self.log(f"mask/lambda_{index}", value.detach())
+
+    def on_validation_start(self) -> None:
+        """Validate with noise-free masks."""
+        with torch.no_grad():
+            self.masked.set_masks(self.current_masks())
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Adapters, generator, and multipliers that ascend."""
+        groups = super().parameter_groups()
+        generator = [p for p in self.generator.parameters() if p.requires_grad]
+        if generator:
+            groups.append({"name": "generator", "params": generator, "lr": self.generator_lr, "weight_decay": 0.0})
+        ascending = self.budget.multipliers()
+        if ascending:
+            groups.append(
+                {"name": "multipliers", "params": ascending, "lr": self.multiplier_lr, "weight_decay": 0.0, "maximize": True}
+            )
+        return groups
+
+    def rate_factor(self, group: str, step: int) -> float:
+        """The generator's cosine ends at the freeze; multipliers keep their rate."""
+        if group == "multipliers":
+            return 1.0
+        return self._cosine(step, self.schedule.freeze_step if group == "generator" else self.total_steps)
+
+    def _own_state(self) -> set[str]:
+        buffers = {"final_masks_U", "final_scores_U", "is_frozen"}
+        return super()._own_state() | buffers | {f"generator.{name}" for name, _ in self.generator.named_buffers()}

@@ -1,0 +1,144 @@
+"""Physical removal: masks -> kept indices -> smaller weights -> a smaller model, checked against the masked one.
+
+Sits after training. Takes the merged weights under the base model's own names and the final 0/1 masks; what it returns is an ordinary
+Hugging Face model without masks or adapters. It knows the pruning space and nothing of how the masks were found.
+
+Shape suffixes: U units, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from atp.architecture import LayerWidths, build_model, pruned_config
+from atp.space import LayerSpace, PruningSpace, Side
+
+
+def kept_indices(side: Side, masks: Mapping[str, Tensor]) -> Tensor | None:
+    """Indices of the kept entries of a side, ascending; None when the side is never cut."""
+    if not side.factors:
+        return None
+    return side.expand(masks).nonzero().flatten()
+
+
+def widths_after(space: PruningSpace, masks_U: Tensor) -> list[LayerWidths]:
+    """Widths of every layer once the units with mask zero are gone.
+
+    Raises:
+        ValueError: KV heads of one layer that keep different numbers of query heads, which grouped-query attention cannot compute.
+    """
+    masks = space.split(_binary(masks_U))
+    return [_layer_widths(layer, masks) for layer in space.layers]
+
+
+def _layer_widths(layer: LayerSpace, masks: Mapping[str, Tensor]) -> LayerWidths:
+    heads_K = masks[layer.axes["heads"].name] if "heads" in layer.axes else torch.ones(layer.num_kv_heads)
+    if "query_heads" in layer.axes:
+        queries_KG = masks[layer.axes["query_heads"].name].view(layer.num_kv_heads, layer.group_size)
+    else:
+        queries_KG = torch.ones(layer.num_kv_heads, layer.group_size)
+    per_group = (queries_KG.sum(1)[heads_K > 0]).tolist()
+    if len(set(per_group)) > 1 or 0 in per_group:
+        raise ValueError(
+            f"{layer.prefix}: the kept KV heads keep {per_group} query heads each; every group must keep the same positive number"
+        )
+    channels = int(masks[layer.axes["channels"].name].sum()) if "channels" in layer.axes else layer.ffn_width
+    kv_heads = int(heads_K.sum())
+    return LayerWidths(int(sum(per_group)), kv_heads, layer.head_dim if kv_heads else 0, channels)
+
+
+def slice_tensors(
+    tensors: Iterable[tuple[str, Tensor]], space: PruningSpace, masks_U: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """Cut each tensor of a state dict to what is kept, one at a time; blocks without any unit are left out.
+
+    Args:
+        tensors: Names and tensors, such as a state dict's items.
+        space: The pruning space of the dense model.
+        masks_U: Final masks, 0 or 1, shape [U].
+    """
+    masks = space.split(_binary(masks_U))
+    rows: dict[str, Side] = {}
+    columns: dict[str, Side] = {}
+    for weight in space.weights:
+        rows[f"{weight.module}.weight"] = rows[f"{weight.module}.bias"] = weight.rows
+        columns[f"{weight.module}.weight"] = weight.columns
+    gone = tuple(
+        prefix
+        for layer in space.layers
+        for kind, prefixes in layer.absent_blocks.items()
+        if kind in layer.axes and not masks[layer.axes[kind].name].any()
+        for prefix in prefixes
+    )
+    for name, tensor in tensors:
+        if name.startswith(gone) and gone:
+            continue
+        kept_rows = kept_indices(rows[name], masks) if name in rows else None
+        kept_columns = kept_indices(columns[name], masks) if name in columns else None
+        if kept_rows is not None:
+            tensor = tensor.index_select(0, kept_rows.to(tensor.device))
+        if kept_columns is not None:
+            tensor = tensor.index_select(1, kept_columns.to(tensor.device))
+        yield name, tensor
+
+
+def remove(
+    tensors: Iterable[tuple[str, Tensor]],
+    config: PreTrainedConfig,
+    space: PruningSpace,
+    masks_U: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Build the smaller model.
+
+    Args:
+        tensors: Merged weights under the base model's names.
+        config: Config of the dense model.
+        space: Its pruning space.
+        masks_U: Final masks, 0 or 1, shape [U].
+        dtype: Dtype of the result; the tensors' own when None.
+        device: Where the result lives.
+
+    Returns:
+        A stock model where a stock class can hold the widths, otherwise the per-layer model of :mod:`atp.modeling_atp`; in eval mode.
+    """
+    state = {name: tensor.detach() for name, tensor in slice_tensors(tensors, space, masks_U)}
+    dtype = dtype or next(t.dtype for t in state.values() if t.is_floating_point())
+    small = build_model(pruned_config(config, widths_after(space, masks_U)), dtype=dtype, device=device)
+    missing, unexpected = small.load_state_dict({k: v.to(dtype) for k, v in state.items()}, strict=False)
+    tied = set(getattr(small, "_tied_weights_keys", None) or {}) if small.config.tie_word_embeddings else set()
+    if unexpected or set(missing) - tied:
+        raise RuntimeError(f"removal does not fit the smaller model: missing {missing}, unexpected {unexpected}")
+    small.tie_weights()
+    return small.eval()
+
+
+@torch.inference_mode()
+def max_logit_difference(first: nn.Module, second: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """Largest absolute difference of two models' logits over real (unpadded) positions.
+
+    Args:
+        first: A causal LM; eval mode is the caller's matter.
+        second: Another one with the same vocabulary.
+        batches: Mappings with ``input_ids`` and ``attention_mask``, right-padded.
+    """
+    largest = 0.0
+    for batch in batches:
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        logits = [model(**inputs).logits.float() for model in (first, second)]
+        difference_BT = (logits[0] - logits[1]).abs().amax(-1)
+        largest = max(largest, float(difference_BT[inputs["attention_mask"].bool()].max()))
+    return largest
+
+
+def _binary(masks_U: Tensor) -> Tensor:
+    masks_U = masks_U.detach().cpu()
+    if not ((masks_U == 0) | (masks_U == 1)).all():
+        raise ValueError("removal needs masks of exact zeros and ones; freeze the masks first")
+    return masks_U

@@ -1,0 +1,256 @@
+"""What a finished run has to show: `report.html` and pictures in its directory, and the table on the terminal.
+
+Last station of the flow. A run directory is the only input, so a report can be made again at any time, on any machine:
+`run_record` reads the directory, `comparison` lays out the figures, `figures` draws, and this file brings them together
+on one self-contained page.
+
+It does not know models, data sets, configuration classes or how any figure was measured.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from atp import figures
+from atp.comparison import (
+    comparison_rows,
+    comparison_table,
+    evaluated_models,
+    headlines,
+    lower_is_better,
+    metric_names,
+    model_label,
+    speed_ratio,
+)
+from atp.figures import Panel
+from atp.run_record import Curve, RunReport, number
+
+__all__ = ["RunReport", "comparison_table", "write_report"]
+
+_HEADS_PICTURED = 128  # units in a row; wider masks are pictured by the share kept in blocks
+_WIDTH_NAMES = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+_COSTS = (
+    ("Parameters", ("parameters", "dense"), ("parameters", "pruned"), "{:,.0f}"),
+    ("MACs per token", ("macs", "dense_per_token"), ("macs", "pruned_per_token"), "{:,.0f}"),
+    ("Prefill time", ("speed", "dense", "prefill_latency_ms"), ("speed", "pruned", "prefill_latency_ms"), "{:,.2f} ms"),
+    ("Decode time", ("speed", "dense", "decode_latency_ms"), ("speed", "pruned", "decode_latency_ms"), "{:,.2f} ms/token"),
+    ("Weights in memory", ("memory", "dense_weights_mib"), ("memory", "pruned_weights_mib"), "{:,.1f} MiB"),
+    ("Inference peak", ("memory", "dense_inference_peak_mib"), ("memory", "pruned_inference_peak_mib"), "{:,.1f} MiB"),
+    ("Files", ("files", "dense_mib"), ("files", "pruned_mib"), "{:,.1f} MiB"),
+)
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write `report.html` and the pictures under `figures/` into a run directory.
+
+    Args:
+        run_dir: Directory of a run whose evaluation has been written.
+
+    Returns:
+        Path of the page: one file with nothing loaded from outside it.
+
+    Raises:
+        ValueError: If `metrics.json` is missing or malformed; the message names the file and the key.
+    """
+    report = RunReport.load(run_dir)
+    panels = report_panels(report)
+    for name in ("masks", "training", "widths"):
+        for file_format in ("png", "svg"):
+            if panels[name]:
+                content = figures.file_bytes(panels[name], file_format, columns=2)
+                _replace_file(report.run_dir / "figures" / f"{name}.{file_format}", content)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("atp"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"svg": lambda panel: Markup(figures.inline_svg(panel)), "flat": _flat, "label": model_label}
+    page = environment.get_template("report.html.j2").render(
+        report=report,
+        metrics=report.metrics,
+        run=report.metrics.get("run") or {},
+        headlines=headlines(report.metrics),
+        models=evaluated_models(report.metrics),
+        rows=comparison_rows(report.metrics),
+        panels=panels,
+        layers=_layer_rows(report.metrics),
+        certainty=_certainty(report),
+        load_lines=_load_lines(report.run_dir),
+    )
+    path = report.run_dir / "report.html"
+    _replace_file(path, page.encode("utf-8"))
+    return path
+
+
+def report_panels(report: RunReport) -> dict[str, list[Panel]]:
+    """Make the charts of a run.
+
+    Args:
+        report: The run.
+
+    Returns:
+        Charts per part of the page: "widths", "masks", "training", "quality", "cost"; empty where data is missing.
+    """
+    return {
+        "widths": _width_panels(report.metrics),
+        "masks": [_mask_panel(kind, grid) for kind, grid in report.masks.items() if any(grid)],
+        "training": _training_panels(report),
+        "quality": _quality_panels(report.metrics),
+        "cost": _cost_panels(report.metrics),
+    }
+
+
+def _width_panels(metrics: Mapping[str, Any]) -> list[Panel]:
+    columns = _width_columns(metrics)
+    if not columns:
+        return []
+    heads, dense_heads = columns["num_attention_heads"]
+    groups, dense_groups = columns["num_key_value_heads"]
+    channels, dense_channels = columns["intermediate_size"]
+    dots = (groups, "KV heads kept") if dense_groups != dense_heads else (None, "")
+    return [
+        figures.widths_panel("width-heads", "Attention heads left in each layer", "query heads", heads, dense_heads, *dots),
+        figures.widths_panel("width-channels", "FFN channels left in each layer", "channels", channels, dense_channels),
+    ]
+
+
+def _width_columns(metrics: Mapping[str, Any]) -> dict[str, tuple[list[int], list[int]]]:
+    pruned, dense = metrics.get("widths") or [], metrics.get("dense_widths") or []
+    if not pruned or len(pruned) != len(dense):
+        return {}
+    return {key: ([int(w.get(key) or 0) for w in pruned], [int(w.get(key) or 0) for w in dense]) for key in _WIDTH_NAMES}
+
+
+def _layer_rows(metrics: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
+    """Per layer, the kept and the dense figure of each width."""
+    columns = _width_columns(metrics).values()
+    return [list(layer) for layer in zip(*(list(zip(kept, dense, strict=True)) for kept, dense in columns), strict=True)]
+
+
+def _mask_panel(kind: str, grid: list[list[int]]) -> Panel:
+    name, words = "mask-" + re.sub(r"\W+", "-", kind), kind.replace("_", " ")
+    if kind != "channels" and max(map(len, grid)) <= _HEADS_PICTURED:
+        return figures.mask_panel(name, f"Which {words} were kept", words, grid)
+    return figures.share_panel(name, f"Share of {words} kept", words, grid)
+
+
+def _training_panels(report: RunReport) -> list[Panel]:
+    def logged(columns: Mapping[str, str]) -> dict[str, Curve | None]:
+        return {label: report.curves.get(column) for label, column in columns.items()}
+
+    sparsity = {label: _times(100, curve) for label, curve in logged(
+        {"actual": "mask/sparsity", "target": "mask/target_sparsity"}
+    ).items()}
+    kept = {kind: _kept_percent(report, kind) for kind in ("heads", "channels")}
+    specs: list[tuple[str, str, dict[str, Curve | None], bool]] = [
+        ("Training loss", "loss", logged({"total": "train/loss", "task": "train/task_loss"}), False),
+        ("Sparsity against its target", "block parameters removed (%)", sparsity, True),
+        ("Heads and channels kept", "kept (% of dense)", kept, True),
+        ("Budget term of the loss", "budget loss", logged({"budget": "train/budget_loss"}), False),
+        ("Perplexity on validation data", "perplexity", logged({"validation": "val/perplexity"}), False),
+    ]
+    panels = []
+    for title, unit, candidates, percent in specs:
+        curves = {label: curve for label, curve in candidates.items() if curve and any(map(math.isfinite, curve[1]))}
+        if curves:
+            name = f"training-{len(panels)}"
+            panels.append(figures.curves_panel(name, title, unit, curves, report.phases, percent))
+    return panels
+
+
+def _kept_percent(report: RunReport, kind: str) -> Curve | None:
+    """Scale a logged count of kept units to percent; what was logged as a fraction is read as one."""
+    curve = report.curves.get(f"mask/{kind}_kept")
+    if curve is None:
+        return None
+    peak = max((value for value in curve[1] if math.isfinite(value)), default=0.0)
+    columns = _width_columns(report.metrics)
+    names = ("num_attention_heads", "num_key_value_heads") if kind == "heads" else ("intermediate_size",)
+    totals = [sum(map(len, report.masks.get(kind, []))), *(sum(columns[name][1]) for name in names if columns)]
+    total = 1.0 if peak <= 1.0 else next((t for t in totals if t >= peak), peak)
+    return _times(100 / total, curve)
+
+
+def _times(factor: float, curve: Curve | None) -> Curve | None:
+    return curve and (curve[0], [factor * value for value in curve[1]])
+
+
+def _quality_panels(metrics: Mapping[str, Any]) -> list[Panel]:
+    models = evaluated_models(metrics)
+    scores: dict[str, dict[str, float]] = {}
+    for metric in metric_names(metrics):
+        found = {model_label(model): number(metrics, "eval", model, metric) for model in models}
+        scores[metric] = {label: value for label, value in found.items() if value is not None}
+    fractions = {m: s for m, s in scores.items() if not lower_is_better(m) and all(0 <= v <= 1 for v in s.values())}
+    labels = [model_label(model) for model in models]
+    panels = []
+    if fractions:
+        unit = "score (higher is better)"
+        panels.append(figures.quality_panel("quality-tasks", "Task metrics on held-out data", unit, fractions, labels))
+    if scores.get("perplexity"):
+        chosen, unit = {"perplexity": scores["perplexity"]}, "perplexity (lower is better)"
+        panels.append(figures.quality_panel("quality-perplexity", "Perplexity on held-out data", unit, chosen, labels))
+    return panels
+
+
+def _cost_panels(metrics: Mapping[str, Any]) -> list[Panel]:
+    items = []
+    for label, dense_keys, pruned_keys, form in _COSTS:
+        dense, pruned = number(metrics, *dense_keys), number(metrics, *pruned_keys)
+        if dense and pruned is not None and math.isfinite(dense) and math.isfinite(pruned):
+            items.append((label, 100 * pruned / dense, f"{form.format(pruned)}, dense {form.format(dense)}"))
+    return [figures.relative_panel("cost", "What the pruned model costs", items)] if items else []
+
+
+def _certainty(report: RunReport) -> str:
+    """Say how decided the gates were, where the scores are probabilities."""
+    flat = [score for rows in report.scores.values() for row in rows for score in row]
+    if not flat or not all(0 <= score <= 1 for score in flat):
+        return ""
+    sure = sum(score < 0.1 or score > 0.9 for score in flat) / len(flat)
+    return f"{100 * sure:.1f}% of the {len(flat):,} gates ended with a keep probability below 0.1 or above 0.9."
+
+
+def _flat(mapping: Mapping[str, Any] | None, prefix: str = "") -> list[tuple[str, Any]]:
+    """List a nested object as (dotted key, value) without its empty values."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in (mapping or {}).items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            pairs.append((f"{prefix}{key}", f"{value:,}" if isinstance(value, int) and value >= 10_000 else value))
+    return pairs
+
+
+def _load_lines(run_dir: Path) -> str:
+    """Python that loads the exported model; empty if the run directory has none."""
+    pruned = run_dir / "pruned"
+    try:
+        own_code = "auto_map" in json.loads((pruned / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return ""
+    flag = ", trust_remote_code=True" if own_code else ""
+    where = json.dumps(os.path.relpath(pruned) if pruned.resolve().is_relative_to(Path.cwd()) else pruned.as_posix())
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += [f"model = AutoModelForCausalLM.from_pretrained({where}{flag})"]
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained({where})"]
+    return "\n".join(lines)
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

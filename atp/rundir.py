@@ -1,0 +1,122 @@
+"""The run directory: finding one, starting one, going on with one, and the results of finished stages.
+
+Everything a run leaves lies in one directory, written so that a kill at any moment loses at most the step in hand: each stage's result is
+a small JSON file, written under a temporary name and renamed. Knows files, nothing of what the stages do.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+log = logging.getLogger(__name__)
+
+RUNS = Path("runs")
+CONFIG = "config.json"
+METRICS = "metrics.json"
+
+# Settings that say where and how a run executes, not what it computes; they may differ when it goes on.
+_MAY_DIFFER = ("resume", "run_dir", "logger", "callbacks", "threads", "trainer.devices", "trainer.accelerator", "optimized_metric")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def find_run(name: str, run_name: str | None = None, root: Path = RUNS) -> Path:
+    """The run directory to go on with.
+
+    Args:
+        name: A directory, or ``last`` for the newest one.
+        run_name: With ``last``: look only at runs of this name.
+        root: Folder of all runs.
+
+    Raises:
+        ValueError: No such run.
+    """
+    if name != "last":
+        path = Path(name)
+        if not (path / CONFIG).is_file():
+            raise ValueError(f"resume={name}: not a run directory (it holds no {CONFIG}); give one that a run has printed, or 'last'")
+        return path
+    found = sorted(root.glob(f"{run_name or '*'}/*/{CONFIG}"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ValueError(f"resume=last: there is no run under {root / (run_name or '')}; start one without resume")
+    return found[-1].parent
+
+
+def saved_overrides(run_dir: Path) -> list[str]:
+    """The overrides that the run was started with."""
+    return list(json.loads((run_dir / CONFIG).read_text(encoding="utf-8"))["overrides"])
+
+
+class RunDirectory:
+    """One run's directory.
+
+    Args:
+        path: The directory; made if absent.
+        config: The resolved configuration as plain data.
+        overrides: The command line's overrides, kept for resuming.
+        resume: Whether the user asked to go on with it.
+
+    Raises:
+        ValueError: It holds another run (finished or not) and ``resume`` was not asked for, or its settings differ.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], overrides: list[str], *, resume: bool) -> None:
+        self.path = path
+        existing = path / CONFIG
+        if existing.is_file() and not resume:
+            state = "a finished run" if self.is_finished else "an unfinished run"
+            raise ValueError(
+                f"run_dir={path} already holds {state}; choose another run_dir"
+                + ("" if self.is_finished else f", or go on with it: resume={path}")
+            )
+        if existing.is_file():
+            saved = json.loads(existing.read_text(encoding="utf-8"))["config"]
+            changed = _differences(saved, config)
+            if changed:
+                raise ValueError(f"resume={path}: settings differ from the run's own ({'; '.join(changed[:4])}); leave them out or start anew")
+        else:
+            write_json(existing, {"overrides": overrides, "config": config})
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has written its metrics."""
+        return (self.path / METRICS).is_file()
+
+    def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Result of a stage: from its file if it finished before, else by doing the work now."""
+        path = self.path / "stages" / f"{name}.json"
+        if path.is_file():
+            log.info("%s: done before, taken from %s", name, path)
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        result = work()
+        write_json(path, result)
+        return result
+
+    def checkpoint(self, name: str) -> Path:
+        """Where the training called ``name`` keeps its state."""
+        return self.path / "checkpoints" / f"{name}.ckpt"
+
+
+def _differences(saved: Any, now: Any, prefix: str = "") -> list[str]:
+    if prefix in _MAY_DIFFER:
+        return []
+    if isinstance(saved, dict) and isinstance(now, dict):
+        keys = sorted(set(saved) | set(now))
+        return [
+            line
+            for key in keys
+            for line in _differences(saved.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    return [] if saved == now else [f"{prefix}: was {saved!r}, now {now!r}"]

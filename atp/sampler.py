@@ -1,0 +1,121 @@
+"""From scores to masks: how logits become gates between zero and one.
+
+Sits between the generator, which makes one logit per unit, and the masked model, which multiplies by the gates. A sampler draws
+differentiable noisy masks for training, states how likely each unit is kept, and gives the noise-free mask for validation. It knows
+neither units' costs nor where masks act.
+
+Random numbers come from torch's global generator, which the training step seeds from (seed, step).
+
+Shape suffixes: U units.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class Sampler(nn.Module, ABC):
+    """Base of all samplers.
+
+    Args:
+        temperature: Sharpness of the relaxation; lower is closer to 0/1. May be changed while training.
+        offset: Added to every logit, so that a generator whose output starts near zero starts with (almost) everything kept.
+    """
+
+    def __init__(self, temperature: float, offset: float) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"prune.sampler.temperature is {temperature}; it must be positive")
+        self.temperature = temperature
+        self.offset = offset
+
+    @abstractmethod
+    def forward(self, logits_U: Tensor) -> Tensor:
+        """Noisy masks [U] in [0, 1], differentiable in ``logits_U``."""
+
+    @abstractmethod
+    def keep_probability(self, logits_U: Tensor) -> Tensor:
+        """P(mask > 0) of each unit, [U], differentiable."""
+
+    @abstractmethod
+    def deterministic(self, logits_U: Tensor) -> Tensor:
+        """Noise-free masks [U] in [0, 1]."""
+
+
+class HardConcrete(Sampler):
+    """Hard concrete gates (Louizos et al. 2018, eq. 10-12; used by Compresso, section 2.1 of the methods note).
+
+    ``s = sigmoid((log u - log(1 - u) + log_alpha) / T)``, stretched to (lower, upper) and clamped to [0, 1].
+
+    Args:
+        temperature: T; 2/3 in the literature.
+        offset: Start of log_alpha when the generator's output is zero.
+        lower: Lower stretch limit, below zero.
+        upper: Upper stretch limit, above one.
+    """
+
+    def __init__(
+        self, temperature: float = 2 / 3, offset: float = 3.0, lower: float = -0.1, upper: float = 1.1
+    ) -> None:
+        super().__init__(temperature, offset)
+        if not lower < 0.0 < 1.0 < upper:
+            raise ValueError(f"prune.sampler limits are ({lower}, {upper}); they must enclose [0, 1]")
+        self.lower = lower
+        self.upper = upper
+
+    def _stretch(self, s_U: Tensor) -> Tensor:
+        return (s_U * (self.upper - self.lower) + self.lower).clamp(0.0, 1.0)
+
+    def forward(self, logits_U: Tensor) -> Tensor:
+        """Noisy gates [U]; exactly 0 and exactly 1 have positive probability."""
+        u_U = torch.rand_like(logits_U).clamp(1e-6, 1 - 1e-6)
+        noise_U = u_U.log() - (-u_U).log1p()
+        return self._stretch(torch.sigmoid((noise_U + logits_U + self.offset) / self.temperature))
+
+    def keep_probability(self, logits_U: Tensor) -> Tensor:
+        """P(z > 0) = sigmoid(log_alpha - T log(-lower / upper)), [U]."""
+        shift = self.temperature * math.log(-self.lower / self.upper)
+        return torch.sigmoid(logits_U + self.offset - shift)
+
+    def deterministic(self, logits_U: Tensor) -> Tensor:
+        """Gate at the median of the noise, [U]."""
+        return self._stretch(torch.sigmoid((logits_U + self.offset) / self.temperature))
+
+
+class GumbelSigmoid(Sampler):
+    """Straight-through Gumbel-sigmoid with one Gumbel draw (ATP and DISP-LLM; section 1.2 of the methods note).
+
+    ``o = sigmoid((z + g + b) / T)`` with ``g = -log(-log u)``; the mask is 1 where o >= 0.5 and its gradient is o's. The noise is
+    asymmetric: P(keep) = 1 - exp(-exp(z + b)), so a unit is surely pruned only far below zero.
+
+    Args:
+        temperature: T; 0.4 in ATP.
+        offset: b; 3 in ATP.
+    """
+
+    def __init__(self, temperature: float = 0.4, offset: float = 3.0) -> None:
+        super().__init__(temperature, offset)
+
+    def soft(self, logits_U: Tensor) -> Tensor:
+        """The relaxed gate o [U] of one draw."""
+        u_U = torch.rand_like(logits_U).clamp(1e-10, 1 - 1e-7)
+        gumbel_U = -(-u_U.log()).log()
+        return torch.sigmoid((logits_U + gumbel_U + self.offset) / self.temperature)
+
+    def forward(self, logits_U: Tensor) -> Tensor:
+        """0/1 masks [U] with the relaxed gate's gradient."""
+        soft_U = self.soft(logits_U)
+        hard_U = (soft_U >= 0.5).to(soft_U.dtype)
+        return hard_U + (soft_U - soft_U.detach())
+
+    def keep_probability(self, logits_U: Tensor) -> Tensor:
+        """1 - exp(-exp(z + b)), [U]."""
+        return -torch.expm1(-torch.exp((logits_U + self.offset).clamp(max=20.0)))
+
+    def deterministic(self, logits_U: Tensor) -> Tensor:
+        """1 where keeping is at least as likely as not, [U]."""
+        return (self.keep_probability(logits_U) >= 0.5).to(logits_U.dtype)
