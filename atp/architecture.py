@@ -9,8 +9,13 @@ LoRA or files. Torch and transformers are imported on first use, so importing th
 from __future__ import annotations
 
 import copy
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +24,7 @@ if TYPE_CHECKING:
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PER_LAYER_PREFIX = "atp_"
+_REGISTRY = "transformers.models.auto.configuration_auto"
 
 # Keys of a saved config that describe where it came from or how it was stored, not the architecture.
 _NOT_ARCHITECTURE = (
@@ -30,8 +36,9 @@ _NOT_ARCHITECTURE = (
     "quantization_config",
     "_name_or_path",
 )
-# Llama keys that MistralConfig does not have; the biases are known to be off by the time they are dropped.
-_LLAMA_ONLY = ("attention_bias", "mlp_bias", "pretraining_tp")
+# Llama keys that mean nothing to Mistral; the biases are known to be off by the time they are dropped, and a Mistral
+# config with layer_types is read as another architecture.
+_LLAMA_ONLY = ("attention_bias", "mlp_bias", "pretraining_tp", "layer_types")
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class LayerWidths:
     Attributes:
         num_attention_heads: Query heads; 0 together with no KV heads means the layer has no attention.
         num_key_value_heads: KV heads; divides num_attention_heads.
-        head_dim: Size of one head.
+        head_dim: Size of one head; stored as 0 where the layer has none.
         intermediate_size: FFN channels; 0 means the layer has no FFN.
     """
 
@@ -52,13 +59,15 @@ class LayerWidths:
 
     def __post_init__(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if min(heads, kv_heads, self.intermediate_size) < 0 or self.head_dim < 1:
-            raise ValueError(f"widths must not be negative and head_dim must be positive, got {self}")
+        if min(heads, kv_heads, self.head_dim, self.intermediate_size) < 0 or (heads and not self.head_dim):
+            raise ValueError(f"widths must not be negative, and heads need a positive head_dim, got {self}")
         if (heads == 0) != (kv_heads == 0) or (kv_heads and heads % kv_heads):
             raise ValueError(
                 f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}: "
                 "every KV head must keep the same number of query heads, or both counts must be 0"
             )
+        if not heads:
+            object.__setattr__(self, "head_dim", 0)
 
     @property
     def has_attention(self) -> bool:
@@ -104,7 +113,7 @@ def layer_widths(config: PreTrainedConfig) -> list[LayerWidths]:
         config: A dense or pruned config of a supported family.
 
     Returns:
-        One entry per layer; an attention-free layer reports the head_dim of the model.
+        One entry per layer.
 
     Raises:
         ValueError: If the model type is not supported.
@@ -114,12 +123,11 @@ def layer_widths(config: PreTrainedConfig) -> list[LayerWidths]:
     for layer in config.per_layer_config:
         skip = getattr(layer, "skip", ())
         has_attention = "attention" not in skip
-        head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
         widths.append(
             LayerWidths(
                 num_attention_heads=layer.num_attention_heads if has_attention else 0,
                 num_key_value_heads=layer.num_key_value_heads if has_attention else 0,
-                head_dim=head_dim,
+                head_dim=_head_dim(vars(layer)) if has_attention else 0,
                 intermediate_size=0 if "mlp" in skip else layer.intermediate_size,
             )
         )
@@ -149,8 +157,8 @@ def pruned_config(base_config: PreTrainedConfig, widths: Sequence[LayerWidths]) 
     if list(widths) == dense:
         return copy.deepcopy(base_config)
     fields = {key: value for key, value in base_config.to_dict().items() if key not in _NOT_ARCHITECTURE}
-    # Mistral and Llama read head_dim where it is given; Qwen2 has no such field but its attention honours it.
-    fields["head_dim"] = widths[0].head_dim
+    # Explicit, as it no longer follows from the head count. Qwen2 has no such field, but its attention honours it.
+    fields["head_dim"] = _head_dim(fields)
     first = widths[0]
     if first.has_attention and first.has_mlp and all(layer == first for layer in widths):
         stock = _stock_config(base_family, fields, first)
@@ -192,12 +200,17 @@ def build_model(
     return model.eval()
 
 
+def _head_dim(fields: Mapping[str, Any]) -> int:
+    """Head size from a config's values: its own field, or what the model classes derive where there is none."""
+    return fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
+
+
 def _check_widths(dense: Sequence[LayerWidths], widths: Sequence[LayerWidths]) -> None:
     """Raises ValueError unless `widths` can be cut out of a model of widths `dense`."""
     if len(widths) != len(dense):
         raise ValueError(f"got widths for {len(widths)} layers, but the base model has {len(dense)}")
     for index, (full, kept) in enumerate(zip(dense, widths, strict=True)):
-        if kept.head_dim != full.head_dim:
+        if kept.has_attention and kept.head_dim != full.head_dim:
             raise ValueError(
                 f"layer {index}: head_dim={kept.head_dim} differs from the base model's {full.head_dim}; "
                 "whole heads can be removed, dimensions inside a head cannot, as rotary frequencies depend on them"
@@ -244,7 +257,67 @@ def _per_layer_config(base_family: str, fields: Mapping[str, Any], widths: Seque
         if skip := [name for name, present in absent if not present]:
             overrides["skip"] = skip
         per_layer[index] = overrides
-    classes = {
-        model_class.config_class.model_type: model_class.config_class for model_class in modeling_atp.MODEL_CLASSES
-    }
-    return classes[PER_LAYER_PREFIX + base_family](**fields, per_layer_config=per_layer)
+    return modeling_atp.CONFIG_CLASSES[PER_LAYER_PREFIX + base_family](**{**fields, "per_layer_config": per_layer})
+
+
+def register_on_demand() -> None:
+    """Makes transformers' Auto classes load per-layer models without `trust_remote_code`, importing nothing now.
+
+    Placeholders stand in for the config classes as soon as transformers' registry is imported, by whomever; the first
+    use of one imports modeling_atp, which registers the real classes. (Importing them right away would make
+    `import atp` take seconds, and registering them while transformers is being imported runs into its import cycles.)
+    """
+    if _REGISTRY in sys.modules:
+        _register_placeholders(sys.modules[_REGISTRY])
+    elif not any(isinstance(finder, _RegistryImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegistryImport())
+
+
+class _RegistryImport(importlib.abc.MetaPathFinder):
+    """Import hook, used once: adds the placeholders when transformers' registry of configs has been executed."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _REGISTRY:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_then_register(module: ModuleType) -> None:
+                execute(module)
+                _register_placeholders(module)
+
+            spec.loader.exec_module = execute_then_register  # type: ignore[method-assign]
+        return spec
+
+
+class _Placeholder:
+    """Stands in for a per-layer config class until it is used."""
+
+    model_type: str
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.resolve()(*args, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Makes a config of the real class, as AutoConfig asks of a config class."""
+        return cls.resolve().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def resolve(cls) -> type[PreTrainedConfig]:
+        """Registers the real classes in place of the placeholders and returns the one for this model type."""
+        from atp import modeling_atp
+
+        modeling_atp.register()
+        return modeling_atp.CONFIG_CLASSES[cls.model_type]
+
+
+def _register_placeholders(registry: ModuleType) -> None:
+    if "atp.modeling_atp" in sys.modules:
+        return
+    for name in FAMILIES:
+        model_type = PER_LAYER_PREFIX + name
+        placeholder = type(f"Placeholder_{model_type}", (_Placeholder,), {"model_type": model_type})
+        registry.AutoConfig.register(model_type, placeholder, exist_ok=True)

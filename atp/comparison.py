@@ -89,7 +89,11 @@ def comparison_table(metrics: Mapping[str, Any]) -> Table:
     name = clean(str((metrics.get("run") or {}).get("name") or "this run"))
     table = _EncodableTable(
         title=Text(f"{name}: pruned against dense"),
-        caption=Text("recovery: quality kept in % of dense + LoRA (same data and steps); vs dense: pruned vs dense base"),
+        caption=Text(
+            "; ".join(
+                ["recovery: pruned in % of dense + LoRA", "vs dense: pruned vs dense base", *_speed_note(metrics)]
+            )
+        ),
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
@@ -125,7 +129,9 @@ def headlines(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     blocks, target, whole = (number(metrics, "sparsity", key) for key in ("blocks", "target", "model"))
     if blocks is not None:
         goal = [] if target is None else [f"target {_percent(target)}"]
-        found.append(("block sparsity", _percent(blocks), "; ".join([*goal, "of the decoder blocks' parameters removed"])))
+        found.append(
+            ("block sparsity", _percent(blocks), "; ".join([*goal, "of the decoder blocks' parameters removed"]))
+        )
     dense, pruned = number(metrics, "parameters", "dense"), number(metrics, "parameters", "pruned")
     if pruned is not None:
         share = "" if whole is None else f", {_percent(whole)} fewer"
@@ -142,7 +148,8 @@ def headlines(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for kind in ("prefill", "decode"):
         ratio = speed_ratio(metrics, kind)
         if ratio is not None:
-            found.append((f"{kind} speed", f"{ratio:.2f}x", "the dense base's"))
+            remark = "; measured as noted below" if _speed_note(metrics) else ""
+            found.append((f"{kind} speed", f"{ratio:.2f}x", f"relative to the dense base{remark}"))
     return found
 
 
@@ -213,6 +220,11 @@ def speed_ratio(metrics: Mapping[str, Any], kind: str) -> float | None:
     return dense / pruned if ratio is None and dense and pruned else ratio
 
 
+def _speed_note(metrics: Mapping[str, Any]) -> list[str]:
+    note = (metrics.get("speed") or {}).get("note")
+    return [f"speed: {clean(note)}"] if note else []
+
+
 class _EncodableTable(Table):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for part in super().__rich_console__(console, options):
@@ -228,7 +240,9 @@ def _encodable(text: str, encoding: str) -> str:
 def _size_rows(metrics: Mapping[str, Any]) -> list[Row]:
     rows = []
     for label, suffix in (("parameters", ""), ("decoder-block parameters", "_blocks")):
-        rows.append(_pair(label, [number(metrics, "parameters", f"{model}{suffix}") for model in ("dense", "pruned")], _count))
+        rows.append(
+            _pair(label, [number(metrics, "parameters", f"{model}{suffix}") for model in ("dense", "pruned")], _count)
+        )
     target = number(metrics, "sparsity", "target")
     goal = "" if target is None else f", target {_percent(target)}"
     for label, key in ((f"block sparsity{goal}", "blocks"), ("whole-model sparsity", "model")):
@@ -248,7 +262,10 @@ def _quality_rows(metrics: Mapping[str, Any]) -> list[Row]:
         scores = {model: number(metrics, "eval", model, metric) for model in evaluated_models(metrics)}
         cells = {model: _figure(score) for model, score in scores.items() if score is not None}
         rows.append(Row(label, cells, "" if kept is None else f"{kept:.1f}%"))
-    for label, key in (("mean recovery of dense + LoRA", "recovery"), ("mean recovery of dense base", "recovery_vs_dense")):
+    for label, key in (
+        ("mean recovery of dense + LoRA", "recovery"),
+        ("mean recovery of dense base", "recovery_vs_dense"),
+    ):
         mean = number(metrics, key, "mean")
         if mean is not None:
             rows.append(Row(label, {}, f"{mean:.1f}%"))
@@ -264,7 +281,10 @@ def _cost_rows(metrics: Mapping[str, Any]) -> list[Row]:
         rows.append(Row(label, row.cells, "" if ratio is None else f"{ratio:.2f}x speed"))
     rates = [number(metrics, "speed", model, "prefill_tokens_per_s") for model in both]
     rows.append(_pair("prefill (tokens/s)", rates, lambda rate: f"{rate:,.0f}"))
-    for label, key in (("weights in memory (MiB)", "weights_mib"), ("peak memory, inference (MiB)", "inference_peak_mib")):
+    for label, key in (
+        ("weights in memory (MiB)", "weights_mib"),
+        ("peak memory, inference (MiB)", "inference_peak_mib"),
+    ):
         rows.append(_pair(label, [number(metrics, "memory", f"{model}_{key}") for model in both], _decimal))
     peak = number(metrics, "memory", "train_peak_mib")
     rows.append(Row("peak memory, training (MiB)", {} if peak is None else {"pruned": _decimal(peak)}))

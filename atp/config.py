@@ -124,7 +124,6 @@ class TrainerConfig:
     precision: str = option("32-true", "32-true, bf16-mixed or bf16-true")
     gradient_clip_val: float | None = option(1.0, "clip the gradient norm; null for none")
     accelerator: str = option("auto", "auto, cpu or gpu")
-    devices: int = option(1, "devices")
     val_checks: int = option(4, "validations spread over the run; 0 for none")
     log_every_n_steps: int = option(10, "steps between logged points")
     checkpoint_every_n_steps: int = option(50, "steps between checkpoints (Ctrl-C also writes one)")

@@ -42,9 +42,9 @@ def encode(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int, 
 class BatchOrder:
     """Which examples each batch holds: a function of the seed and the batch's index.
 
-    Every pass over the data has an order of its own. Within a pass, stretches of 50 batches are sorted by length and cut
-    into batches, which are then shuffled: batches hold examples of similar length, so little of them is padding. The
-    last batch of a pass may be short.
+    Every pass over the data has an order of its own. Within a pass, stretches of 50 batches are sorted by length and
+    cut into batches, which are then shuffled: batches hold examples of similar length, so little of them is padding.
+    One batch of a pass may be short.
 
     Args:
         lengths: Tokens of each example.
@@ -173,8 +173,8 @@ class ResumableLoader:
 class PruningDataModule(lightning.LightningDataModule):
     """Batches of one data set for one run.
 
-    Batches are dicts of int64 tensors [B, T]: ``input_ids`` and ``attention_mask``, padded on the right to the longest of
-    the batch, and unshifted ``labels`` with -100 where nothing is learnt.
+    Batches are dicts of int64 tensors [B, T]: ``input_ids`` and ``attention_mask``, padded on the right to the longest
+    of the batch, and unshifted ``labels`` with -100 where nothing is learnt.
 
     Args:
         splits: Records to train on and to validate on.
@@ -248,6 +248,8 @@ class PruningDataModule(lightning.LightningDataModule):
         validation = [example for found in self.encoder.encode(records, self.loss_on) for example in found]
         validation = validation[: self.max_validation_examples]
         self._train = [example for example in train if example.loss_tokens > 0]
+        if not self._train:
+            raise ValueError(f"no record of {self.splits.name!r} holds a token to learn: all are a single token long")
         self._validation = sorted(
             (example for example in validation if example.loss_tokens > 0), key=lambda example: len(example.input_ids)
         )
@@ -278,9 +280,9 @@ class PruningDataModule(lightning.LightningDataModule):
         """Return counts that describe the data as the model sees it.
 
         Returns:
-            ``records`` and ``examples`` per split; training ``tokens``, ``loss_tokens``, ``length`` percentiles (50, 90,
-            100) and ``truncated`` counts; ``passes`` over the training data; ``padding``, the share of positions in the
-            first pass that are padding.
+            ``records`` and ``examples`` per split; training ``tokens``, ``loss_tokens``, ``length`` percentiles (50,
+            90, 100) and ``truncated`` counts; ``passes`` over the training data; ``padding``, the share of positions in
+            the first pass that are padding.
         """
         self.setup()
         lengths = np.array([len(example.input_ids) for example in self._train])
@@ -300,7 +302,8 @@ class PruningDataModule(lightning.LightningDataModule):
 
     def _batches_trained(self) -> int:
         assert self.trainer is not None
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.current.processed)
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(progress.processed)
 
 
 class FixedBatches:

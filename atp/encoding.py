@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from atp.records import ChoiceRecord, Record, TextRecord
+from atp.records import ChoiceRecord, CompletionRecord, Record, TextRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ class Example:
 
     @property
     def labels(self) -> np.ndarray:
-        """Return the ids with the given ones replaced by :data:`IGNORED`, int64 [T]; unshifted, as transformers takes."""
+        """Return the unshifted ids, int64 [T], with the given ones replaced by :data:`IGNORED`."""
         labels = self.input_ids.astype(np.int64)
         labels[: self.context] = IGNORED
         return labels
@@ -168,27 +168,46 @@ class Encoder:
                 f"data.loss_on='completion', but {len(texts)} records are running text and have none, e.g. "
                 f"{texts[0].text[:40]!r}; use data.loss_on=auto"
             )
-        choices = [record for record in records if isinstance(record, ChoiceRecord)]
-        pairs = [record for record in records if not isinstance(record, TextRecord | ChoiceRecord)]
         windows = (self._windows(ids, record.text) for ids, record in zip(self._texts(texts), texts, strict=True))
-        options = iter(self.choices(choices))
-        split = iter(self._pairs([record.prompt for record in pairs], [record.completion for record in pairs]))
+        prompted = [record for record in records if not isinstance(record, TextRecord)]
+        answers = [_answer(record) for record in prompted]
+        pairs = self._pairs([record.prompt for record in prompted], answers)
+        fitted = iter(self._fitted(prompted, pairs, answers))
         for record in records:
             if isinstance(record, TextRecord):
                 yield next(windows)
                 continue
-            if isinstance(record, ChoiceRecord):
-                option, label = next(options), record.label
-                prompt, continuation = option.prompt, option.continuations[label]
-                text_bytes = option.text_bytes[label]
+            prompt, continuation, text_bytes = next(fitted)
+            if loss_on == "all":
+                text_bytes += self._bytes(prompt[len(self._bos) :])
+            ids = np.array(prompt + continuation, dtype=np.int32)
+            yield [Example(ids, 0 if loss_on == "all" else len(prompt), text_bytes)]
+
+    def _fitted(
+        self,
+        records: Sequence[CompletionRecord | ChoiceRecord],
+        pairs: Sequence[tuple[list[int], list[int]]],
+        answers: Sequence[str],
+    ) -> Iterator[tuple[list[int], list[int], int]]:
+        """Yield prompt, closed answer and its bytes; a choice's prompt makes room for the longest of its choices."""
+        crowded = [self._may_be_crowded(record, len(ids)) for record, (ids, _) in zip(records, pairs, strict=True)]
+        tight = [record for record, flag in zip(records, crowded, strict=True) if flag]
+        options = iter(self.choices([record for record in tight if isinstance(record, ChoiceRecord)]))
+        for record, flag, (prompt, continuation), answer in zip(records, crowded, pairs, answers, strict=True):
+            if flag and isinstance(record, ChoiceRecord):
+                option = next(options)
+                yield option.prompt, option.continuations[record.label], option.text_bytes[record.label]
             else:
-                ids, continuation = next(split)
-                fitted = self._fit(ids, len(continuation))
-                continuation, _, text_bytes = self._close(fitted, continuation, record.completion)
-                prompt = self._bos + fitted
-            learnt = 0 if loss_on == "all" else len(prompt)
-            text_bytes += len(self.tokenizer.decode(prompt[len(self._bos) :]).encode()) if loss_on == "all" else 0
-            yield [Example(np.array(prompt + continuation, dtype=np.int32), learnt, text_bytes)]
+                fitted = self._fit(prompt, len(continuation))
+                closed, _, text_bytes = self._close(fitted, continuation, answer)
+                yield self._bos + fitted, closed, text_bytes
+
+    def _may_be_crowded(self, record: CompletionRecord | ChoiceRecord, prompt: int) -> bool:
+        """Whether some choice might not fit. A token spells at least a byte, so most often no choice is tokenised."""
+        if not isinstance(record, ChoiceRecord):
+            return False
+        longest = max(len(choice.encode()) for choice in record.choices) + 1
+        return len(self._bos) + prompt + longest + len(self._eos) > self.max_length
 
     def _windows(self, ids: list[int], text: str) -> list[Example]:
         """Cut running text; ``ids`` holds its end of sequence."""
@@ -219,7 +238,7 @@ class Encoder:
         if len(ids) + len(self._eos) <= room:
             return ids + self._eos, True, len(text.encode())
         self.truncated["completions"] += 1
-        return ids[:room], False, len(self.tokenizer.decode(ids[:room]).encode())
+        return ids[:room], False, self._bytes(ids[:room])
 
     def _pairs(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """Tokenise prompts and what follows them, with the boundary where generation has it."""
@@ -237,11 +256,18 @@ class Encoder:
     def _texts(self, records: Sequence[TextRecord]) -> list[list[int]]:
         return [ids + self._eos for ids in self._ids([record.text for record in records])]
 
+    def _bytes(self, ids: list[int]) -> int:
+        return len(str(self.tokenizer.decode(ids)).encode())
+
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
         encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return encoded["input_ids"]
+
+
+def _answer(record: CompletionRecord | ChoiceRecord) -> str:
+    return record.choices[record.label] if isinstance(record, ChoiceRecord) else record.completion
 
 
 def pad(examples: Sequence[Example], pad_id: int) -> dict[str, np.ndarray]:

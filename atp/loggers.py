@@ -6,6 +6,7 @@ never asks for anything. Sits beside callbacks; knows nothing of what is logged.
 
 from __future__ import annotations
 
+import csv
 import logging
 import netrc
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,33 @@ def wandb_logger(save_dir: str, *, name: str | None = None, offline: bool | None
     os.environ.setdefault("WANDB_SILENT", "true")
     Path(save_dir).mkdir(parents=True, exist_ok=True)
     return WandbLogger(save_dir=save_dir, name=name, offline=offline, log_model=False, **options)
+
+
+def csv_logger(folder: Path) -> CSVLogger:
+    """A CSV logger that writes beside what an interrupted fit has left in ``folder``, never over it."""
+    parts = len(list(folder.glob("part_*")))
+    return CSVLogger(save_dir=str(folder), name="", version=f"part_{parts}", flush_logs_every_n_steps=20)
+
+
+def merge_csv(folder: Path, target: Path) -> None:
+    """Join the parts of a fit in order; where a resumed part repeats steps, the later part counts."""
+    rows: list[dict[str, str]] = []
+    columns: list[str] = []
+    for part in sorted(folder.glob("part_*/metrics.csv"), key=lambda p: int(p.parent.name.removeprefix("part_"))):
+        with part.open(newline="", encoding="utf-8") as file:
+            new = list(csv.DictReader(file))
+        if new:
+            first = min(int(row["step"]) for row in new)
+            rows = [row for row in rows if int(row["step"]) < first] + new
+            columns += [name for name in new[0] if name not in columns]
+    if not rows:
+        return
+    temporary = target.with_name(target.name + ".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, target)
 
 
 def close_loggers(loggers: Sequence[Logger]) -> None:

@@ -161,3 +161,11 @@ def merged_state(peft_model: PeftModel) -> dict[str, Tensor]:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that train, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def merge_in_place(peft_model: nn.Module) -> PreTrainedModel:
+    """Merge the adapters into the base model and return it; the PEFT model is used up."""
+    assert isinstance(peft_model, PeftModel)
+    merged = peft_model.merge_and_unload()
+    assert isinstance(merged, PreTrainedModel)
+    return merged

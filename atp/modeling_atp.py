@@ -10,7 +10,8 @@ Shape suffixes: B batch, T tokens, D hidden.
 """
 
 import copy
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,10 +33,10 @@ class PerLayerConfigMixin:
     """Replaces the checks of a stock config that read one width for all layers."""
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
         self.validate()
 
-    def validate(self) -> None:
+    def validate(self: Any) -> None:
         """Runs the checks of the stock config, on the layers where they concern widths.
 
         Raises:
@@ -46,7 +47,7 @@ class PerLayerConfigMixin:
         self.validate_rope()
         self.validate_architecture()
 
-    def validate_architecture(self) -> None:
+    def validate_architecture(self: Any) -> None:
         """Checks that each layer's widths can be built.
 
         Raises:
@@ -87,7 +88,7 @@ class NoHeads(nn.Module):
         """Returns a zero that broadcasts over hidden_states (B, T, D), and no attention weights."""
         if past_key_values is not None:
             batch, tokens = hidden_states.shape[:2]
-            layers = past_key_values.layers
+            layers: list[Any] = past_key_values.layers
             # A static cache may have allocated this layer already, from the config's head counts.
             kept = layers[self.layer_idx].keys if self.layer_idx < len(layers) else None
             heads, dims = (1, 1) if kept is None else (kept.shape[1], kept.shape[3])
@@ -121,7 +122,7 @@ def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, layer_id
         layer_config.num_attention_heads = layer_config.num_key_value_heads = 1
     if MLP in skip:
         layer_config.intermediate_size = 1
-    layer = layer_class(layer_config, layer_idx)
+    layer: Any = layer_class(layer_config, layer_idx)
     # The forward pass reads the attention kernel from here: it must follow the model's setting, not a copy of it.
     layer.self_attn.config = config
     if ATTENTION in skip:
@@ -133,10 +134,13 @@ def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, layer_id
     return layer
 
 
-class PerLayerCausalLMMixin:
+class PerLayerCausalLMMixin(nn.Module):
     """Builds a stock causal language model without layers, then adds layers of different widths."""
 
-    layer_class: ClassVar[type[nn.Module]]
+    config_class: Any
+    layer_class: type[nn.Module]
+    model: Any
+    post_init: Callable[[], None]
 
     def __init__(self, config: PreTrainedConfig) -> None:
         shell = copy.copy(config)
@@ -144,7 +148,8 @@ class PerLayerCausalLMMixin:
         shell.num_hidden_layers = 0
         super().__init__(shell)
         config._attn_implementation = shell._attn_implementation
-        self.config = self.model.config = config
+        for part in (self, self.model):
+            part.config = config
         self.model.layers = nn.ModuleList(
             build_layer(self.layer_class, config, index) for index in range(config.num_hidden_layers)
         )
@@ -209,6 +214,9 @@ MODEL_CLASSES: tuple[type[PerLayerCausalLMMixin], ...] = (
     AtpQwen2ForCausalLM,
     AtpQwen3ForCausalLM,
 )
+CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {
+    model_class.config_class.model_type: model_class.config_class for model_class in MODEL_CLASSES
+}
 
 
 def register() -> None:

@@ -1,8 +1,8 @@
 """What a finished run has to show: `report.html` and pictures in its directory, and the table on the terminal.
 
 Last station of the flow. A run directory is the only input, so a report can be made again at any time, on any machine:
-`run_record` reads the directory, `comparison` lays out the figures, `figures` draws, and this file brings them together
-on one self-contained page.
+`run_record` reads the directory, `comparison` lays out the figures, `figures` makes the charts, and this file brings
+them together on one self-contained page.
 
 It does not know models, data sets, configuration classes or how any figure was measured.
 """
@@ -11,14 +11,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from atp import figures
+from atp import figures, panel
 from atp.comparison import (
     comparison_rows,
     comparison_table,
@@ -27,9 +27,8 @@ from atp.comparison import (
     lower_is_better,
     metric_names,
     model_label,
-    speed_ratio,
 )
-from atp.figures import Panel
+from atp.panel import Panel
 from atp.run_record import Curve, RunReport, number
 
 __all__ = ["RunReport", "comparison_table", "write_report"]
@@ -40,7 +39,12 @@ _COSTS = (
     ("Parameters", ("parameters", "dense"), ("parameters", "pruned"), "{:,.0f}"),
     ("MACs per token", ("macs", "dense_per_token"), ("macs", "pruned_per_token"), "{:,.0f}"),
     ("Prefill time", ("speed", "dense", "prefill_latency_ms"), ("speed", "pruned", "prefill_latency_ms"), "{:,.2f} ms"),
-    ("Decode time", ("speed", "dense", "decode_latency_ms"), ("speed", "pruned", "decode_latency_ms"), "{:,.2f} ms/token"),
+    (
+        "Decode time",
+        ("speed", "dense", "decode_latency_ms"),
+        ("speed", "pruned", "decode_latency_ms"),
+        "{:,.2f} ms/token",
+    ),
     ("Weights in memory", ("memory", "dense_weights_mib"), ("memory", "pruned_weights_mib"), "{:,.1f} MiB"),
     ("Inference peak", ("memory", "dense_inference_peak_mib"), ("memory", "pruned_inference_peak_mib"), "{:,.1f} MiB"),
     ("Files", ("files", "dense_mib"), ("files", "pruned_mib"), "{:,.1f} MiB"),
@@ -64,16 +68,16 @@ def write_report(run_dir: Path | str) -> Path:
     for name in ("masks", "training", "widths"):
         for file_format in ("png", "svg"):
             if panels[name]:
-                content = figures.file_bytes(panels[name], file_format, columns=2)
+                content = panel.file_bytes(panels[name], file_format, columns=2)
                 _replace_file(report.run_dir / "figures" / f"{name}.{file_format}", content)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("atp"),
         autoescape=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=jinja2.ChainableUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"svg": lambda panel: Markup(figures.inline_svg(panel)), "flat": _flat, "label": model_label}
+    environment.filters |= {"svg": lambda chart: Markup(panel.inline_svg(chart)), "flat": _flat, "label": model_label}
     page = environment.get_template("report.html.j2").render(
         report=report,
         metrics=report.metrics,
@@ -118,7 +122,9 @@ def _width_panels(metrics: Mapping[str, Any]) -> list[Panel]:
     channels, dense_channels = columns["intermediate_size"]
     dots = (groups, "KV heads kept") if dense_groups != dense_heads else (None, "")
     return [
-        figures.widths_panel("width-heads", "Attention heads left in each layer", "query heads", heads, dense_heads, *dots),
+        figures.widths_panel(
+            "width-heads", "Attention heads left in each layer", "query heads", heads, dense_heads, *dots
+        ),
         figures.widths_panel("width-channels", "FFN channels left in each layer", "channels", channels, dense_channels),
     ]
 
@@ -127,13 +133,17 @@ def _width_columns(metrics: Mapping[str, Any]) -> dict[str, tuple[list[int], lis
     pruned, dense = metrics.get("widths") or [], metrics.get("dense_widths") or []
     if not pruned or len(pruned) != len(dense):
         return {}
-    return {key: ([int(w.get(key) or 0) for w in pruned], [int(w.get(key) or 0) for w in dense]) for key in _WIDTH_NAMES}
+    return {
+        key: ([int(w.get(key) or 0) for w in pruned], [int(w.get(key) or 0) for w in dense]) for key in _WIDTH_NAMES
+    }
 
 
 def _layer_rows(metrics: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
     """Per layer, the kept and the dense figure of each width."""
     columns = _width_columns(metrics).values()
-    return [list(layer) for layer in zip(*(list(zip(kept, dense, strict=True)) for kept, dense in columns), strict=True)]
+    return [
+        list(layer) for layer in zip(*(list(zip(kept, dense, strict=True)) for kept, dense in columns), strict=True)
+    ]
 
 
 def _mask_panel(kind: str, grid: list[list[int]]) -> Panel:
@@ -147,18 +157,19 @@ def _training_panels(report: RunReport) -> list[Panel]:
     def logged(columns: Mapping[str, str]) -> dict[str, Curve | None]:
         return {label: report.curves.get(column) for label, column in columns.items()}
 
-    sparsity = {label: _times(100, curve) for label, curve in logged(
-        {"actual": "mask/sparsity", "target": "mask/target_sparsity"}
-    ).items()}
+    sparsity = {
+        label: _times(100, curve)
+        for label, curve in logged({"actual": "mask/sparsity", "target": "mask/target_sparsity"}).items()
+    }
     kept = {kind: _kept_percent(report, kind) for kind in ("heads", "channels")}
     specs: list[tuple[str, str, dict[str, Curve | None], bool]] = [
         ("Training loss", "loss", logged({"total": "train/loss", "task": "train/task_loss"}), False),
-        ("Sparsity against its target", "block parameters removed (%)", sparsity, True),
+        ("Sparsity against its target", "removed from blocks (%)", sparsity, True),
         ("Heads and channels kept", "kept (% of dense)", kept, True),
         ("Budget term of the loss", "budget loss", logged({"budget": "train/budget_loss"}), False),
         ("Perplexity on validation data", "perplexity", logged({"validation": "val/perplexity"}), False),
     ]
-    panels = []
+    panels: list[Panel] = []
     for title, unit, candidates, percent in specs:
         curves = {label: curve for label, curve in candidates.items() if curve and any(map(math.isfinite, curve[1]))}
         if curves:
@@ -176,7 +187,7 @@ def _kept_percent(report: RunReport, kind: str) -> Curve | None:
     columns = _width_columns(report.metrics)
     names = ("num_attention_heads", "num_key_value_heads") if kind == "heads" else ("intermediate_size",)
     totals = [sum(map(len, report.masks.get(kind, []))), *(sum(columns[name][1]) for name in names if columns)]
-    total = 1.0 if peak <= 1.0 else next((t for t in totals if t >= peak), peak)
+    total = 1.0 if peak <= 1.0 else next((t for t in totals if 1.02 * t >= peak), peak)
     return _times(100 / total, curve)
 
 
@@ -192,7 +203,7 @@ def _quality_panels(metrics: Mapping[str, Any]) -> list[Panel]:
         scores[metric] = {label: value for label, value in found.items() if value is not None}
     fractions = {m: s for m, s in scores.items() if not lower_is_better(m) and all(0 <= v <= 1 for v in s.values())}
     labels = [model_label(model) for model in models]
-    panels = []
+    panels: list[Panel] = []
     if fractions:
         unit = "score (higher is better)"
         panels.append(figures.quality_panel("quality-tasks", "Task metrics on held-out data", unit, fractions, labels))

@@ -9,6 +9,7 @@ It does not know how the figures were measured, nor how they are shown.
 
 import csv
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,24 +23,30 @@ Curve = tuple[list[float], list[float]]
 """Steps and values of one logged quantity, same length."""
 
 _NUMBERS = {"*": "number"}
-_WIDTHS = [dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"), "number")]
+_WIDTHS = [dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"), "count")]
 _SCHEMA: dict[str, Any] = {
     "run": {
-        **dict.fromkeys(("name", "command", "base", "started", "device"), "text"),
-        "versions": {"*": "text"},
+        **dict.fromkeys(("name", "command"), "string"),
+        "versions": {"*": "any"},
         "seconds": _NUMBERS,
         "data": {"*": "any"},
     },
     **dict.fromkeys(("sparsity", "parameters"), _NUMBERS),
     "eval": {"*": _NUMBERS},
     **dict.fromkeys(("eval_counts", "recovery", "recovery_vs_dense"), _NUMBERS),
-    "speed": {"dense": _NUMBERS, "pruned": _NUMBERS, "prefill_ratio": "number", "decode_ratio": "number", "note": "text"},
+    "speed": {
+        "dense": _NUMBERS,
+        "pruned": _NUMBERS,
+        "prefill_ratio": "number",
+        "decode_ratio": "number",
+        "note": "string",
+    },
     **dict.fromkeys(("macs", "memory", "files"), _NUMBERS),
     "removal": {"max_abs_logit_diff": "number"},
     **dict.fromkeys(("widths", "dense_widths"), _WIDTHS),
 }
-_KINDS: dict[str, tuple[type, ...]] = {"number": (int, float), "text": (str,)}
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_KINDS: dict[str, tuple[type, ...]] = {"number": (int, float), "count": (int,), "string": (str,)}
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -126,8 +133,10 @@ def check_metrics(metrics: Any, source: str) -> None:
         ValueError: If a value is of the wrong kind or the format version is not `METRICS_FORMAT`; the message names the
             source and the key.
     """
-    if not isinstance(metrics, dict):
-        raise ValueError(f"{source}: expected a JSON object, got {_shown(metrics)}; write it again by evaluating the run")
+    if not isinstance(metrics, Mapping):
+        raise ValueError(
+            f"{source}: expected a JSON object, got {_shown(metrics)}; write it again by evaluating the run"
+        )
     if metrics.get("format") != METRICS_FORMAT or isinstance(metrics["format"], bool):
         raise ValueError(
             f"{source}: key 'format' is {_shown(metrics.get('format'))}, this version of atp reads format "
@@ -143,7 +152,7 @@ def clean(value: Any) -> Any:
         value: Anything `json.loads` returns.
 
     Returns:
-        The same value, keys included, with control characters and lone surrogates as U+FFFD.
+        The same value, keys included, with control characters, direction overrides and lone surrogates as U+FFFD.
     """
     if isinstance(value, str):
         return _UNPRINTABLE.sub("\ufffd", value)
@@ -176,7 +185,8 @@ def _check(value: Any, schema: Any, key: str, source: str) -> None:
     if isinstance(schema, str):
         fits, wanted = isinstance(value, _KINDS[schema]) and not isinstance(value, bool), f"a {schema}"
     else:
-        fits, wanted = isinstance(value, type(schema)), "a list" if isinstance(schema, list) else "an object"
+        shape, wanted = (list, "a list") if isinstance(schema, list) else (Mapping, "an object")
+        fits = isinstance(value, shape)
     if not fits:
         raise ValueError(
             f"{source}: key '{key}' must be {wanted}, got {_shown(value)}; correct it or evaluate the run again"
@@ -207,11 +217,14 @@ def _read_metrics(path: Path) -> dict[str, Any]:
 
 def _masks(text: str) -> dict[str, Any]:
     content = json.loads(text)
-    masks = {kind: [[int(bit) for bit in row] for row in rows] for kind, rows in _by_layer(content["axes"]).items()}
-    for kind, rows in masks.items():
+    axes = _by_layer(content["axes"])
+    for kind, rows in axes.items():
         if not {bit for row in rows for bit in row} <= {0, 1}:
             raise ValueError(f"axes of {kind} hold values other than 0 and 1")
-    scores = {kind: [[float(s) for s in row] for row in rows] for kind, rows in _by_layer(content.get("scores") or {}).items()}
+    masks = {kind: [[int(bit) for bit in row] for row in rows] for kind, rows in axes.items()}
+    scores = {
+        kind: [[float(s) for s in row] for row in rows] for kind, rows in _by_layer(content.get("scores") or {}).items()
+    }
     return {"masks": masks, "scores": scores}
 
 
@@ -219,22 +232,24 @@ def _by_layer(axes: Mapping[str, list[Any]]) -> dict[str, list[list[Any]]]:
     """Turn {"layers.0.heads": row, ...} into {"heads": [row per layer]}; axes that span layers are not pictured."""
     found: dict[str, dict[int, list[Any]]] = {}
     for name, row in axes.items():
-        match = re.fullmatch(r"layers\.(\d{1,5})\.(.+)", name)
+        match = re.fullmatch(r"layers\.(\d{1,4})\.(.+)", name)
         if match:
             found.setdefault(clean(match[2]), {})[int(match[1])] = row
     return {kind: [rows.get(layer, []) for layer in range(max(rows) + 1)] for kind, rows in found.items()}
 
 
 def _training(text: str) -> dict[str, Any]:
-    """Read Lightning's sparse CSV; a step logged twice (a resumed run) keeps its last value, broken cells are skipped."""
+    """Read Lightning's sparse CSV; a step logged twice (a resumed run) keeps its last value."""
     columns: dict[str, dict[float, str]] = {}
     lines = csv.DictReader(text.replace("\0", "").splitlines())
     if "step" not in (lines.fieldnames or []):
         raise ValueError(f"no column 'step' among {lines.fieldnames or []}")
     for row in lines:
-        step = _float(row["step"])
-        if step is not None:
-            cells = ((name, cell) for name, cell in row.items() if isinstance(name, str) and isinstance(cell, str) and cell)
+        step = _float(row["step"] or "")
+        if step is not None and math.isfinite(step):
+            cells = (
+                (name, cell) for name, cell in row.items() if isinstance(name, str) and isinstance(cell, str) and cell
+            )
             for name, cell in cells:
                 columns.setdefault(clean(name), {})[step] = cell
     curves: dict[str, Curve] = {}
@@ -246,7 +261,7 @@ def _training(text: str) -> dict[str, Any]:
 
 
 def _phases(columns: Mapping[str, Mapping[float, str]], curves: Mapping[str, Curve]) -> tuple[tuple[float, str], ...]:
-    """Find where phases start: from a `phase` column (a name, or an index into `PHASES`), else from the target's ramp."""
+    """Find where phases start: a `phase` column (a name, or an index into `PHASES`), else the target's ramp."""
     for name, cells in columns.items():
         if name.rsplit("/", 1)[-1] == "phase":
             marks: list[tuple[float, str]] = []
@@ -269,10 +284,11 @@ def _phases(columns: Mapping[str, Mapping[float, str]], curves: Mapping[str, Cur
 def _samples(text: str) -> dict[str, Any]:
     samples = []
     for item in json.loads(text):
-        fields = {key: item.get(key) for key in ("prompt", "reference", "dense", "pruned")}
+        fields: dict[str, Any] = {key: item.get(key) for key in ("prompt", "reference", "dense", "pruned")}
         if not isinstance(fields["prompt"], str):
             raise ValueError(f"a sample has no prompt text: {_shown(item)}")
-        samples.append(Sample(**{key: None if value is None else clean(str(value)) for key, value in fields.items()}))
+        texts: dict[str, Any] = {key: None if value is None else clean(str(value)) for key, value in fields.items()}
+        samples.append(Sample(**texts))
     return {"samples": tuple(samples)}
 
 

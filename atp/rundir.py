@@ -9,7 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
+import subprocess
 from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,10 @@ RUNS = Path("runs")
 CONFIG = "config.json"
 METRICS = "metrics.json"
 
+_PACKAGES = ("torch", "transformers", "peft", "lightning", "hydra-core")
+
 # Settings that say where and how a run executes, not what it computes; they may differ when it goes on.
-_MAY_DIFFER = ("resume", "run_dir", "logger", "callbacks", "threads", "trainer.devices", "trainer.accelerator", "optimized_metric")
+_MAY_DIFFER = ("resume", "run_dir", "logger", "callbacks", "threads", "trainer.accelerator", "optimized_metric")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -104,9 +110,42 @@ class RunDirectory:
         write_json(path, result)
         return result
 
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """Write ``metrics.json``, which makes the run a finished one."""
+        write_json(self.path / METRICS, metrics)
+
+    def read_metrics(self) -> dict[str, Any]:
+        """The finished run's metrics."""
+        return dict(json.loads((self.path / METRICS).read_text(encoding="utf-8")))
+
     def checkpoint(self, name: str) -> Path:
         """Where the training called ``name`` keeps its state."""
         return self.path / "checkpoints" / f"{name}.ckpt"
+
+
+def provenance(overrides: list[str]) -> dict[str, Any]:
+    """What produced a run: command, time, git commit of the code, versions of what matters."""
+    versions = {name: metadata.version(name) for name in _PACKAGES}
+    return {
+        "command": " ".join(["python", "train.py", *overrides]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": _git_commit(),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout this code runs from, with ``+`` for uncommitted changes; None for an installed package."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(here)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed.strip() else "")
 
 
 def _differences(saved: Any, now: Any, prefix: str = "") -> list[str]:

@@ -1,0 +1,296 @@
+"""From configuration to objects: base model, tokenizer, data, training modules, trainer.
+
+The only place where the typed configuration meets constructors; everything it calls takes plain keyword arguments. ``_target_`` nodes
+(generator, sampler, budget, loggers, callbacks) are instantiated here and nowhere else. It knows nothing of the order of stages.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_object, instantiate
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from atp import embedded, modeling_atp
+from atp.architecture import family
+from atp.config import DataConfig, ModelConfig, PruneConfig, TrainConfig
+from atp.data import PruningDataModule
+from atp.lora import MaskedModel, add_lora
+from atp.module import PruningModule, TuningModule
+from atp.objective import SparsitySchedule
+from atp.records import Splits, limit
+from atp.selection import check_reachable
+from atp.sources import load_embedded, load_jsonl, load_legal_hub
+from atp.space import PruningSpace
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def model_source(config: ModelConfig) -> str:
+    """Directory or hub id of the base model.
+
+    Raises:
+        ValueError: ``model.path`` is not set, or is a path that does not exist.
+    """
+    if not config.path:
+        raise ValueError("model.path is not set; give a directory in Hugging Face layout, a hub id, or 'embedded'")
+    if config.path == "embedded":
+        return str(embedded.base_dir())
+    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
+    path = Path(config.path).expanduser()
+    if path.is_dir():
+        return str(path)
+    if looks_local:
+        raise ValueError(f"model.path={config.path}: no such directory; give one that holds config.json and *.safetensors")
+    return config.path
+
+
+def load_base(config: ModelConfig) -> PreTrainedModel:
+    """The dense base model, frozen weights in ``model.dtype``, from safetensors only.
+
+    Raises:
+        ValueError: Unknown dtype or family, nothing to load, or no access; each says the way out.
+    """
+    source = model_source(config)
+    if config.dtype not in DTYPES:
+        raise ValueError(f"model.dtype is {config.dtype!r}; known: {', '.join(DTYPES)}")
+    modeling_atp.register()
+    try:
+        family(AutoConfig.from_pretrained(source, revision=config.revision))
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=config.revision,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=config.attn_implementation,
+            use_safetensors=True,
+        )
+    except OSError as error:
+        raise ValueError(_access_message("model.path", source, error)) from error
+    model.eval()
+    return model
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, with a padding token.
+
+    Raises:
+        ValueError: There is none, or no access.
+    """
+    source = model_source(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(_access_message("model.path", source, error)) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _access_message(field: str, source: str, error: Exception) -> str:
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if Path(source).is_dir():
+        return f"{field}={source}: cannot be loaded ({reason}); it needs config.json, tokenizer files and *.safetensors weights"
+    return (
+        f"{field}={source}: cannot be fetched from the hub ({reason}). Without network, use model=local model.path=<directory>; for a "
+        "gated model, accept its licence on its page and log in with `hf auth login`"
+    )
+
+
+def load_splits(config: DataConfig, seed: int) -> Splits:
+    """Training, validation and test records.
+
+    Raises:
+        ValueError: An unknown source, or whatever the source complains of.
+    """
+    if config.source == "embedded":
+        splits = load_embedded(
+            config.domain, train=config.max_train, validation=config.max_validation, test=config.max_test
+        )
+    elif config.source == "jsonl":
+        if not config.path:
+            raise ValueError("data.path is not set; give a JSONL file: data=jsonl data.path=<file>")
+        splits = load_jsonl(
+            config.path,
+            seed=seed,
+            validation_path=config.validation_path,
+            test_path=config.test_path,
+            validation_fraction=config.validation_fraction,
+            test_fraction=config.test_fraction,
+            fields=config.fields or None,
+            name=config.name,
+        )
+    elif config.source == "legal":
+        splits = load_legal_hub(seed=seed, casehold_path=config.casehold_path, billsum_path=config.billsum_path)
+    else:
+        raise ValueError(f"data.source is {config.source!r}; known: embedded, jsonl, legal")
+    return Splits(
+        limit(splits.train, config.max_train, seed),
+        limit(splits.validation, config.max_validation, seed),
+        limit(splits.test, config.max_test, seed),
+        splits.name,
+    )
+
+
+def data_module(config: TrainConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase, context: int) -> PruningDataModule:
+    """Batches for the whole run."""
+    return PruningDataModule(
+        splits,
+        tokenizer,
+        max_length=config.data.max_length,
+        batch_size=config.data.batch_size,
+        num_batches=config.trainer.max_steps * config.trainer.accumulate_grad_batches,
+        seed=config.seed,
+        loss_on=config.data.loss_on,
+        num_workers=config.data.num_workers,
+        model_context=context,
+    )
+
+
+def pruning_space(config: PruneConfig, model: PreTrainedModel) -> PruningSpace:
+    """The space of a model, with the target checked to be reachable in it."""
+    space = PruningSpace.from_model(model, config.space)
+    check_reachable(space, config.sparsity, min_units(config))
+    return space
+
+
+def min_units(config: PruneConfig) -> dict[str, int]:
+    """Units that every layer keeps."""
+    for name, value in (("min_heads", config.min_heads), ("min_channels", config.min_channels)):
+        if value < 0:
+            raise ValueError(f"prune.{name} is {value}; it is a number of units and cannot be negative")
+    return {"heads": config.min_heads, "channels": config.min_channels}
+
+
+def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule:
+    """Masks and adapters over a base model, ready to train."""
+    prune = config.prune
+    space = pruning_space(prune, model)
+    schedule = SparsitySchedule.from_fractions(
+        prune.sparsity,
+        config.trainer.max_steps,
+        warmup=prune.schedule.warmup,
+        ramp=prune.schedule.ramp,
+        freeze_at=prune.schedule.freeze_at,
+        shape=prune.schedule.shape,
+    )
+    masked = MaskedModel(_with_lora(config, model), space)
+    return PruningModule(
+        masked,
+        component("prune.generator", prune.generator, space=space),
+        component("prune.sampler", prune.sampler),
+        component("prune.budget", prune.budget),
+        schedule,
+        generator_lr=config.optim.generator_lr,
+        multiplier_lr=config.optim.multiplier_lr,
+        shape=prune.shape,
+        min_units=min_units(prune),
+        **_tuning(config),
+    )
+
+
+def tuning_module(config: TrainConfig, model: PreTrainedModel) -> TuningModule:
+    """Plain LoRA over a model."""
+    return TuningModule(_with_lora(config, model), **_tuning(config))
+
+
+def _with_lora(config: TrainConfig, model: PreTrainedModel) -> Any:
+    lora = config.lora
+    peft_model = add_lora(
+        model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules
+    )
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return peft_model
+
+
+def _tuning(config: TrainConfig) -> dict[str, Any]:
+    optim = config.optim
+    return {
+        "total_steps": config.trainer.max_steps,
+        "lr": optim.lr,
+        "weight_decay": optim.weight_decay,
+        "warmup": optim.warmup,
+        "min_lr_ratio": optim.min_lr_ratio,
+        "seed": config.seed,
+        "base_id": config.model.path or "",
+    }
+
+
+def component(place: str, node: Mapping[str, Any], **provided: Any) -> Any:
+    """Instantiate a ``_target_`` node, handing over those of ``provided`` that its constructor takes.
+
+    Raises:
+        ValueError: No target, an unknown one, or an argument it does not take, with the nearest that it does.
+    """
+    target = node.get("_target_")
+    if not target:
+        raise ValueError(f"{place} has no _target_; choose one with {place.replace('.', '/')}=<name> (see --help)")
+    try:
+        factory = get_object(str(target))
+    except Exception as error:
+        raise ValueError(f"{place}._target_ is {target!r}, which cannot be imported: {error}") from error
+    parameters = inspect.signature(factory).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in node:
+        if name not in parameters and not name.startswith("_") and not takes_any:
+            close = difflib.get_close_matches(name, list(parameters), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(p for p in parameters if p != 'space')}"
+            raise ValueError(f"{place}.{name}: {target} takes no such argument; {hint}")
+    wanted = {name: value for name, value in provided.items() if name in parameters}
+    return instantiate(dict(node), _convert_="all", **wanted)
+
+
+def make_loggers(config: TrainConfig, run_dir: Path) -> list[Logger]:
+    """Loggers chosen by ``logger=``, besides the CSV file."""
+    return [
+        component(f"logger.{name}", node, save_dir=str(run_dir / name), name=config.name)
+        for name, node in config.logger.items()
+    ]
+
+
+def make_trainer(
+    config: TrainConfig, callbacks: Sequence[Callback], loggers: Sequence[Logger], num_batches: int
+) -> Trainer:
+    """The Lightning trainer of one fit."""
+    settings = config.trainer
+    for name in ("max_steps", "accumulate_grad_batches", "log_every_n_steps"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"trainer.{name} is {getattr(settings, name)}; it must be at least 1")
+    own = [component(f"callbacks.{name}", node) for name, node in config.callbacks.items()]
+    validates = settings.val_checks > 0
+    return Trainer(
+        max_steps=settings.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        precision=settings.precision,  # type: ignore[arg-type]
+        gradient_clip_val=settings.gradient_clip_val,
+        accelerator=settings.accelerator,
+        devices=1,
+        log_every_n_steps=settings.log_every_n_steps,
+        val_check_interval=max(num_batches // settings.val_checks, 1) if validates else None,
+        limit_val_batches=None if validates else 0,
+        num_sanity_val_steps=0,
+        callbacks=[*callbacks, *own],
+        logger=list(loggers),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **settings.extra,
+    )
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    """Where evaluation runs: beside training."""
+    return torch.device("cuda" if config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,121 @@
+"""From stage results to ``metrics.json`` and the final model card.
+
+Sits between the pipeline's stages and everything that reads a finished run. Knows the stages' results as plain data and the stable keys
+of ``metrics.json``; measures nothing itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from atp.architecture import LayerWidths
+from atp.config import TrainConfig
+from atp.evaluate import recovery
+from atp.export import model_card
+
+FORMAT = 1
+MODELS = ("dense", "dense_lora", "pruned", "random", "uniform")
+
+
+def assemble(
+    results: Mapping[str, dict[str, Any]],
+    *,
+    config: TrainConfig,
+    origin: Mapping[str, Any],
+    data: Mapping[str, Any],
+    dense_parameters: int,
+    dense_blocks: int,
+    dense_widths: list[dict[str, int]],
+    device: str,
+) -> dict[str, Any]:
+    """The content of ``metrics.json``.
+
+    Args:
+        results: Results of the stages by name.
+        config: The run's configuration.
+        origin: Command, git commit, versions, start.
+        data: Name of the data and counts per split.
+        dense_parameters: All parameters of the dense model.
+        dense_blocks: Its decoder-block parameters (embeddings, lm_head and norms excluded).
+        dense_widths: Its widths per layer.
+        device: Where the run computed.
+    """
+    export, cost = results["export"], results["cost"]
+    values = {name: results[name]["values"] for name in MODELS if name in results}
+    metrics: dict[str, Any] = {
+        "format": FORMAT,
+        "run": {
+            "name": config.name,
+            "seed": config.seed,
+            "base": config.model.path,
+            "method": config.prune.name,
+            "device": device,
+            "data": dict(data),
+            "seconds": {name: result["seconds"] for name, result in results.items()},
+            **origin,
+        },
+        "sparsity": {
+            "target": config.prune.sparsity,
+            "blocks": export["sparsity"],
+            "model": 1.0 - export["parameters"] / dense_parameters,
+        },
+        "parameters": {
+            "dense": dense_parameters,
+            "pruned": export["parameters"],
+            "dense_blocks": dense_blocks,
+            "pruned_blocks": export["pruned_blocks"],
+        },
+        "removal": {k: export[k] for k in ("max_abs_logit_diff", "masked_vs_removed", "removed_vs_reloaded", "dtype", "tokens")},
+        "export": {"stock": export["stock"]},
+        "eval": values,
+        "eval_counts": results["pruned"]["counts"],
+        "recovery_vs_dense": recovery(values["pruned"], values["dense"]),
+        "macs": cost["macs"],
+        "memory": {"train_peak_mib": results["fit"]["train_peak_mib"], **cost["memory"]},
+        "files": cost["files"],
+        "widths": export["widths"],
+        "dense_widths": dense_widths,
+    }
+    if "dense_lora" in values:
+        metrics["recovery"] = recovery(values["pruned"], values["dense_lora"])
+    baselines = {name: results[name] for name in ("random", "uniform") if name in results}
+    if baselines:
+        metrics["baselines"] = {
+            name: {
+                "sparsity": result["sparsity"],
+                "recovery": recovery(result["values"], values.get("dense_lora", values["dense"])),
+            }
+            for name, result in baselines.items()
+        }
+    if "speed" in cost:
+        metrics["speed"] = cost["speed"]
+    return metrics
+
+
+def write_card(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Write the model card of a finished run into the exported directory."""
+    run = metrics["run"]
+    text = model_card(metrics, title=run["name"], widths=[LayerWidths(**w) for w in metrics["widths"]])
+    temporary = folder / "README.md.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, folder / "README.md")
+
+
+def metric(metrics: Mapping[str, Any], path: str) -> float:
+    """A value of ``metrics.json`` by dotted path (metric names may hold slashes, not dots).
+
+    Raises:
+        ValueError: No such value; the message lists what there is.
+    """
+    node: Any = metrics
+    for part in path.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            there = sorted(node) if isinstance(node, Mapping) else []
+            raise ValueError(f"optimized_metric={path}: there is no {part!r}; at that level there are {', '.join(there)}")
+        node = node[part]
+    if not isinstance(node, (int, float)):
+        raise ValueError(f"optimized_metric={path} is not a number; below it there are {', '.join(sorted(node))}")
+    return float(node)

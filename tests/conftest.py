@@ -1,0 +1,93 @@
+"""Tiny random models of every shape that matters; nothing here touches the network."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+ATTENTION = {"mha": 6, "gqa": 3, "mqa": 1}
+
+
+def tiny_model(
+    family: str = "llama", attention: str = "gqa", *, tied: bool = False, biased: bool = False, layers: int = 2, seed: int = 0
+) -> PreTrainedModel:
+    """A random model: hidden 48, 6 query heads of 8, 20 channels, vocabulary 64, context 64."""
+    torch.manual_seed(seed)
+    config_class, model_class = CLASSES[family]
+    biases = {"attention_bias": biased, "mlp_bias": biased} if family == "llama" else {}
+    config = config_class(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=20,
+        num_hidden_layers=layers,
+        num_attention_heads=6,
+        num_key_value_heads=ATTENTION[attention],
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **biases,
+    )
+    model = model_class(config).eval()
+    with torch.no_grad():  # biases start at zero and norms at one, which would hide mistakes
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            elif "embed" not in name and "lm_head" not in name:
+                parameter.mul_(4.0)
+    return model
+
+
+SHAPES = [
+    pytest.param(family, attention, tied, biased, id=f"{family}-{attention}-{'tied' if tied else 'untied'}{'-biased' * biased}")
+    for family, attention, tied, biased in itertools.chain(
+        itertools.product(("llama",), ATTENTION, (False, True), (False, True)),
+        [("mistral", "gqa", False, False), ("qwen2", "gqa", True, False), ("qwen2", "mha", False, False)],
+        [("qwen3", "gqa", False, False), ("qwen3", "mqa", True, False)],
+    )
+]
+
+
+def tiny_batch(rows: int = 3, tokens: int = 17, seed: int = 1, vocabulary: int = 64) -> dict[str, torch.Tensor]:
+    """A right-padded batch with labels."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocabulary, (rows, tokens), generator=generator)
+    attention_mask = torch.ones_like(ids)
+    attention_mask[0, tokens - 4 :] = 0
+    labels = ids.masked_fill(attention_mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": attention_mask, "labels": labels}
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real checkpoints and data beside the project; the test is skipped where it is absent."""
+    path = Path(__file__).parent.parent.parent / "shared"
+    if not (path / "models").is_dir():
+        pytest.skip("real checkpoints and data (../shared) are not here")
+    return path
