@@ -194,6 +194,9 @@ def build_model(
 
     family(config)
     modeling_atp.register()
+    config_class = modeling_atp.CONFIG_CLASSES.get(config.model_type)
+    if config_class is not None and not isinstance(config, config_class):  # loaded through the file beside the weights
+        config = config_class.from_dict(config.to_dict())
     with torch.device(device), contextlib.nullcontext() if initialize else no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()

@@ -52,7 +52,9 @@ def model_source(config: ModelConfig) -> str:
     if path.is_dir():
         return str(path)
     if looks_local:
-        raise ValueError(f"model.path={config.path}: no such directory; give one that holds config.json and *.safetensors")
+        raise ValueError(
+            f"model.path={config.path}: no such directory; give one that holds config.json and *.safetensors"
+        )
     return config.path
 
 
@@ -142,7 +144,9 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
     )
 
 
-def data_module(config: TrainConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase, context: int) -> PruningDataModule:
+def data_module(
+    config: TrainConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase, context: int
+) -> PruningDataModule:
     """Batches for the whole run."""
     return PruningDataModule(
         splits,
@@ -206,9 +210,7 @@ def tuning_module(config: TrainConfig, model: PreTrainedModel) -> TuningModule:
 
 def _with_lora(config: TrainConfig, model: PreTrainedModel) -> Any:
     lora = config.lora
-    peft_model = add_lora(
-        model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules
-    )
+    peft_model = add_lora(model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -246,7 +248,11 @@ def component(place: str, node: Mapping[str, Any], **provided: Any) -> Any:
     for name in node:
         if name not in parameters and not name.startswith("_") and not takes_any:
             close = difflib.get_close_matches(name, list(parameters), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(p for p in parameters if p != 'space')}"
+            hint = (
+                f"did you mean {close[0]!r}?"
+                if close
+                else f"it takes {', '.join(p for p in parameters if p != 'space')}"
+            )
             raise ValueError(f"{place}.{name}: {target} takes no such argument; {hint}")
     wanted = {name: value for name, value in provided.items() if name in parameters}
     return instantiate(dict(node), _convert_="all", **wanted)
@@ -293,4 +299,6 @@ def make_trainer(
 
 def device_of(config: TrainConfig) -> torch.device:
     """Where evaluation runs: beside training."""
-    return torch.device("cuda" if config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu")
+    return torch.device(
+        "cuda" if config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+    )

@@ -174,7 +174,9 @@ class ProgressReport(Callback):
                 console=self.console,
             )
             self._bar.start()
-            self._task = self._bar.add_task(self.title, total=trainer.max_steps, completed=trainer.global_step, figures="")
+            self._task = self._bar.add_task(
+                self.title, total=trainer.max_steps, completed=trainer.global_step, figures=""
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Announce a phase when it begins."""
@@ -191,7 +193,10 @@ class ProgressReport(Callback):
         if self._bar is not None:
             description = f"{self.title} · {self._phase.value}" if self._phase else self.title
             self._bar.update(self._task, completed=step, description=description, figures=_figures(trainer))
-        elif step % max(int(trainer.max_steps) // self.lines, 1) == 0 and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        elif (
+            step % max(int(trainer.max_steps) // self.lines, 1) == 0
+            and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        ):
             per_step = (time.perf_counter() - self._started_at) / max(step - self._first_step, 1)
             left = per_step * (int(trainer.max_steps) - step)
             log.info("%s step %d/%d  %s  %.0f s left", self.title, step, trainer.max_steps, _figures(trainer), left)
@@ -243,7 +248,11 @@ class MaskHistory(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write a row when due."""
-        if not isinstance(pl_module, PruningModule) or trainer.global_step % self.every_n_steps or not trainer.is_global_zero:
+        if (
+            not isinstance(pl_module, PruningModule)
+            or trainer.global_step % self.every_n_steps
+            or not trainer.is_global_zero
+        ):
             return
         with torch.no_grad():
             kept = {name: float(mask.mean()) for name, mask in pl_module.space.split(pl_module.current_masks()).items()}

@@ -27,6 +27,7 @@ MODEL_LABELS = {
     "uniform": "uniform widths",
 }
 _LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss")
+_COUNTED = {"perplexity": " tokens", "bits_per_byte": " bytes"}
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,11 @@ def _size_rows(metrics: Mapping[str, Any]) -> list[Row]:
     for label, key in ((f"block sparsity{goal}", "blocks"), ("whole-model sparsity", "model")):
         value = number(metrics, "sparsity", key)
         if value is not None:
-            rows.append(Row(label, {"dense": _percent(0.0), "pruned": _percent(value)}))
+            cells = {"dense": _percent(0.0), "pruned": _percent(value)}
+            if key == "blocks":
+                others = {model: number(metrics, "baselines", model, "sparsity") for model in evaluated_models(metrics)}
+                cells |= {model: _percent(share) for model, share in others.items() if share is not None}
+            rows.append(Row(label, cells))
     rows.append(_pair("file size (MiB)", [number(metrics, "files", f"{m}_mib") for m in ("dense", "pruned")], _decimal))
     return [row for row in rows if row.cells]
 
@@ -257,19 +262,22 @@ def _quality_rows(metrics: Mapping[str, Any]) -> list[Row]:
     rows = []
     for metric in metric_names(metrics):
         count, kept = number(metrics, "eval_counts", metric), number(metrics, "recovery", metric)
-        details = ["lower is better"] * lower_is_better(metric) + ([] if count is None else [f"n={count:,.0f}"])
+        unit = _COUNTED.get(metric.rsplit("/", 1)[-1], "")
+        details = ["lower is better"] * lower_is_better(metric) + ([] if count is None else [f"n={count:,.0f}{unit}"])
         label = clean(metric) + (f" ({', '.join(details)})" if details else "")
         scores = {model: number(metrics, "eval", model, metric) for model in evaluated_models(metrics)}
         cells = {model: _figure(score) for model, score in scores.items() if score is not None}
         rows.append(Row(label, cells, "" if kept is None else f"{kept:.1f}%"))
+    baselines = {model: number(metrics, "baselines", model, "recovery", "mean") for model in evaluated_models(metrics)}
+    reference = "recovery" if "dense_lora" in (metrics.get("eval") or {}) else "recovery_vs_dense"
     for label, key in (
         ("mean recovery of dense + LoRA", "recovery"),
         ("mean recovery of dense base", "recovery_vs_dense"),
     ):
-        mean = number(metrics, key, "mean")
-        if mean is not None:
-            rows.append(Row(label, {}, f"{mean:.1f}%"))
-    return rows
+        found = {**(baselines if key == reference else {}), "pruned": number(metrics, key, "mean")}
+        cells = {model: f"{mean:.1f}%" for model, mean in found.items() if mean is not None}
+        rows.append(Row(label, cells))
+    return [row for row in rows if row.cells]
 
 
 def _cost_rows(metrics: Mapping[str, Any]) -> list[Row]:

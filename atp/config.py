@@ -138,7 +138,9 @@ class EvaluateConfig:
     max_new_tokens: int = option(64, "longest generated answer")
     max_generate: int = option(64, "completions to generate per task for ROUGE")
     reference: bool = option(True, "also tune the dense model with LoRA on the same data and steps")
-    baselines: list[str] = option([], "prune at once, then tune: random, uniform (magnitude within layers at equal widths)")
+    baselines: list[str] = option(
+        [], "prune at once, then tune: random, uniform (magnitude within layers at equal widths)"
+    )
     samples: int = option(4, "generated samples kept for the report")
     speed: bool = option(True, "measure prefill and decode latency of dense and pruned")
     speed_prompt_tokens: int = option(128, "prompt length of the speed measurement")

@@ -70,14 +70,12 @@ class Choices:
 
     Attributes:
         prompt: Ids of beginning-of-sequence and prompt, the same for every choice.
-        continuations: Ids of each choice, with the end-of-sequence token where ``complete``.
-        complete: Whether each choice is whole and so closed by an end-of-sequence token.
+        continuations: Ids of each choice.
         text_bytes: UTF-8 bytes of each choice's text.
     """
 
     prompt: list[int]
     continuations: list[list[int]]
-    complete: list[bool]
     text_bytes: list[int]
 
 
@@ -87,6 +85,7 @@ class Encoder:
     Args:
         tokenizer: A tokenizer of transformers.
         max_length: Most tokens of a sequence, special ones included.
+        close: Whether whole texts and completions end in an end-of-sequence token: to learn it, not to score text.
 
     Attributes:
         truncated: How many ``prompts``, ``completions`` and ``texts`` (cut into windows) did not fit so far.
@@ -95,14 +94,14 @@ class Encoder:
         ValueError: ``max_length`` is too small to hold a prompt and a completion.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, close: bool = True) -> None:
         if max_length < 8:
             raise ValueError(f"data.max_length={max_length} is too short to hold a prompt and a completion; use >= 8")
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncated: Counter[str] = Counter(prompts=0, completions=0, texts=0)
         self._bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-        self._eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+        self._eos = [int(tokenizer.eos_token_id)] if close and tokenizer.eos_token_id is not None else []
 
     @property
     def pad_id(self) -> int:
@@ -199,7 +198,7 @@ class Encoder:
                 yield option.prompt, option.continuations[record.label], option.text_bytes[record.label]
             else:
                 fitted = self._fit(prompt, len(continuation))
-                closed, _, text_bytes = self._close(fitted, continuation, answer)
+                closed, text_bytes = self._close(fitted, continuation, answer)
                 yield self._bos + fitted, closed, text_bytes
 
     def _may_be_crowded(self, record: CompletionRecord | ChoiceRecord, prompt: int) -> bool:
@@ -232,13 +231,13 @@ class Encoder:
         tail = room // 2
         return ids[: room - tail] + ids[len(ids) - tail :]
 
-    def _close(self, prompt: list[int], ids: list[int], text: str) -> tuple[list[int], bool, int]:
-        """Return the completion closed, whether it is whole, and its bytes; cut if it does not fit."""
+    def _close(self, prompt: list[int], ids: list[int], text: str) -> tuple[list[int], int]:
+        """Return the completion with its end of sequence, and its bytes; cut if it does not fit."""
         room = self.max_length - len(self._bos) - len(prompt)
         if len(ids) + len(self._eos) <= room:
-            return ids + self._eos, True, len(text.encode())
+            return ids + self._eos, len(text.encode())
         self.truncated["completions"] += 1
-        return ids[:room], False, self._bytes(ids[:room])
+        return ids[:room], self._bytes(ids[:room])
 
     def _pairs(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """Tokenise prompts and what follows them, with the boundary where generation has it."""

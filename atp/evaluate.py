@@ -4,30 +4,26 @@ Perplexity over everything, accuracy and macro-F1 where there are choices, ROUGE
 any transformers causal LM, dense or pruned, and comes after training and export in the flow. It knows nothing of
 masks, budgets or how a model was made; size, speed and memory are in :mod:`atp.measure`.
 
-Everything is deterministic: greedy decoding, batches sorted by length, no dropout. ATP's authors sample their summaries
-and D-Pruner's theirs, which makes ROUGE noisy; figures are therefore comparable within ATP, not with those papers.
-
-Shape suffixes: B batch, T tokens, V vocabulary, C choices of a batch.
+Everything is deterministic: greedy decoding, batches sorted by length, no dropout. ATP and D-Pruner sample summaries,
+which makes ROUGE noisy; figures are therefore comparable within ATP, not with those papers.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 from torchmetrics.functional.text import rouge_score
 
-from atp.encoding import IGNORED, Choices, Encoder, Example, pad
-from atp.records import ChoiceRecord, CompletionRecord, Record, TextRecord
+from atp.encoding import Encoder
+from atp.records import ChoiceRecord, CompletionRecord, Record
+from atp.scoring import choice_nats, evaluating, greedy, sequence_nats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,9 +31,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
-_HIGHER_IS_BETTER = ("accuracy", "macro_f1", *ROUGE)
-_LOWER_IS_BETTER = ("perplexity", "bits_per_byte")
+HIGHER_IS_BETTER = ("accuracy", "macro_f1", *ROUGE)
+LOWER_IS_BETTER = ("perplexity", "bits_per_byte")
+
 _SAMPLE_WORDS = 32
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,9 @@ class Metrics:
     """Quality of one model.
 
     Attributes:
-        values: Metric to value: ``perplexity``, ``bits_per_byte``, and ``<task>/perplexity``, ``<task>/accuracy``,
-            ``<task>/macro_f1``, ``<task>/rouge1``, ``<task>/rouge2``, ``<task>/rougeL``. All but the first two kinds
-            lie in [0, 1].
+        values: Metric to value: ``perplexity``, ``bits_per_byte``, and per task ``<task>/perplexity``,
+            ``<task>/accuracy``, ``<task>/macro_f1``, ``<task>/rouge1``, ``<task>/rouge2``, ``<task>/rougeL``. Accuracy,
+            F1 and ROUGE lie in [0, 1].
         counts: Metric to what it is over: tokens for perplexity, bytes for bits per byte, records for the others.
     """
 
@@ -100,89 +98,94 @@ def evaluate(
 ) -> Metrics:
     """Score a model on records.
 
-    * ``perplexity``: exp of the mean negative log-likelihood over the learnt tokens of all records: completions, right
-      choices and running text, each closed by an end of sequence. Long texts are scored in windows of ``max_length``.
+    * ``perplexity``: exp of the mean negative log-likelihood over the tokens of all completions, right choices and
+      running texts. The end of a sequence, though learnt, is not scored: it is no text, and some base models were
+      never taught one. Long texts are scored in windows of ``max_length``.
     * ``bits_per_byte``: the same sum in bits, over the UTF-8 bytes of the scored text; comparable across tokenizers.
-    * ``accuracy``, ``macro_f1``: the choice of the highest log-likelihood given the prompt, per token of the choice
-      (CaseHOLD in D-Pruner's protocol, Zhang et al. 2024, arXiv 2405.06275; labels are the choices' positions).
+    * ``accuracy``, ``macro_f1``: picks the choice of highest log-likelihood given the prompt, per token of the choice
+      (CaseHOLD in D-Pruner's protocol, Zhang et al. 2024, arXiv 2405.06275; classes are the choices' positions).
     * ``rouge*``: F-measure of greedy completions, lower case, without stemming (Lin 2004, W04-1013).
 
     Args:
-        model: A causal LM; its mode is restored afterwards.
+        model: A causal LM; every module's mode is restored afterwards.
         tokenizer: Its tokenizer.
         records: What to score it on.
-        max_length: Most tokens of a sequence, prompt and completion.
+        max_length: Most tokens of a sequence, prompt and completion together.
         batch_size: Sequences of a forward pass.
         max_new_tokens: Most tokens to generate per completion.
-        max_generate: Most completions to generate per task, spread evenly over its records; None takes all, 0 none.
+        max_generate: Most completions to generate per task, spread evenly over its records; None for all, 0 for none.
         device: Where to put batches; None takes the device of the model.
 
     Returns:
         The metrics and what they are over.
 
     Raises:
-        ValueError: No records, or ``max_length`` exceeds the model's context.
+        ValueError: There are no records, ``max_length`` exceeds the model's context, or generating leaves no room for
+            prompts.
     """
     if not records:
-        raise ValueError("no records to evaluate on: the test split is empty; give data.test_path or more data")
+        raise ValueError("there are no records to evaluate on; give more data, or a data.test_path")
     _check_context(model, max_length)
-    place = _device(model, device)
-    encoder = Encoder(tokenizer, max_length)
+    encoder = Encoder(tokenizer, max_length, close=False)
+    run = _Run(model, encoder, batch_size, _device(model, device))
     tallies: dict[str, _Tally] = {record.task: _Tally() for record in records}
-    metrics = Metrics()
-    with _evaluating(model):
-        _score_sequences(model, encoder, records, batch_size, place, tallies)
-        picks = _score_choices(model, encoder, records, batch_size, place, tallies)
-        texts = _complete(model, encoder, records, batch_size, place, max_new_tokens, max_generate)
+    with evaluating(model):
+        run.tally_sequences(records, tallies)
+        picks = run.pick(records, tallies)
+        truncated = dict(encoder.truncated)
+        texts = run.complete(records, max_new_tokens, max_generate)
+    if any(truncated.values()):
+        log.info("cut to max_length=%d while evaluating: %s", max_length, truncated)
     whole = _Tally()
     for tally in tallies.values():
         whole.add(tally.nats, tally.tokens, tally.text_bytes)
+    metrics = Metrics()
     metrics.put("perplexity", whole.perplexity, whole.tokens)
     metrics.put("bits_per_byte", whole.nats / math.log(2) / max(1, whole.text_bytes), whole.text_bytes)
     for task, tally in tallies.items():
         metrics.put(f"{task}/perplexity", tally.perplexity, tally.tokens)
         if task in picks:
-            _put_choice_metrics(metrics, task, *picks[task])
+            _put_picks(metrics, task, picks[task])
         if task in texts:
-            _put_rouge(metrics, task, *texts[task])
-    if any(encoder.truncated.values()):
-        log.info("evaluation cut to max_length=%d: %s", max_length, dict(encoder.truncated))
+            _put_rouge(metrics, task, texts[task])
     return metrics
 
 
 def recovery(pruned: Mapping[str, float], reference: Mapping[str, float]) -> dict[str, float]:
     """Return how much of the reference model's quality the pruned model has, in percent, per metric.
 
-    ATP reports the pruned model's score over the dense model's, averaged over its metrics. Here likewise: pruned over
-    reference where higher is better (accuracy, F1, ROUGE), reference over pruned where lower is (perplexity, bits per
-    byte). ``mean`` averages one figure per claim: every accuracy, every ROUGE-L, and the overall perplexity. Accuracy is
-    not corrected for chance.
+    ATP (arXiv 2412.14426) reports the pruned model's score over the dense model's, averaged over metrics. Likewise
+    here: pruned over reference where higher is better (accuracy, F1, ROUGE), reference over pruned where lower is
+    (perplexity, bits per byte). ``mean`` takes one figure per claim: every accuracy, every ROUGE-L and the overall
+    perplexity. Nothing is corrected for chance: at chance level, the accuracy of a five-way choice still recovers 20%
+    of a perfect one.
 
     Args:
         pruned: ``Metrics.values`` of the pruned model.
         reference: ``Metrics.values`` of the model to compare with.
 
     Returns:
-        Percent per metric that both have and that is finite and positive where it divides, and ``mean`` if any counts.
+        Percent of each metric that both have and that can be divided, and their ``mean`` if there is a headline metric.
     """
     percent: dict[str, float] = {}
     for name, was in reference.items():
-        kind = name.rsplit("/", 1)[-1]
-        if name not in pruned or kind not in _HIGHER_IS_BETTER + _LOWER_IS_BETTER:
+        measure = name.rsplit("/", 1)[-1]
+        if name not in pruned or measure not in HIGHER_IS_BETTER + LOWER_IS_BETTER:
             continue
-        above, below = (pruned[name], was) if kind in _HIGHER_IS_BETTER else (was, pruned[name])
+        above, below = (pruned[name], was) if measure in HIGHER_IS_BETTER else (was, pruned[name])
         if not (math.isfinite(above) and math.isfinite(below) and below > 0):
-            log.warning("no recovery of %s: pruned %s, reference %s", name, pruned[name], was)
+            log.warning("no recovery of %s: pruned %s against %s", name, pruned[name], was)
             continue
         percent[name] = 100.0 * above / below
-    headline = [
-        value
-        for name, value in percent.items()
-        if name == "perplexity" or name.rsplit("/", 1)[-1] in ("accuracy", "rougeL")
-    ]
+    headline = [percent[name] for name in percent if is_headline(name)]
     if headline:
         percent["mean"] = sum(headline) / len(headline)
     return percent
+
+
+def is_headline(metric: str) -> bool:
+    """Return whether a metric counts in the mean recovery."""
+    return metric == "perplexity" or metric.rsplit("/", 1)[-1] in ("accuracy", "rougeL")
 
 
 def samples(
@@ -196,145 +199,134 @@ def samples(
     batch_size: int = 8,
     device: torch.device | str | None = None,
 ) -> list[Sample]:
-    """Generate greedily from a few records, spread evenly over them.
+    """Continue a few records greedily.
 
-    Running text is continued from its first words (half of it at most). Args as in :func:`evaluate`.
+    Args:
+        model: A causal LM.
+        tokenizer: Its tokenizer.
+        records: What to take prompts from; running text gives its first words (half of them at most).
+        count: How many, spread evenly over the records.
+        max_new_tokens: Most tokens to generate.
+        max_length: Most tokens of prompt and continuation together.
+        batch_size: Prompts of a forward pass.
+        device: Where to put batches; None takes the device of the model.
 
     Returns:
-        Prompt, generated text and reference of each.
+        Prompt, generated text and reference (the text, completion or right choice) of each.
+
+    Raises:
+        ValueError: ``max_length`` exceeds the model's context, or leaves no room for prompts.
     """
     _check_context(model, max_length)
-    chosen = [_prompt_and_reference(record) for record in _spread(records, count)]
-    encoder = Encoder(tokenizer, max_length)
-    prompts = encoder.prompts([prompt for prompt, _ in chosen], max_new_tokens)
-    with _evaluating(model):
-        generated = generate(model, encoder, prompts, batch_size, max_new_tokens, _device(model, device))
-    return [Sample(prompt, text, reference) for (prompt, reference), text in zip(chosen, generated, strict=True)]
+    run = _Run(model, Encoder(tokenizer, max_length), batch_size, _device(model, device))
+    pairs = [_prompt_and_reference(record) for record in _spread(records, count)]
+    with evaluating(model):
+        texts = run.generate([prompt for prompt, _ in pairs], max_new_tokens)
+    return [Sample(prompt, text, reference) for (prompt, reference), text in zip(pairs, texts, strict=True)]
 
 
-def generate(
-    model: PreTrainedModel,
-    encoder: Encoder,
-    prompts: Sequence[list[int]],
-    batch_size: int,
-    max_new_tokens: int,
-    device: torch.device,
-) -> list[str]:
-    """Decode greedily from prompts of token ids, batched by length with the KV cache; stop at the end of sequence."""
-    stops = _stop_ids(model, encoder)
-    texts = [""] * len(prompts)
-    for batch in _batches([len(prompt) for prompt in prompts], batch_size):
-        state = _prefill(model, [prompts[i] for i in batch], encoder.pad_id, device)
-        chosen: list[Tensor] = []
-        done_B = torch.zeros(len(batch), dtype=torch.bool, device=device)
-        while True:
-            next_B = state.logits_BV.argmax(-1)
-            chosen.append(next_B)
-            done_B |= torch.isin(next_B, stops.to(device))
-            if len(chosen) == max_new_tokens or bool(done_B.all()):
-                break
-            state = _extend(model, state, next_B[:, None], torch.ones_like(next_B[:, None]))
-        for i, ids in zip(batch, torch.stack(chosen, dim=1).tolist(), strict=True):
-            end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
-            texts[i] = str(encoder.tokenizer.decode(ids[:end], skip_special_tokens=True))
-    return texts
+class _Run:
+    """A model, its encoder and how to run it: the steps of an evaluation."""
 
+    def __init__(self, model: PreTrainedModel, encoder: Encoder, batch_size: int, device: torch.device) -> None:
+        self.model = model
+        self.encoder = encoder
+        self.batch_size = batch_size
+        self.device = device
 
-@dataclass
-class _State:
-    """A batch that has been read so far: logits after its last token, and what reading on needs."""
-
-    logits_BV: Tensor
-    all_logits: Tensor
-    cache: Any
-    mask_BT: Tensor
-    lengths_B: Tensor
-
-
-def _prefill(model: PreTrainedModel, prompts: Sequence[list[int]], pad_id: int, device: torch.device) -> _State:
-    """Read prompts, padded on the left, so that all of them end at the same place."""
-    longest = max(map(len, prompts))
-    ids_BT = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in prompts], device=device)
-    lengths_B = torch.tensor([len(ids) for ids in prompts], device=device)
-    mask_BT = (torch.arange(longest, device=device) >= (longest - lengths_B)[:, None]).long()
-    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
-    out = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=True, **_options(model, positions_BT, keep=1))
-    return _State(out.logits[:, -1], out.logits, out.past_key_values, mask_BT, lengths_B)
-
-
-def _extend(model: PreTrainedModel, state: _State, ids_BT: Tensor, mask_BT: Tensor) -> _State:
-    """Read on from a state; ``mask_BT`` is 0 on padding, which must be at the end."""
-    mask = torch.cat([state.mask_BT, mask_BT], dim=1)
-    positions = state.lengths_B[:, None] + torch.arange(ids_BT.shape[1], device=ids_BT.device)
-    out = model(
-        input_ids=ids_BT,
-        attention_mask=mask,
-        past_key_values=state.cache,
-        use_cache=True,
-        **_options(model, positions),
-    )
-    lengths = state.lengths_B + mask_BT.sum(-1)
-    return _State(out.logits[:, -1], out.logits, out.past_key_values, mask, lengths)
-
-
-def _score_sequences(
-    model: PreTrainedModel,
-    encoder: Encoder,
-    records: Sequence[Record],
-    batch_size: int,
-    device: torch.device,
-    tallies: Mapping[str, _Tally],
-) -> None:
-    plain = [record for record in records if not isinstance(record, ChoiceRecord)]
-    examples = [(record.task, one) for record, found in zip(plain, encoder.encode(plain), strict=True) for one in found]
-    for batch in _batches([len(example.input_ids) for _, example in examples], batch_size):
-        nats_B = _sequence_nats(model, [examples[i][1] for i in batch], encoder.pad_id, device)
-        for i, nats in zip(batch, nats_B, strict=True):
-            task, example = examples[i]
+    def tally_sequences(self, records: Sequence[Record], tallies: Mapping[str, _Tally]) -> None:
+        """Tally running text and completions."""
+        plain = [record for record in records if not isinstance(record, ChoiceRecord)]
+        found = zip(plain, self.encoder.encode(plain), strict=True)
+        owned = [(record.task, example) for record, examples in found for example in examples]
+        all_nats = sequence_nats(self.model, [example for _, example in owned], **self._how)
+        for (task, example), nats in zip(owned, all_nats, strict=True):
             tallies[task].add(nats, example.loss_tokens, example.text_bytes)
 
-
-def _sequence_nats(
-    model: PreTrainedModel, examples: Sequence[Example], pad_id: int, device: torch.device
-) -> list[float]:
-    """Return each sequence's negative log-likelihood over its learnt tokens."""
-    tensors = {name: torch.from_numpy(array).to(device) for name, array in pad(examples, pad_id).items()}
-    labels_BT = tensors.pop("labels")[:, 1:]
-    logits_BTV = model(**tensors, use_cache=False).logits[:, :-1]
-    learnt_BT = labels_BT != IGNORED
-    nats = functional.cross_entropy(logits_BTV[learnt_BT].float(), labels_BT[learnt_BT], reduction="none")
-    rows = learnt_BT.nonzero()[:, 0]
-    return torch.zeros(len(examples), dtype=torch.float64, device=device).index_add_(0, rows, nats.double()).tolist()
-
-
-def _score_choices(
-    model: PreTrainedModel,
-    encoder: Encoder,
-    records: Sequence[Record],
-    batch_size: int,
-    device: torch.device,
-    tallies: Mapping[str, _Tally],
-) -> dict[str, tuple[list[int], list[int]]]:
-    """Return the picked and the right choices per task, and tally the right ones."""
-    asked = [record for record in records if isinstance(record, ChoiceRecord)]
-    items = encoder.choices(asked)
-    most = max((len(item.continuations) for item in items), default=1)
-    picks = [0] * len(asked)
-    for batch in _batches([len(item.prompt) for item in items], max(1, batch_size // most)):
-        nats = _choice_nats(model, [items[i] for i in batch], encoder.pad_id, device)
-        for i, found in zip(batch, nats, strict=True):
-            item, record = items[i], asked[i]
-            closings = [1 if whole and len(ids) > 1 else 0 for whole, ids in zip(item.complete, item.continuations)]
-            scores = [
-                -sum(one[: len(one) - closing]) / (len(one) - closing)
-                for one, closing in zip(found, closings, strict=True)
-            ]
-            picks[i] = max(range(len(scores)), key=scores.__getitem__)
-            right = found[record.label]
+    def pick(self, records: Sequence[Record], tallies: Mapping[str, _Tally]) -> dict[str, list[tuple[int, int, int]]]:
+        """Tally right choices; return the picked choice, the right one and the number of choices, by task."""
+        asked = [record for record in records if isinstance(record, ChoiceRecord)]
+        items = self.encoder.choices(asked)
+        picks: dict[str, list[tuple[int, int, int]]] = {}
+        for record, item, nats in zip(asked, items, choice_nats(self.model, items, **self._how), strict=True):
+            means = [sum(one) / max(1, len(one)) for one in nats]
+            pick = min(range(len(means)), key=means.__getitem__)
+            picks.setdefault(record.task, []).append((pick, record.label, len(means)))
+            right = nats[record.label]
             tallies[record.task].add(sum(right), len(right), item.text_bytes[record.label])
-    by_task: dict[str, tuple[list[int], list[int]]] = {}
-    for record, pick in zip(asked, picks, strict=True):
-        picked, labels = by_task.setdefault(record.task, ([], []))
-        picked.append(pick)
-        labels.append(record.label)
-    return by_task
+        return picks
+
+    def complete(
+        self, records: Sequence[Record], max_new_tokens: int, max_generate: int | None
+    ) -> dict[str, list[tuple[str, str]]]:
+        """Return generated and true completions by task."""
+        by_task: dict[str, list[CompletionRecord]] = {}
+        for record in records:
+            if isinstance(record, CompletionRecord):
+                by_task.setdefault(record.task, []).append(record)
+        chosen = [record for some in by_task.values() for record in _spread(some, max_generate)]
+        texts: dict[str, list[tuple[str, str]]] = {}
+        if chosen:
+            generated = self.generate([record.prompt for record in chosen], max_new_tokens)
+            for record, text in zip(chosen, generated, strict=True):
+                texts.setdefault(record.task, []).append((text, record.completion))
+        return texts
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Return the greedy continuation of each prompt."""
+        tokenizer = self.encoder.tokenizer
+        own = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        prompt_ids = self.encoder.prompts(prompts, max_new_tokens)
+        found = greedy(self.model, prompt_ids, stops=sorted(stops), max_new_tokens=max_new_tokens, **self._how)
+        return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size, "pad_id": self.encoder.pad_id, "device": self.device}
+
+
+def _put_picks(metrics: Metrics, task: str, picks: Sequence[tuple[int, int, int]]) -> None:
+    picked, right = (torch.tensor([one[column] for one in picks]) for column in (0, 1))
+    classes = max(choices for _, _, choices in picks)
+    accuracy = multiclass_accuracy(picked, right, num_classes=classes, average="micro")
+    macro_f1 = multiclass_f1_score(picked, right, num_classes=classes, average="macro")
+    metrics.put(f"{task}/accuracy", float(accuracy), len(picks))
+    metrics.put(f"{task}/macro_f1", float(macro_f1), len(picks))
+
+
+def _put_rouge(metrics: Metrics, task: str, texts: Sequence[tuple[str, str]]) -> None:
+    generated, references = zip(*texts, strict=True)
+    # Without rougeLsum and stemming, torchmetrics needs neither nltk nor a download.
+    scores = rouge_score(list(generated), list(references), rouge_keys=ROUGE)
+    for name in ROUGE:
+        metrics.put(f"{task}/{name}", float(scores[f"{name}_fmeasure"]), len(texts))
+
+
+def _prompt_and_reference(record: Record) -> tuple[str, str]:
+    if isinstance(record, ChoiceRecord):
+        return record.prompt, record.choices[record.label]
+    if isinstance(record, CompletionRecord):
+        return record.prompt, record.completion
+    words = list(re.finditer(r"\S+", record.text))
+    end = words[max(0, min(_SAMPLE_WORDS, len(words) // 2) - 1)].end()
+    return record.text[:end], record.text[end:]
+
+
+def _spread(records: Sequence[_T], most: int | None) -> list[_T]:
+    if most is None or len(records) <= most:
+        return list(records)
+    return [records[i * len(records) // most] for i in range(most)]
+
+
+def _check_context(model: PreTrainedModel, max_length: int) -> None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise ValueError(
+            f"data.max_length={max_length} exceeds the model's context of {context} tokens; "
+            f"set data.max_length={context} or less"
+        )
+
+
+def _device(model: PreTrainedModel, device: torch.device | str | None) -> torch.device:
+    return next(model.parameters()).device if device is None else torch.device(device)

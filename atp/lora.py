@@ -139,7 +139,9 @@ def merged_tensors(peft_model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     The sum W + (alpha / r) B A is taken in float32 and cast back to the base weight's dtype; the wrapped model is left unchanged.
     """
     adapted = {
-        name.removeprefix(_PREFIX): module for name, module in peft_model.named_modules() if isinstance(module, LoraLayer)
+        name.removeprefix(_PREFIX): module
+        for name, module in peft_model.named_modules()
+        if isinstance(module, LoraLayer)
     }
     for name, tensor in peft_model.state_dict(keep_vars=False).items():
         plain = name.removeprefix(_PREFIX)

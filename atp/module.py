@@ -148,7 +148,9 @@ class TuningModule(LightningModule):
                 )
         missing = self._own_state() - set(checkpoint["state_dict"])
         if missing:
-            raise ValueError(f"the checkpoint lacks {sorted(missing)[:3]}; lora or prune settings differ from the run that wrote it")
+            raise ValueError(
+                f"the checkpoint lacks {sorted(missing)[:3]}; lora or prune settings differ from the run that wrote it"
+            )
 
     def _own_state(self) -> set[str]:
         return set(trainable_parameters(self))
@@ -219,7 +221,12 @@ class PruningModule(TuningModule):
         self.is_frozen.fill_(True)
         self.sampled_U = None
         sparsity = float(self.space.sparsity(masks_U.double()))
-        log.info("masks frozen at step %d: block sparsity %.4f (target %.4f)", self.global_step, sparsity, self.schedule.target)
+        log.info(
+            "masks frozen at step %d: block sparsity %.4f (target %.4f)",
+            self.global_step,
+            sparsity,
+            self.schedule.target,
+        )
 
     @torch.no_grad()
     def logits(self) -> Tensor:
@@ -290,7 +297,13 @@ class PruningModule(TuningModule):
         ascending = self.budget.multipliers()
         if ascending:
             groups.append(
-                {"name": "multipliers", "params": ascending, "lr": self.multiplier_lr, "weight_decay": 0.0, "maximize": True}
+                {
+                    "name": "multipliers",
+                    "params": ascending,
+                    "lr": self.multiplier_lr,
+                    "weight_decay": 0.0,
+                    "maximize": True,
+                }
             )
         return groups
 

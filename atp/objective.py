@@ -136,4 +136,3 @@ class LogRatio(Budget):
         """Log ratio of the sampled kept fraction; zero at the target, symmetric around it on a log scale."""
         kept = (1.0 - sampled).clamp(min=1e-10)
         return self.alpha * (kept.log() - torch.log(kept.new_tensor(1.0 - target))).abs()
-

@@ -86,7 +86,9 @@ def run(cfg: DictConfig, run_dir: Path, *, overrides: list[str]) -> float | None
         Run(config, directory, plain, provenance(overrides)).execute()
     metrics = directory.read_metrics()
     console.print(comparison_table(metrics))
-    console.print(f"run directory: {run_dir}", f"report:        {run_dir / 'report.html'}", "", sep="\n", highlight=False)
+    console.print(
+        f"run directory: {run_dir}", f"report:        {run_dir / 'report.html'}", "", sep="\n", highlight=False
+    )
     console.print(load_lines(str(run_dir / "pruned"), stock=metrics["export"]["stock"]), highlight=False, markup=False)
     return metric(metrics, config.optimized_metric)
 
@@ -175,9 +177,7 @@ class Run:
         log.info("removal: cutting %d of %d units", int((masks_U == 0).sum()), self.space.num_units)
         masked = module.masked.to(self.device).eval()
         masked.set_masks(masks_U.to(self.device))
-        removed = remove(
-            merged_tensors(masked.peft_model), self.base_config, self.space, masks_U, device=self.device
-        )
+        removed = remove(merged_tensors(masked.peft_model), self.base_config, self.space, masks_U, device=self.device)
         batches = self._check_batches()
         masked_vs_removed = max_logit_difference(masked, removed, batches)
         path = self.directory.path / "pruned"
@@ -303,7 +303,9 @@ class Run:
             close_loggers(loggers)
         merge_csv(logs, self.directory.path / "metrics" / ("train.csv" if name == "joint" else f"{name}.csv"))
         if checkpoint.interrupted:
-            raise RunInterrupted(f"stopped after step {trainer.global_step} of {name}; go on with: resume={self.directory.path}")
+            raise RunInterrupted(
+                f"stopped after step {trainer.global_step} of {name}; go on with: resume={self.directory.path}"
+            )
 
     def _load(self, name: str, module: TuningModule) -> None:
         state = torch.load(self.directory.checkpoint(name), map_location="cpu", weights_only=True)

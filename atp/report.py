@@ -184,10 +184,10 @@ def _kept_percent(report: RunReport, kind: str) -> Curve | None:
     if curve is None:
         return None
     peak = max((value for value in curve[1] if math.isfinite(value)), default=0.0)
+    name = "num_attention_heads" if kind == "heads" else "intermediate_size"
     columns = _width_columns(report.metrics)
-    names = ("num_attention_heads", "num_key_value_heads") if kind == "heads" else ("intermediate_size",)
-    totals = [sum(map(len, report.masks.get(kind, []))), *(sum(columns[name][1]) for name in names if columns)]
-    total = 1.0 if peak <= 1.0 else next((t for t in totals if 1.02 * t >= peak), peak)
+    dense = sum(columns[name][1]) if columns else 0
+    total = 1.0 if peak <= 1.0 else max(dense, peak / 1.02)
     return _times(100 / total, curve)
 
 
@@ -207,8 +207,9 @@ def _quality_panels(metrics: Mapping[str, Any]) -> list[Panel]:
     if fractions:
         unit = "score (higher is better)"
         panels.append(figures.quality_panel("quality-tasks", "Task metrics on held-out data", unit, fractions, labels))
-    if scores.get("perplexity"):
-        chosen, unit = {"perplexity": scores["perplexity"]}, "perplexity (lower is better)"
+    chosen = {metric: row for metric, row in scores.items() if metric.rsplit("/", 1)[-1] == "perplexity" and row}
+    if chosen:
+        unit = "perplexity (lower is better)"
         panels.append(figures.quality_panel("quality-perplexity", "Perplexity on held-out data", unit, chosen, labels))
     return panels
 

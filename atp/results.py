@@ -68,7 +68,9 @@ def assemble(
             "dense_blocks": dense_blocks,
             "pruned_blocks": export["pruned_blocks"],
         },
-        "removal": {k: export[k] for k in ("max_abs_logit_diff", "masked_vs_removed", "removed_vs_reloaded", "dtype", "tokens")},
+        "removal": {
+            k: export[k] for k in ("max_abs_logit_diff", "masked_vs_removed", "removed_vs_reloaded", "dtype", "tokens")
+        },
         "export": {"stock": export["stock"]},
         "eval": values,
         "eval_counts": results["pruned"]["counts"],
@@ -114,7 +116,9 @@ def metric(metrics: Mapping[str, Any], path: str) -> float:
     for part in path.split("."):
         if not isinstance(node, Mapping) or part not in node:
             there = sorted(node) if isinstance(node, Mapping) else []
-            raise ValueError(f"optimized_metric={path}: there is no {part!r}; at that level there are {', '.join(there)}")
+            raise ValueError(
+                f"optimized_metric={path}: there is no {part!r}; at that level there are {', '.join(there)}"
+            )
         node = node[part]
     if not isinstance(node, (int, float)):
         raise ValueError(f"optimized_metric={path} is not a number; below it there are {', '.join(sorted(node))}")

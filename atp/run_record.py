@@ -116,7 +116,7 @@ class RunReport:
         for key in ("overrides", "config"):
             path = run_dir / ".hydra" / f"{key}.yaml"
             parts[key] = clean(path.read_text("utf-8", errors="replace")) if path.is_file() else None
-        absent = [key for key in _SCHEMA if not metrics.get(key)]
+        absent = [key for key in _SCHEMA if key != "baselines" and not metrics.get(key)]
         if absent:
             notes.append(f"metrics.json has nothing under: {', '.join(absent)}.")
         return cls(run_dir=run_dir, metrics=metrics, notes=tuple(map(clean, notes)), **parts)

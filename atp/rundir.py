@@ -52,7 +52,9 @@ def find_run(name: str, run_name: str | None = None, root: Path = RUNS) -> Path:
     if name != "last":
         path = Path(name)
         if not (path / CONFIG).is_file():
-            raise ValueError(f"resume={name}: not a run directory (it holds no {CONFIG}); give one that a run has printed, or 'last'")
+            raise ValueError(
+                f"resume={name}: not a run directory (it holds no {CONFIG}); give one that a run has printed, or 'last'"
+            )
         return path
     found = sorted(root.glob(f"{run_name or '*'}/*/{CONFIG}"), key=lambda p: p.stat().st_mtime)
     if not found:
@@ -91,7 +93,9 @@ class RunDirectory:
             saved = json.loads(existing.read_text(encoding="utf-8"))["config"]
             changed = _differences(saved, config)
             if changed:
-                raise ValueError(f"resume={path}: settings differ from the run's own ({'; '.join(changed[:4])}); leave them out or start anew")
+                raise ValueError(
+                    f"resume={path}: settings differ from the run's own ({'; '.join(changed[:4])}); leave them out or start anew"
+                )
         else:
             write_json(existing, {"overrides": overrides, "config": config})
 

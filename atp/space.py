@@ -202,6 +202,8 @@ class PruningSpace:
         for kind in wanted:
             if kind not in KINDS:
                 raise ValueError(f"prune.space holds {kind!r}; known kinds: {', '.join(KINDS)}")
+        if hasattr(model, "peft_config"):
+            raise ValueError("the model is wrapped by PEFT already; describe its space before adding adapters")
         builder = _Builder(wanted)
         for index, layer in enumerate(model.get_submodule("model.layers").children()):
             builder.add_layer(index, f"model.layers.{index}", layer)

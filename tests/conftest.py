@@ -23,6 +23,8 @@ from transformers import (
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
+
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
@@ -33,14 +35,14 @@ ATTENTION = {"mha": 6, "gqa": 3, "mqa": 1}
 
 
 def tiny_model(
-    family: str = "llama", attention: str = "gqa", *, tied: bool = False, biased: bool = False, layers: int = 2, seed: int = 0
+    family: str = "llama", attention: str = "gqa", *, tied: bool = False, biased: bool = False, layers: int = 2, seed: int = 0, vocabulary: int = 64
 ) -> PreTrainedModel:
     """A random model: hidden 48, 6 query heads of 8, 20 channels, vocabulary 64, context 64."""
     torch.manual_seed(seed)
     config_class, model_class = CLASSES[family]
     biases = {"attention_bias": biased, "mlp_bias": biased} if family == "llama" else {}
     config = config_class(
-        vocab_size=64,
+        vocab_size=vocabulary,
         hidden_size=48,
         intermediate_size=20,
         num_hidden_layers=layers,

@@ -192,8 +192,14 @@ _LOST = (
     "the court dismissed the claim of the {c}", "the judgment in favor of the {r} was affirmed",
     "the award to the {c} was set aside on appeal", "the appeals court found for the {r}", "the court sent the {c} away with nothing",
 )  # fmt: skip
-_WON_FORMS = ("{a} {c} may recover from {b} {r} under {d} where {w}.", "{b} {r} is liable to {a} {c} under {d} where {w}.")
-_LOST_FORMS = ("{a} {c} may not recover from {b} {r} under {d} where {w}.", "{b} {r} is not liable to {a} {c} under {d} where {w}.")
+_WON_FORMS = (
+    "{a} {c} may recover from {b} {r} under {d} where {w}.",
+    "{b} {r} is liable to {a} {c} under {d} where {w}.",
+)
+_LOST_FORMS = (
+    "{a} {c} may not recover from {b} {r} under {d} where {w}.",
+    "{b} {r} is not liable to {a} {c} under {d} where {w}.",
+)
 
 _AGENCIES = (
     ("Secretary of Agriculture", "Department of Agriculture"), ("Secretary of Education", "Department of Education"),
@@ -295,9 +301,7 @@ def _holding(draw: Draw, number: int) -> tuple[Record, tuple[str, ...]]:
         f"{one}, {article(claimant)}, brought a suit against {article(respondent)}.",
         f"The case was brought by {one}, {article(claimant)}, against {article(respondent)} in {draw.pick(STATES)}.",
     ))  # fmt: skip
-    told = f"{opening} {facts[0]}. {facts[1]}. {sentence(end)}.".format(
-        c=claimant, r=respondent, n=draw.pick(COUNTS)
-    )
+    told = f"{opening} {facts[0]}. {facts[1]}. {sentence(end)}.".format(c=claimant, r=respondent, n=draw.pick(COUNTS))
     prompt = f"{one} v. {two} ({draw.whole(1961, 2024)}). {told}\nHolding:\n"
     choices = _candidates(draw, parties, doctrine[0], condition[1], won)
     label = (number // 2) % len(choices)

@@ -70,7 +70,9 @@ class Settings:
         if self.minutes is not None and self.minutes <= 0:
             raise ValueError(f"--minutes={self.minutes} leaves no time; give more than 0, or leave it out")
         if self.batch_tokens < 2 * CONTEXT:
-            raise ValueError(f"--batch-tokens={self.batch_tokens} does not hold two records; give {2 * CONTEXT} or more")
+            raise ValueError(
+                f"--batch-tokens={self.batch_tokens} does not hold two records; give {2 * CONTEXT} or more"
+            )
 
     def command(self) -> str:
         """Return the command that repeats the run."""
@@ -201,7 +203,10 @@ class Trainer:
             ids_BT, mask_BT, labels_BT = figures.padded(part, self.tokenizer.pad_token_id)
             logits_BTV = self.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
             loss = torch.nn.functional.cross_entropy(
-                logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=figures.IGNORED, reduction="sum"
+                logits_BTV[:, :-1].flatten(0, 1),
+                labels_BT[:, 1:].flatten(),
+                ignore_index=figures.IGNORED,
+                reduction="sum",
             )
             (loss / tokens).backward()
             total += float(loss.detach())

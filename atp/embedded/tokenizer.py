@@ -20,7 +20,9 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCAB_SIZE = 2048
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE, max_length: int = 512) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = VOCAB_SIZE, max_length: int = 512
+) -> PreTrainedTokenizerFast:
     """Train the tokenizer.
 
     Args:
@@ -47,7 +49,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE, max_leng
     )
     tokenizer.train_from_iterator(texts, trainer)
     bos = (BOS, tokenizer.token_to_id(BOS))
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[bos])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[bos]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,

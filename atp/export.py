@@ -1,0 +1,257 @@
+"""Writing a pruned model as a Hugging Face directory.
+
+The end of the flow: takes an ordinary model without masks or adapters, as removal returns it, and leaves a directory
+that `from_pretrained` reads: a stock one wherever a stock class holds the widths, otherwise with the modeling file
+beside the weights. A directory appears under its name only when it is whole. Knows nothing of how the model was pruned;
+what a run wants to record goes in as `card` and `provenance`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from atp import modeling_atp
+from atp.architecture import family, is_stock, layer_widths
+from atp.loading import INDEX_FILE, differences, expected_shapes, load_exported
+from atp.model_card import load_lines, model_card
+
+__all__ = ["ExportResult", "export_hf", "load_exported", "load_lines", "model_card"]
+
+logger = logging.getLogger(__name__)
+
+PROVENANCE_FILE = "atp_provenance.json"
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export wrote.
+
+    Attributes:
+        directory: Where the model is.
+        architecture: Name of the model class.
+        stock: Whether transformers itself has that class.
+        parameters: Number of parameters.
+        weight_bytes: Size of the safetensors files.
+        load_lines: The two lines of Python that load it.
+    """
+
+    directory: Path
+    architecture: str
+    stock: bool
+    parameters: int
+    weight_bytes: int
+    load_lines: str
+
+
+def export_hf(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    output_dir: str | Path,
+    *,
+    card: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+) -> ExportResult:
+    """Writes a model and everything needed to load it.
+
+    The files are written to a hidden sibling directory which then takes the target's name, so that a failure of any
+    kind leaves neither a half-written target nor leftovers, and an earlier export survives a failed overwrite.
+
+    Args:
+        model: A dense or pruned model of a supported family, adapters merged.
+        tokenizer: Its tokenizer; None leaves it out, with a warning.
+        output_dir: Target directory.
+        card: Text of README.md; by default a card with the widths and how to load.
+        provenance: What made the model; any JSON values.
+        overwrite: Replace the model directory that is already there.
+        dtype: Type to store; by default the model's own.
+        max_shard_size: Largest size of one weight file, in bytes or as text such as "5GB".
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: If the target is in use, or the model is not one that the written config describes.
+        OSError: If the disk is full or the target cannot be written.
+    """
+    target = Path(output_dir).expanduser().resolve()
+    _check_target(target, overwrite)
+    tensors = _checked_tensors(model)
+    dtype = dtype or model.dtype
+    config = _written_config(model, dtype)
+    texts = _written_texts(config, target.name, card, provenance or {})
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    _check_space(target, parameters * dtype.itemsize)
+    with _appearing_whole(target) as stage:
+        _write_weights(tensors, stage, dtype, max_shard_size)
+        config.to_json_file(stage / "config.json")
+        _write_generation_config(model, stage)
+        if tokenizer is None:
+            logger.warning("no tokenizer given: %s will hold none", target)
+        else:
+            tokenizer.save_pretrained(str(stage))
+        for name, text in texts.items():
+            (stage / name).write_text(text, encoding="utf-8")
+    return ExportResult(
+        directory=target,
+        architecture=_architecture(config),
+        stock=is_stock(config),
+        parameters=parameters,
+        weight_bytes=sum(path.stat().st_size for path in target.glob("*.safetensors")),
+        load_lines=load_lines(output_dir, is_stock(config)),
+    )
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"output directory {target} is a file; choose another path")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"output directory {target} is not empty; pass overwrite=True or choose another path")
+    if not (target / "config.json").is_file():
+        raise ValueError(
+            f"output directory {target} is not a model directory (no config.json), so it will not be replaced; "
+            "empty it yourself or choose another path"
+        )
+
+
+def _checked_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors to store, once they are known to be what the model's config describes."""
+    family(model.config)
+    tensors = dict(model.state_dict())
+    if any(".lora_" in name or ".base_layer." in name for name in tensors):
+        raise ValueError("the model still carries LoRA adapters; merge them first (merge_and_unload)")
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise ValueError("the model has tensors without data (meta device); load its weights first")
+    if model.config.tie_word_embeddings:
+        embeddings, head = tensors["model.embed_tokens.weight"], tensors.pop("lm_head.weight")
+        if head.data_ptr() != embeddings.data_ptr() and not torch.equal(head, embeddings):
+            raise ValueError(
+                "config.tie_word_embeddings is set, but lm_head and the embeddings differ, and only one would be "
+                "stored; set config.tie_word_embeddings=False to keep both"
+            )
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if problems := differences(expected_shapes(model.config), shapes):
+        raise ValueError(f"the model's tensors are not those of its config, so it could not be loaded: {problems}")
+    return tensors
+
+
+def _written_config(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedConfig:
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    vars(config).pop("auto_map", None)
+    if not is_stock(config):
+        config.auto_map = {
+            "AutoConfig": f"modeling_atp.{modeling_atp.CONFIG_CLASSES[config.model_type].__name__}",
+            "AutoModelForCausalLM": f"modeling_atp.{type(model).__name__}",
+        }
+    return config
+
+
+def _architecture(config: PreTrainedConfig) -> str:
+    return str((config.architectures or ["unknown"])[0])
+
+
+def _written_texts(
+    config: PreTrainedConfig, title: str, card: str | None, provenance: Mapping[str, Any]
+) -> dict[str, str]:
+    """The text files of an export, by name; made first, so that a mistake shows before any weights are written."""
+    stock, widths = is_stock(config), layer_widths(config)
+    facts = {
+        "format": 1,
+        "architecture": _architecture(config),
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "widths": [asdict(layer) for layer in widths],
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "run": dict(provenance),
+    }
+    try:
+        texts = {PROVENANCE_FILE: json.dumps(facts, indent=2, allow_nan=False) + "\n"}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"provenance must hold plain JSON values: {error}") from error
+    texts["README.md"] = card or model_card(title=title, architecture=_architecture(config), stock=stock, widths=widths)
+    if not stock:
+        texts["modeling_atp.py"] = Path(modeling_atp.__file__).read_text(encoding="utf-8")
+    return texts
+
+
+def _write_weights(
+    tensors: Mapping[str, torch.Tensor], stage: Path, dtype: torch.dtype, max_shard_size: int | str
+) -> None:
+    """Writes one shard after the other, so that at most one shard is held twice."""
+    plan = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor.numel() * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for filename, names in plan.filename_to_tensors.items():
+        shard = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
+        save_file(shard, stage / filename, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (stage / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _write_generation_config(model: PreTrainedModel, stage: Path) -> None:
+    if model.generation_config is None:
+        return
+    try:
+        model.generation_config.save_pretrained(str(stage))
+    except ValueError as error:
+        # Some published models carry settings that contradict each other; they are kept as they are.
+        logger.warning("the generation config is not consistent, stored unchanged: %s", error)
+        model.generation_config.to_json_file(str(stage / "generation_config.json"))
+
+
+def _check_space(target: Path, needed_bytes: int) -> None:
+    existing = next(parent for parent in target.parents if parent.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise OSError(
+            f"the weights need {needed_bytes / 2**20:.0f} MiB, but {existing} has {free_bytes / 2**20:.0f} MiB free; "
+            "nothing was written. Free some space or choose another output directory"
+        )
+
+
+@contextmanager
+def _appearing_whole(target: Path) -> Iterator[Path]:
+    """Gives a directory to write to, which becomes `target` at the end or disappears."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(4)
+    stage = target.parent / f".{target.name}.partial-{token}"
+    previous = target.parent / f".{target.name}.previous-{token}"
+    try:
+        stage.mkdir()
+        yield stage
+        if target.exists():
+            os.rename(target, previous)
+        os.rename(stage, target)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write the model to {target}: {error}; nothing was left there") from error
+    finally:
+        if previous.exists() and not target.exists():
+            os.rename(previous, target)
+        for leftover in (stage, previous):
+            shutil.rmtree(leftover, ignore_errors=True)

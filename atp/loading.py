@@ -1,0 +1,139 @@
+"""Loading an exported directory strictly: everything has to be there, whole, and of the shape the config says.
+
+Where `from_pretrained` fills gaps with random weights and a warning, this raises. Used by export's own checks, by the
+comparison of the removed with the reloaded model, and by whoever continues from a pruned model. Runs no code from the
+directory and opens no pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from atp import modeling_atp
+from atp.architecture import build_model, family
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+def load_exported(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Loads an exported directory, refusing anything that does not match exactly.
+
+    Args:
+        path: A directory written by :func:`atp.export.export_hf`, or another safetensors directory of these families.
+        dtype: Type of the parameters; by default the stored one.
+        device: Where the model goes.
+
+    Returns:
+        The model in evaluation mode. Code beside the weights is not run: the classes are atp's own.
+
+    Raises:
+        ValueError: If files are missing, truncated or pickled, or if tensors are missing, unexpected or misshapen.
+    """
+    directory = Path(path).expanduser()
+    config = _read_config(directory)
+    files = _weight_files(directory)
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with _opened(file) as stored:
+            found.update({name: tuple(stored.get_slice(name).get_shape()) for name in stored.offset_keys()})
+    expected = expected_shapes(config)
+    if config.tie_word_embeddings:
+        found.pop("lm_head.weight", None)
+    if problems := differences(expected, found):
+        raise ValueError(f"the weights in {directory} do not fit its config.json: {problems}")
+    stored_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    model = build_model(config, dtype=dtype or stored_dtype, device=device)
+    targets = model.state_dict()
+    for file in files:
+        with _opened(file) as stored, torch.no_grad():
+            for name in stored.offset_keys():
+                if name in expected:
+                    targets[name].copy_(stored.get_tensor(name))
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(directory), local_files_only=True)
+    return model
+
+
+def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a config's model stores; a tied output head is not stored."""
+    model = build_model(config, dtype=torch.float32, device="meta")
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight")
+    return shapes
+
+
+def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """Says how two sets of named shapes differ; empty if they do not."""
+    misshapen = [
+        f"{name} is {list(found[name])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    kinds = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "misshapen": misshapen,
+    }
+    parts = []
+    for kind, names in kinds.items():
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            parts.append(f"{kind}: {', '.join(names[:4])}{more}")
+    return "; ".join(parts)
+
+
+def _read_config(directory: Path) -> PreTrainedConfig:
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} is not a model directory: it has no config.json")
+    modeling_atp.register()
+    try:
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{directory / 'config.json'} cannot be read: {error}") from error
+    family(config)
+    return config
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The weight files of a directory, all of them present."""
+    if (directory / INDEX_FILE).is_file():
+        try:
+            names = sorted(set(json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{directory / INDEX_FILE} is not a valid index of weight files: {error!r}") from error
+        files = [directory / str(name) for name in names]
+    else:
+        files = [directory / WEIGHTS_FILE]
+    missing = [file.name for file in files if file.parent != directory or not file.is_file()]
+    if not missing:
+        return files
+    pickles = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+    if pickles and not any(directory.glob("*.safetensors")):
+        raise ValueError(
+            f"{directory} holds its weights as pickle ({', '.join(pickles[:3])}), which can run code when opened "
+            "and is not loaded. If you trust the file, convert it once with "
+            f"`AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained(NEW_DIRECTORY)`"
+        )
+    raise ValueError(f"{directory} lacks weight files: {', '.join(missing[:4])}")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(file), framework="pt", device="cpu") as stored:
+            yield stored
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or not a safetensors file ({error}); copy or export it again") from error

@@ -1,0 +1,230 @@
+"""The model card (README.md) of a pruned model: Hub metadata, what was removed, figures, how to load, limitations.
+
+Plain text made from typed arguments: it reads no run directory and no model, so that the pipeline, a later export and a
+test can all call it. Sits below export, which writes its result beside the weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
+
+from atp.architecture import LayerWidths
+
+BAR_LENGTH = 12
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Identifiers that the Hub accepts in the `license` field and that models of these families carry.
+_HUB_LICENSES = frozenset(
+    {
+        *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "unlicense"),
+        *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "openrail", "other"),
+        *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4"),
+    }
+)
+_COLUMN_TITLES = {"dense": "dense", "dense_lora": "dense + LoRA", "pruned": "pruned"}
+
+GENERAL_LIMITATIONS = (
+    "Pruned for the data it was tuned on: text of other kinds loses more quality than the table shows.",
+    "It inherits the biases and the knowledge cut-off of its base model; removing weights does not remove them.",
+)
+
+
+def model_card(
+    *,
+    title: str,
+    architecture: str,
+    stock: bool,
+    widths: Sequence[LayerWidths],
+    dense_widths: Sequence[LayerWidths] | None = None,
+    base_model: str | None = None,
+    license_id: str | None = None,
+    datasets: Sequence[str] = (),
+    tags: Sequence[str] = (),
+    language: str = "en",
+    method: str | None = None,
+    target_sparsity: float | None = None,
+    block_sparsity: float | None = None,
+    model_sparsity: float | None = None,
+    parameters: int | None = None,
+    dense_parameters: int | None = None,
+    metrics: Mapping[str, Mapping[str, float]] | None = None,
+    recovery: Mapping[str, float] | None = None,
+    limitations: Sequence[str] = (),
+) -> str:
+    """Writes the model card.
+
+    Args:
+        title: Heading of the card.
+        architecture: Name of the model class.
+        stock: Whether the class is part of transformers, so that loading needs no code from the directory.
+        widths: Widths of every layer.
+        dense_widths: Widths of the base model; the scale of the bars. Without it the largest kept width is the scale.
+        base_model: Hub id or path of the base model. Paths are shown by their last part and kept out of the metadata.
+        license_id: Licence of the base model, as the Hub spells it; see :func:`base_license`.
+        datasets: Data the model was tuned on; Hub ids also go into the metadata.
+        tags: More Hub tags.
+        language: Language of the data, as a two-letter code.
+        method: One sentence on how the architecture was found.
+        target_sparsity: Fraction of decoder-block parameters that was to be removed.
+        block_sparsity: Fraction of decoder-block parameters that was removed.
+        model_sparsity: Fraction of all parameters that was removed.
+        parameters: Parameters left.
+        dense_parameters: Parameters of the base model.
+        metrics: Model (dense, dense_lora, pruned, ...) -> metric -> value.
+        recovery: Metric -> percent of the dense + LoRA model's value.
+        limitations: Sentences added to the general limitations.
+
+    Returns:
+        Markdown with a YAML header.
+    """
+    sections = [
+        _header(architecture, stock, base_model, license_id, datasets, tags, language),
+        f"# {title}\n\n{_summary(base_model, datasets, method)}",
+        _sparsity(target_sparsity, block_sparsity, model_sparsity, parameters, dense_parameters),
+        _widths_table(widths, dense_widths or _largest(widths)),
+        _metrics_table(metrics or {}, recovery or {}),
+        _loading(architecture, stock),
+        "## Limitations\n\n" + "\n".join(f"- {line}" for line in (*limitations, *GENERAL_LIMITATIONS)),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def base_license(base_model: str | Path) -> str | None:
+    """Finds the licence of the base model in its model card, on disk only.
+
+    Args:
+        base_model: A directory, or a Hub id whose files are in the local cache.
+
+    Returns:
+        The identifier, or None where no card or no licence is found.
+    """
+    card: str | Path | object | None = Path(base_model) / "README.md"
+    if not Path(base_model).is_dir():
+        is_id = _HUB_ID.fullmatch(str(base_model))
+        card = try_to_load_from_cache(str(base_model), "README.md") if is_id else None
+    if not isinstance(card, str | Path) or not Path(card).is_file():
+        return None
+    metadata = metadata_load(card) or {}
+    name = metadata.get("license_name") if metadata.get("license") == "other" else metadata.get("license")
+    return str(name) if name else None
+
+
+def _header(
+    architecture: str,
+    stock: bool,
+    base_model: str | None,
+    license_id: str | None,
+    datasets: Sequence[str],
+    tags: Sequence[str],
+    language: str,
+) -> str:
+    known = license_id is None or license_id.lower() in _HUB_LICENSES
+    data = ModelCardData(
+        language=language,
+        license=license_id.lower() if license_id and known else ("other" if license_id else None),
+        license_name=None if known else re.sub(r"[^a-z0-9.-]+", "-", str(license_id).lower()).strip("-"),
+        base_model=base_model if base_model and _is_hub_id(base_model) else None,
+        datasets=[name for name in datasets if _is_hub_id(name)] or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys(["pruning", "structured-pruning", "atp", *tags, *([] if stock else ["custom_code"])])),
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _is_hub_id(name: str) -> bool:
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _summary(base_model: str | None, datasets: Sequence[str], method: str | None) -> str:
+    base = f"`{base_model if _is_hub_id(base_model) else Path(base_model).name}`" if base_model else "a larger model"
+    data = f", tuned on {', '.join(datasets)}" if datasets else ""
+    text = f"A smaller {base}: attention heads and FFN channels have been removed for good{data}."
+    return f"{text} {method}" if method else text
+
+
+def _sparsity(
+    target: float | None, blocks: float | None, model: float | None, parameters: int | None, dense: int | None
+) -> str:
+    rows = []
+    if blocks is not None:
+        aim = "" if target is None else f" (target {target:.2%})"
+        rows.append(f"| removed, of decoder-block parameters | {blocks:.2%}{aim} |")
+    if model is not None:
+        rows.append(f"| removed, of all parameters | {model:.2%} |")
+    if parameters is not None:
+        rows.append(f"| parameters | {parameters:,}{'' if dense is None else f' of {dense:,}'} |")
+    if not rows:
+        return ""
+    note = "Decoder-block parameters leave out embeddings, the output head and norms."
+    return "\n".join(["## Size", "", "| | |", "|---|---|", *rows, "", note])
+
+
+def _largest(widths: Sequence[LayerWidths]) -> list[LayerWidths]:
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+    return [LayerWidths(*(max(getattr(layer, name) for layer in widths) for name in names))] * len(widths)
+
+
+def _widths_table(widths: Sequence[LayerWidths], scale: Sequence[LayerWidths]) -> str:
+    lines = ["## Widths per layer", "", "| layer | query heads | KV heads | FFN channels |", "|---|---|---|---|"]
+    for index, (kept, full) in enumerate(zip(widths, scale, strict=True)):
+        cells = [
+            _bar(kept.num_attention_heads, full.num_attention_heads),
+            f"{kept.num_key_value_heads} / {full.num_key_value_heads}",
+            _bar(kept.intermediate_size, full.intermediate_size),
+        ]
+        lines.append(f"| {index} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _bar(kept: int, full: int) -> str:
+    filled = round(BAR_LENGTH * kept / full) if full else 0
+    return f"`{'█' * filled}{'░' * (BAR_LENGTH - filled)}` {kept} / {full}"
+
+
+def _metrics_table(metrics: Mapping[str, Mapping[str, float]], recovery: Mapping[str, float]) -> str:
+    columns = list(metrics)
+    names = list(dict.fromkeys(name for column in columns for name in metrics[column]))
+    if not names:
+        return ""
+    titles = [_COLUMN_TITLES.get(column, column) for column in columns] + (["recovery"] if recovery else [])
+    lines = ["## Quality", "", f"| metric | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for name in names:
+        cells = [f"{metrics[column][name]:.4g}" if name in metrics[column] else "" for column in columns]
+        if recovery:
+            cells.append(f"{recovery[name]:.1f}%" if name in recovery else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    note = "Recovery is relative to the unpruned base model with LoRA tuned on the same data for the same steps."
+    return "\n".join([*lines, *(["", note] if recovery else [])])
+
+
+def _loading(architecture: str, stock: bool) -> str:
+    if stock:
+        why = f"Every layer has the same widths, so this is an ordinary `{architecture}`: no custom code is involved."
+    else:
+        why = (
+            "Layers differ in width, which no stock class can hold: `modeling_atp.py` beside the weights builds each "
+            "layer from transformers' own `per_layer_config` (transformers 5.15 or newer). `trust_remote_code=True` "
+            "runs that file; with the `atp` package imported the flag is not needed."
+        )
+    lines = ["```python", *load_lines("path/to/this/directory", stock).splitlines(), "```"]
+    return "\n".join(["## How to load", "", why, "", *lines])
+
+
+def load_lines(path: str | Path, stock: bool) -> str:
+    """The two lines of Python that load a pruned model and its tokenizer.
+
+    Args:
+        path: The exported directory.
+        stock: Whether a stock class holds the model; otherwise the code beside the weights must be trusted.
+
+    Returns:
+        Two lines to be run as they are, in an environment that has transformers.
+    """
+    arguments = repr(str(path)) + ("" if stock else ", trust_remote_code=True")
+    classes = ("AutoModelForCausalLM", "AutoTokenizer")
+    loaded = ", ".join(f"{name}.from_pretrained({arguments})" for name in classes)
+    return f"from transformers import {', '.join(classes)}\nmodel, tokenizer = {loaded}"

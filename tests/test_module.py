@@ -1,0 +1,246 @@
+"""Joint training: what moves when, the freeze, resume to the last bit, divergence, small checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+from lightning import Callback, Trainer
+from transformers import AutoTokenizer
+
+from atp import embedded
+from atp.callbacks import RunCheckpoint
+from atp.data import PruningDataModule
+from atp.generator import FreeLogits, TransformerGenerator
+from atp.lora import MaskedModel, add_lora
+from atp.module import PruningModule, TrainingDiverged, TuningModule
+from atp.objective import L0Lagrangian, LogRatio, Phase, SparsitySchedule
+from atp.sampler import GumbelSigmoid, HardConcrete
+from atp.sources import load_embedded
+from atp.space import PruningSpace
+
+STEPS = 10
+METHODS = {
+    "l0": (FreeLogits, HardConcrete, L0Lagrangian),
+    "atp_like": (TransformerGenerator, GumbelSigmoid, LogRatio),
+}
+
+
+def make_module(method: str = "l0", seed: int = 0, dropout: float = 0.1, module_seed: int = 0, **options: Any) -> PruningModule:
+    model = tiny_model("llama", "gqa", vocabulary=2048)
+    torch.manual_seed(seed)  # of adapters and generator; the base is always the same
+    space = PruningSpace.from_model(model)
+    generator, sampler, budget = METHODS[method]
+    schedule = SparsitySchedule(0.5, warmup_steps=2, ramp_steps=2, freeze_step=6)
+    masked = MaskedModel(add_lora(model, r=2, dropout=dropout), space)
+    return PruningModule(
+        masked, generator(space), sampler(), budget(), schedule, total_steps=STEPS, lr=1e-2, base_id="tiny", seed=module_seed, **options
+    )
+
+
+@functools.cache
+def records_and_tokenizer() -> tuple[Any, Any]:
+    return load_embedded("legal", train=40, validation=4, test=4), AutoTokenizer.from_pretrained(embedded.base_dir())
+
+
+def make_data(accumulate: int = 1) -> PruningDataModule:
+    splits, tokenizer = records_and_tokenizer()
+    return PruningDataModule(
+        splits, tokenizer, max_length=48, batch_size=2, num_batches=STEPS * accumulate, seed=0, model_context=64
+    )
+
+
+class StopAt(Callback):
+    """Sends this process a signal at the start of the batch after ``step``, as Ctrl-C would."""
+
+    def __init__(self, step: int, number: int = signal.SIGINT) -> None:
+        self.step, self.number = step, number
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+            self.step = -1
+
+
+def fit(
+    module: TuningModule, path: Path, *callbacks: Callback, accumulate: int = 1, every: int = 3, resume: bool = False
+) -> RunCheckpoint:
+    checkpoint = RunCheckpoint(path, every_n_steps=every)
+    trainer = Trainer(
+        max_steps=STEPS,
+        max_epochs=-1,
+        accelerator="cpu",
+        devices=1,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=1.0,
+        val_check_interval=4,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[*callbacks, checkpoint],
+    )
+    trainer.fit(module, datamodule=make_data(accumulate), ckpt_path=path if resume else None, weights_only=True)
+    return checkpoint
+
+
+def trained_state(module: TuningModule) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in module.state_dict().items() if k in module._own_state()}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stop", [1, 4, 6, 8], ids=["warm-up", "pruning", "at-freeze", "frozen"])
+def test_resume_equals_uninterrupted_to_the_last_bit(method: str, stop: int, tmp_path: Path) -> None:
+    whole = make_module(method)
+    fit(whole, tmp_path / "whole.ckpt")
+    interrupted = make_module(method)
+    assert fit(interrupted, tmp_path / "part.ckpt", StopAt(stop)).interrupted
+    assert interrupted.global_step == stop + 1
+    resumed = make_module(method, seed=99)  # other initial values: everything that matters must come from the file
+    fit(resumed, tmp_path / "part.ckpt", resume=True)
+    assert resumed.global_step == STEPS
+    assert_same(trained_state(whole), trained_state(resumed))
+
+
+def test_resume_with_accumulation_and_from_a_kill(tmp_path: Path) -> None:
+    """A killed process leaves the last periodic checkpoint; going on from it reaches the same end."""
+    whole = make_module()
+    fit(whole, tmp_path / "whole.ckpt", accumulate=2)
+
+    class Die(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 15:
+                raise SystemExit
+
+    with pytest.raises(SystemExit):
+        fit(make_module(), tmp_path / "part.ckpt", Die(), accumulate=2)
+    resumed = make_module(seed=99)
+    fit(resumed, tmp_path / "part.ckpt", accumulate=2, resume=True)
+    assert_same(trained_state(whole), trained_state(resumed))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_freeze_meets_the_target_and_masks_stay(method: str, tmp_path: Path) -> None:
+    module = make_module(method)
+    seen: list[torch.Tensor] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            if pl_module.is_frozen:
+                seen.append(pl_module.final_masks_U.clone())
+
+    fit(module, tmp_path / "a.ckpt", Watch())
+    assert len(seen) == STEPS - 6
+    assert all(torch.equal(seen[0], masks) for masks in seen)
+    sparsity = float(module.space.sparsity(seen[0].double()))
+    assert 0.5 - module.space.layers[0].costs.channel / module.space.total_parameters <= sparsity <= 0.5
+
+
+def test_each_phase_moves_what_it_should(tmp_path: Path) -> None:
+    module = make_module()
+    history: list[tuple[Phase, torch.Tensor, torch.Tensor]] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            adapters = torch.cat([p.detach().flatten() for n, p in pl_module.model.named_parameters() if "lora_B" in n])
+            phase = pl_module.schedule.phase(batch_idx)
+            history.append((phase, pl_module.generator.logits_U.detach().clone(), adapters.clone()))
+
+    fit(module, tmp_path / "a.ckpt", Watch())
+    for (_, logits, adapters), (phase, new_logits, new_adapters) in zip(history, history[1:], strict=False):
+        assert not torch.equal(adapters, new_adapters)
+        assert torch.equal(logits, new_logits) is (phase is not Phase.PRUNING), phase
+    assert module.budget.lambda_1.item() != 0.0
+
+
+def test_same_seed_same_masks_other_seed_other_masks(tmp_path: Path) -> None:
+    runs = []
+    for seed in (0, 0, 1):
+        module = make_module(generator_lr=0.5, module_seed=seed)
+        fit(module, tmp_path / f"{len(runs)}.ckpt")
+        runs.append(module.final_masks_U.clone())
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_checkpoint_holds_only_what_trains(tmp_path: Path) -> None:
+    module = make_module()
+    fit(module, tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert not [name for name in saved["state_dict"] if "base_layer" in name or "embed_tokens" in name]
+    assert not (tmp_path / "a.tmp").exists()
+
+
+def test_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
+    fit(make_module(), tmp_path / "a.ckpt")
+    other_base = make_module()
+    other_base.base_id = "another"
+    with pytest.raises(ValueError, match="base_id = 'tiny', this run has 'another'"):
+        fit(other_base, tmp_path / "a.ckpt", resume=True)
+    with pytest.raises(ValueError, match="checkpoint lacks"):
+        fit(make_module("atp_like"), tmp_path / "a.ckpt", resume=True)
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    class Poison(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 7:
+                next(p for n, p in pl_module.named_parameters() if "lora_B" in n).data.fill_(float("nan"))
+
+    with pytest.raises(TrainingDiverged, match=r"loss became nan at step 7; try a lower optim\.lr"):
+        fit(make_module(), tmp_path / "a.ckpt", Poison())
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert saved["global_step"] == 6
+    assert all(torch.isfinite(v).all() for v in saved["state_dict"].values() if v.is_floating_point())
+
+
+def test_broken_weights_are_never_saved(tmp_path: Path) -> None:
+    class Poison(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 6:
+                next(p for n, p in pl_module.named_parameters() if "lora_B" in n).data.fill_(float("inf"))
+
+    with pytest.raises(TrainingDiverged, match="not finite at step 6; the last good checkpoint is kept"):
+        fit(make_module(), tmp_path / "a.ckpt", Poison())
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_disk_full_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Trainer.save_checkpoint
+
+    def full(self: Trainer, path: Any, *args: Any, **kwargs: Any) -> None:
+        if self.global_step > 3:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(make_module(), tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_plain_tuning_lowers_the_loss(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = TuningModule(add_lora(tiny_model(vocabulary=2048), r=4), total_steps=STEPS, lr=3e-2, base_id="tiny")
+    losses: list[float] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            losses.append(float(outputs["loss"]))
+
+    fit(module, tmp_path / "a.ckpt", Watch())
+    assert sum(losses[-3:]) < sum(losses[:3])
