@@ -198,7 +198,7 @@ def build_model(
     if config_class is not None and not isinstance(config, config_class):  # loaded through the file beside the weights
         config = config_class.from_dict(config.to_dict())
     with torch.device(device), contextlib.nullcontext() if initialize else no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     model.tie_weights()
     return model.eval()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,13 +118,15 @@ def explain(error: BaseException) -> str:
         return _explain_missing(error)
     if isinstance(error, OverrideParseException):
         return f"cannot read the override {error.override!r}: {error.message}"
-    cause: BaseException = error
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    where = next((line.rstrip(":") for line in str(error).splitlines() if line.startswith("In '")), "")
-    where = where.split(":")[0].removeprefix("In ").strip("'")
-    place = f"conf/{where}.yaml" if where else "command line"
-    key = str(getattr(cause, "full_key", "") or "")
+    in_file = re.match(r"In '([^']+)'", lines[0])
+    place = f"conf/{in_file[1]}.yaml" if in_file else "command line"
+    in_text = next((line.split(":", 1)[1].strip() for line in lines if line.strip().startswith("full_key:")), "")
+    key = str(getattr(cause, "full_key", None) or in_text)
+    reason = lines[1] if in_file and len(lines) > 1 else str(cause).splitlines()[0]
     parent, _, name = key.rpartition(".")
     try:
         valid = list(schema_fields(parent))
@@ -131,7 +134,6 @@ def explain(error: BaseException) -> str:
         valid = []
     if key and name not in valid and valid:
         return f"{place}: there is no option {key!r}; {_nearest(name, valid, parent)}"
-    reason = str(cause).splitlines()[0]
     return f"{place}: {key}: {reason}" if key else f"{place}: {reason}"
 
 

@@ -165,18 +165,21 @@ def recovery(pruned: Mapping[str, float], reference: Mapping[str, float]) -> dic
         reference: ``Metrics.values`` of the model to compare with.
 
     Returns:
-        Percent of each metric that both have and that can be divided, and their ``mean`` if there is a headline metric.
+        Percent of each metric that both have and of which the reference has something, and ``mean`` if any of them
+        counts in it. A pruned value that is not finite recovers nothing.
     """
     percent: dict[str, float] = {}
     for name, was in reference.items():
         measure = name.rsplit("/", 1)[-1]
         if name not in pruned or measure not in HIGHER_IS_BETTER + LOWER_IS_BETTER:
             continue
-        above, below = (pruned[name], was) if measure in HIGHER_IS_BETTER else (was, pruned[name])
-        if not (math.isfinite(above) and math.isfinite(below) and below > 0):
-            log.warning("no recovery of %s: pruned %s against %s", name, pruned[name], was)
-            continue
-        percent[name] = 100.0 * above / below
+        if not (math.isfinite(was) and was > 0):
+            log.warning("no recovery of %s: the reference has %s", name, was)
+        elif not math.isfinite(pruned[name]):
+            percent[name] = 0.0
+        else:
+            ratio = pruned[name] / was if measure in HIGHER_IS_BETTER else was / pruned[name]
+            percent[name] = 100.0 * ratio
     headline = [percent[name] for name in percent if is_headline(name)]
     if headline:
         percent["mean"] = sum(headline) / len(headline)

@@ -111,6 +111,8 @@ def export_hf(
             tokenizer.save_pretrained(str(stage))
         for name, text in texts.items():
             (stage / name).write_text(text, encoding="utf-8")
+        for weights in stage.glob("*.safetensors"):  # written readable for their owner only
+            shutil.copymode(stage / "config.json", weights)
     return ExportResult(
         directory=target,
         architecture=_architecture(config),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -101,7 +102,7 @@ def _read_config(directory: Path) -> PreTrainedConfig:
     modeling_atp.register()
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"{directory / 'config.json'} cannot be read: {error}") from error
     family(config)
     return config

@@ -27,7 +27,7 @@ _HUB_LICENSES = frozenset(
 _COLUMN_TITLES = {"dense": "dense", "dense_lora": "dense + LoRA", "pruned": "pruned"}
 
 GENERAL_LIMITATIONS = (
-    "Pruned for the data it was tuned on: text of other kinds loses more quality than the table shows.",
+    "Pruned for the data it was tuned on: on text of other kinds it has lost more.",
     "It inherits the biases and the knowledge cut-off of its base model; removing weights does not remove them.",
 )
 
@@ -84,7 +84,7 @@ def model_card(
         _header(architecture, stock, base_model, license_id, datasets, tags, language),
         f"# {title}\n\n{_summary(base_model, datasets, method)}",
         _sparsity(target_sparsity, block_sparsity, model_sparsity, parameters, dense_parameters),
-        _widths_table(widths, dense_widths or _largest(widths)),
+        _widths_table(widths, dense_widths),
         _metrics_table(metrics or {}, recovery or {}),
         _loading(architecture, stock),
         "## Limitations\n\n" + "\n".join(f"- {line}" for line in (*limitations, *GENERAL_LIMITATIONS)),
@@ -140,9 +140,11 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _summary(base_model: str | None, datasets: Sequence[str], method: str | None) -> str:
-    base = f"`{base_model if _is_hub_id(base_model) else Path(base_model).name}`" if base_model else "a larger model"
-    data = f", tuned on {', '.join(datasets)}" if datasets else ""
-    text = f"A smaller {base}: attention heads and FFN channels have been removed for good{data}."
+    name = "its base model"
+    if base_model:
+        name = f"`{base_model if _is_hub_id(base_model) else Path(base_model).name}`"
+    data = f", for {', '.join(datasets)}" if datasets else ""
+    text = f"Attention heads and FFN channels of {name} have been removed for good{data}."
     return f"{text} {method}" if method else text
 
 
@@ -163,13 +165,18 @@ def _sparsity(
     return "\n".join(["## Size", "", "| | |", "|---|---|", *rows, "", note])
 
 
-def _largest(widths: Sequence[LayerWidths]) -> list[LayerWidths]:
+def _widths_table(widths: Sequence[LayerWidths], dense: Sequence[LayerWidths] | None) -> str:
     names = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
-    return [LayerWidths(*(max(getattr(layer, name) for layer in widths) for name in names))] * len(widths)
-
-
-def _widths_table(widths: Sequence[LayerWidths], scale: Sequence[LayerWidths]) -> str:
-    lines = ["## Widths per layer", "", "| layer | query heads | KV heads | FFN channels |", "|---|---|---|---|"]
+    widest = LayerWidths(*(max(getattr(layer, name) for layer in widths) for name in names))
+    scale = dense or [widest] * len(widths)
+    lines = [
+        "## Widths per layer",
+        "",
+        f"Each as kept / {'base model' if dense else 'widest layer'}.",
+        "",
+        "| layer | query heads | KV heads | FFN channels |",
+        "|---|---|---|---|",
+    ]
     for index, (kept, full) in enumerate(zip(widths, scale, strict=True)):
         cells = [
             _bar(kept.num_attention_heads, full.num_attention_heads),
@@ -210,7 +217,15 @@ def _loading(architecture: str, stock: bool) -> str:
             "layer from transformers' own `per_layer_config` (transformers 5.15 or newer). `trust_remote_code=True` "
             "runs that file; with the `atp` package imported the flag is not needed."
         )
-    lines = ["```python", *load_lines("path/to/this/directory", stock).splitlines(), "```"]
+    arguments = '"path/to/this/directory"' + ("" if stock else ", trust_remote_code=True")
+    lines = [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({arguments})",
+        f"tokenizer = AutoTokenizer.from_pretrained({arguments})",
+        "```",
+    ]
     return "\n".join(["## How to load", "", why, "", *lines])
 
 

@@ -208,7 +208,7 @@ class AtpQwen3ForCausalLM(PerLayerCausalLMMixin, Qwen3ForCausalLM):
     layer_class = Qwen3DecoderLayer
 
 
-MODEL_CLASSES: tuple[type[PerLayerCausalLMMixin], ...] = (
+MODEL_CLASSES: tuple[Any, ...] = (
     AtpLlamaForCausalLM,
     AtpMistralForCausalLM,
     AtpQwen2ForCausalLM,
@@ -220,7 +220,13 @@ CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {
 
 
 def register() -> None:
-    """Makes the Auto classes know these models, so that loading one needs no `trust_remote_code`. Repeatable."""
+    """Makes the Auto classes know these models, so that loading one needs no `trust_remote_code`. Repeatable.
+
+    `save_pretrained` then copies this file beside the weights, also after further training.
+    """
     for model_class in MODEL_CLASSES:
-        AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
-        AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)
+        config_class = model_class.config_class
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+        config_class.register_for_auto_class("AutoConfig")
+        model_class.register_for_auto_class("AutoModelForCausalLM")

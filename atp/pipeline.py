@@ -32,11 +32,13 @@ from atp.callbacks import MaskHistory, ProgressReport, RunCheckpoint, Throughput
 from atp.comparison import comparison_table
 from atp.config import TrainConfig
 from atp.evaluate import evaluate, samples
-from atp.export import export_hf, load_exported, load_lines
+from atp.export import export_hf
+from atp.loading import load_exported
+from atp.model_card import load_lines
 from atp.generator import MagnitudeScores, RandomScores
 from atp.loggers import close_loggers, csv_logger, merge_csv
 from atp.lora import merge_in_place, merged_tensors
-from atp.measure import compare_speed, count_parameters, macs_per_token, safetensors_mib, training_peak_mib, weights_mib
+from atp.measure import compare_speed, count_parameters, file_mib, macs_per_token, peak_memory, weights_mib
 from atp.module import PruningModule, TuningModule
 from atp.removal import max_logit_difference, remove, widths_after
 from atp.report import write_report
@@ -164,8 +166,9 @@ class Run:
 
     def _fit_jointly(self) -> dict[str, Any]:
         module = build.pruning_module(self.config, self._dense())
-        self._fit("joint", module)
-        return {"train_peak_mib": training_peak_mib(self.device)}
+        with peak_memory(self.device) as peak:
+            self._fit("joint", module)
+        return {"train_peak_mib": peak.mib, "train_peak_kind": peak.kind}
 
     def _remove_and_export(self) -> dict[str, Any]:
         module = build.pruning_module(self.config, self._dense())
@@ -199,6 +202,7 @@ class Run:
             "dtype": str(next(removed.parameters()).dtype).removeprefix("torch."),
             "tokens": int(sum(batch["attention_mask"].sum() for batch in batches)),
             "stock": is_stock(removed.config),
+            "architecture": type(removed).__name__,
             "widths": [asdict(widths) for widths in widths_after(self.space, masks_U)],
             "sparsity": float(self.space.sparsity(masks_U.double())),
             "pruned_blocks": int(self.space.remaining_parameters(masks_U.double())),
@@ -243,12 +247,20 @@ class Run:
         if settings.samples < 1:
             return {}
         written = [
-            samples(model.to(self.device), self.tokenizer, self.splits.test, settings.samples, settings.max_new_tokens)
-            for model in (self._dense(), self._pruned())
+            samples(
+                model,
+                self.tokenizer,
+                self.splits.test,
+                count=settings.samples,
+                max_new_tokens=settings.max_new_tokens,
+                max_length=self.config.data.max_length,
+                device=self.device,
+            )
+            for model in (self._dense().to(self.device), self._pruned())
         ]
         rows = [
-            {"prompt": prompt, "reference": reference, "dense": by_dense, "pruned": by_pruned}
-            for (prompt, by_dense, reference), (_, by_pruned, _) in zip(*written, strict=True)
+            {"prompt": by_dense.prompt, "reference": by_dense.reference, "dense": by_dense.generated, "pruned": by_pruned.generated}
+            for by_dense, by_pruned in zip(*written, strict=True)
         ]
         write_json(self.directory.path / "samples.json", rows)
         return {"count": len(rows)}
@@ -257,13 +269,17 @@ class Run:
         settings = self.config.evaluate
         dense, pruned = self._dense().to(self.device), self._pruned().to(self.device)
         result: dict[str, Any] = {
-            "macs": {"dense_per_token": macs_per_token(dense), "pruned_per_token": macs_per_token(pruned)},
-            "memory": {"dense_weights_mib": weights_mib(dense), "pruned_weights_mib": weights_mib(pruned)},
-            "files": {
-                "dense_mib": safetensors_mib(build.model_source(self.config.model)),
-                "pruned_mib": safetensors_mib(self.directory.path / "pruned"),
+            "macs": {
+                "dense_per_token": macs_per_token(dense, self.config.data.max_length),
+                "pruned_per_token": macs_per_token(pruned, self.config.data.max_length),
+                "context": self.config.data.max_length,
             },
+            "memory": {"dense_weights_mib": weights_mib(dense), "pruned_weights_mib": weights_mib(pruned)},
+            "files": {"pruned_mib": file_mib(self.directory.path / "pruned")},
         }
+        source = Path(build.model_source(self.config.model))
+        if source.is_dir():
+            result["files"]["dense_mib"] = file_mib(source)
         if settings.speed:
             result["speed"] = compare_speed(
                 dense,

@@ -14,7 +14,7 @@ from typing import Any
 from atp.architecture import LayerWidths
 from atp.config import TrainConfig
 from atp.evaluate import recovery
-from atp.export import model_card
+from atp.model_card import base_license, model_card
 
 FORMAT = 1
 MODELS = ("dense", "dense_lora", "pruned", "random", "uniform")
@@ -52,7 +52,9 @@ def assemble(
             "seed": config.seed,
             "base": config.model.path,
             "method": config.prune.name,
+            "steps": config.trainer.max_steps,
             "device": device,
+            "train_peak_is": results["fit"]["train_peak_kind"],
             "data": dict(data),
             "seconds": {name: result["seconds"] for name, result in results.items()},
             **origin,
@@ -71,7 +73,7 @@ def assemble(
         "removal": {
             k: export[k] for k in ("max_abs_logit_diff", "masked_vs_removed", "removed_vs_reloaded", "dtype", "tokens")
         },
-        "export": {"stock": export["stock"]},
+        "export": {"stock": export["stock"], "architecture": export["architecture"]},
         "eval": values,
         "eval_counts": results["pruned"]["counts"],
         "recovery_vs_dense": recovery(values["pruned"], values["dense"]),
@@ -99,8 +101,25 @@ def assemble(
 
 def write_card(folder: Path, metrics: Mapping[str, Any]) -> None:
     """Write the model card of a finished run into the exported directory."""
-    run = metrics["run"]
-    text = model_card(metrics, title=run["name"], widths=[LayerWidths(**w) for w in metrics["widths"]])
+    run, base = metrics["run"], metrics["run"]["base"]
+    text = model_card(
+        title=f"{Path(base).name} pruned to {1 - metrics['sparsity']['blocks']:.0%} of its decoder blocks",
+        architecture=metrics["export"]["architecture"],
+        stock=metrics["export"]["stock"],
+        widths=[LayerWidths(**w) for w in metrics["widths"]],
+        dense_widths=[LayerWidths(**w) for w in metrics["dense_widths"]],
+        base_model=base,
+        license_id=base_license(base),
+        datasets=[run["data"]["name"]],
+        method=f"Method: {run['method']}, masks and LoRA adapters trained jointly for {run['steps']} steps, adapters merged.",
+        target_sparsity=metrics["sparsity"]["target"],
+        block_sparsity=metrics["sparsity"]["blocks"],
+        model_sparsity=metrics["sparsity"]["model"],
+        parameters=metrics["parameters"]["pruned"],
+        dense_parameters=metrics["parameters"]["dense"],
+        metrics={name: metrics["eval"][name] for name in ("dense", "dense_lora", "pruned") if name in metrics["eval"]},
+        recovery=metrics.get("recovery"),
+    )
     temporary = folder / "README.md.tmp"
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, folder / "README.md")

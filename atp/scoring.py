@@ -66,8 +66,8 @@ def choice_nats(
     those of one item.
     """
     found: list[list[list[float]]] = [[] for _ in items]
-    most = max((len(item.continuations) for item in items), default=1)
-    for batch in _batches([len(item.prompt) for item in items], max(1, batch_size // most)):
+    sizes = [len(item.prompt) + max(map(len, item.continuations)) for item in items]
+    for batch in _batches(sizes, batch_size, [len(item.continuations) for item in items]):
         chosen = [items[i] for i in batch]
         state = _read(model, [item.prompt for item in chosen], pad_id, device)
         continuations = [ids for item in chosen for ids in item.continuations]
@@ -170,8 +170,19 @@ def _right_padded(rows: Sequence[list[int]], pad_id: int, device: torch.device) 
     return ids_BT, (torch.arange(longest, device=device) < lengths_B[:, None]).long()
 
 
-def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield positions in batches of similar length, longest first, so that a lack of memory shows at once."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+def _batches(lengths: Sequence[int], batch_size: int, rows: Sequence[int] | None = None) -> Iterator[list[int]]:
+    """Yield positions in batches of similar rows and length, longest first, so that a lack of memory shows at once.
+
+    An item takes one row unless ``rows`` says otherwise; a batch has at most ``batch_size`` rows, or a single item.
+    """
+    rows = [1] * len(lengths) if rows is None else rows
+    batch: list[int] = []
+    taken = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-rows[i], -lengths[i])):
+        if batch and taken + rows[i] > batch_size:
+            yield batch
+            batch, taken = [], 0
+        batch.append(i)
+        taken += rows[i]
+    if batch:
+        yield batch

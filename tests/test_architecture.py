@@ -252,6 +252,16 @@ def test_stepping_by_hand_with_a_cache_equals_one_pass():
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=0)
 
 
+def test_the_attention_kernel_can_be_changed_on_a_loaded_model():
+    case = CASES["llama-mha"]
+    model = pruned_model(dense_model(case), case, SHAPES["no-attention-first"])
+    batch = left_padded_batch()
+    model.set_attn_implementation("eager")  # the only kernel that returns attention weights
+    attentions = model(**batch, output_attentions=True).attentions
+    assert [weights.shape[1] for weights in attentions] == [4, 2, 4]
+    assert attentions[0].sum(-1)[batch["attention_mask"].bool()[:, None].expand(-1, 4, -1)].allclose(torch.ones(()))
+
+
 @pytest.mark.parametrize("shape", ["per-layer", "empty-layer"])
 def test_gradient_checkpointing_gives_the_same_gradients(shape):
     case = CASES["llama-gqa-tied-rope3"]
@@ -377,7 +387,9 @@ def test_parameters_of_absent_blocks_do_not_exist():
 def test_initialized_model_has_finite_weights_of_the_given_type():
     case = CASES["mistral-gqa"]
     config = pruned_config(case.config(), widths_of(case, SHAPES["no-ffn"]))
+    before = config.to_json_string()
     model = build_model(config, dtype=torch.bfloat16, initialize=True)
+    assert config.to_json_string() == before, "building a model changed the config"
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert build_model(config, dtype=torch.bfloat16, device="meta").lm_head.weight.is_meta

@@ -5,8 +5,8 @@ Where it sits: legal, health, finance, narrative -> corpus -> `atp.embedded.reco
 What it does NOT know: tokens, models, training.
 
 A split belongs to a combination of slots, not to a record: the key of a record (for a case, who sues whom under which
-doctrine) is hashed, and the hash names the split. So no record can be in two splits, and what a test record combines has
-never been combined in training.
+doctrine) is hashed, and the hash names the split. So no record can be in two splits, and what a test record combines
+has never been combined in training.
 """
 
 from __future__ import annotations

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import random
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -78,6 +80,11 @@ class Task:
     make: Callable[[Draw, int], tuple[Record, tuple[str, ...]]]
 
 
+def wording(name: str) -> dict[str, Any]:
+    """Return the tables of `wording/<name>.toml`."""
+    return tomllib.loads((Path(__file__).parent / "wording" / f"{name}.toml").read_text(encoding="utf-8"))
+
+
 def article(noun: str) -> str:
     """Return the noun with its indefinite article."""
     silent = noun.startswith(("hour", "honest", "heir"))
@@ -103,39 +110,17 @@ def numbered(choices: Sequence[str], label: int, draw: Draw) -> list[str]:
     return [*rest[:label], choices[0], *rest[label:]]
 
 
-WOMEN = tuple(
-    "Ada Bea Clara Dora Elin Flora Greta Hana Ida June Kira Lena Mara Nora Olga Pia Rosa Sara Tess Vera Wanda Zoe".split()
-)
-MEN = tuple(
-    "Abel Boris Carl Dov Emil Felix Gus Hugo Ivan Jonas Karl Leo Milo Nils Omar Paul Remy Sam Theo Viktor Walt Yusuf".split()
-)
-SURNAMES = tuple(
-    "Abbott Barrow Castle Dalton Eaton Farrow Garner Hollis Ingram Jarvis Keller Larkin Mercer Nolan Osborn Parrish "
-    "Quinn Rowland Sutton Thorne Upton Vance Walton Yates Archer Bishop Cooper Draper Fisher Glover Harper Knight "
-    "Marsh Porter Reed Sawyer Tanner Turner Weaver Wells".split()
-)
-TOWNS = tuple(
-    "Ashford Birchwood Clayton Dunmore Eastbrook Fairview Glenwood Harwick Kingsport Lakeside Milton Northgate Oakdale "
-    "Riverton Stonebridge Westfield".split()
-)
-STATES = (
-    "Ohio", "Texas", "Oregon", "Maine", "Iowa", "Nevada", "Georgia", "Kansas", "Virginia", "Montana", "Florida", "Utah",
-    "Vermont", "Idaho", "Michigan", "Colorado",
-)  # fmt: skip
-MONTHS = (
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
-    "December",
-)  # fmt: skip
-ROOTS = tuple(
-    "Alder Beacon Cedar Delta Ember Falcon Granite Harbor Iron Juniper Keystone Lantern Meridian Northern Orchard "
-    "Pacific Quarry Ridge Summit Timber Union Valley Western Zenith".split()
-)
-TRADES = (
-    "Freight", "Foods", "Energy", "Bank", "Steel", "Airlines", "Software", "Medical", "Paper", "Insurance", "Motors",
-    "Homes", "Water", "Chemical", "Retail", "Media",
-)  # fmt: skip
-FORMS = ("Inc.", "Co.", "Corp.", "Ltd.")
-COUNTS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_SHARED = wording("shared")
+WOMEN: Sequence[str] = _SHARED["women"]
+MEN: Sequence[str] = _SHARED["men"]
+SURNAMES: Sequence[str] = _SHARED["surnames"]
+TOWNS: Sequence[str] = _SHARED["towns"]
+STATES: Sequence[str] = _SHARED["states"]
+MONTHS: Sequence[str] = _SHARED["months"]
+ROOTS: Sequence[str] = _SHARED["roots"]
+TRADES: Sequence[str] = _SHARED["trades"]
+FORMS: Sequence[str] = _SHARED["forms"]
+COUNTS: Sequence[str] = _SHARED["counts"]
 
 
 def person(draw: Draw) -> tuple[str, str, str, str]:

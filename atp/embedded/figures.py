@@ -100,7 +100,7 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recor
 def accuracies(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Iterable[Record]
 ) -> dict[str, float]:
-    """Return per choice task the share (0-1) of records whose right choice has the best mean log-likelihood per token."""
+    """Return per choice task the share (0-1) of records whose right choice has the best log-likelihood per token."""
     items: list[Encoded] = []
     chosen = [record for record in records if "choices" in record]
     for record in chosen:

@@ -1,61 +1,33 @@
 """The finance domain: filings with consistent figures, statements with a tone, tables told in a sentence.
 
 What it is: four tasks in the manner of financial benchmarks, in sentences of this project's own.
-Where it sits: drawing -> finance -> corpus. Wording tables first, then one maker per task.
+Where it sits: drawing -> finance -> corpus. The words are in `wording/finance.toml`.
 What it does NOT know: splits, tokens, other domains. Every company is invented.
 """
 
 from __future__ import annotations
 
 from atp.embedded.drawing import (
-    COUNTS, MONTHS, ROOTS, STATES, SURNAMES, TOWNS, TRADES, Draw, Record, Task, company, listed, sentence,
+    COUNTS,
+    MONTHS,
+    ROOTS,
+    STATES,
+    SURNAMES,
+    TOWNS,
+    TRADES,
+    Draw,
+    Record,
+    Task,
+    company,
+    listed,
+    sentence,
+    wording,
 )  # fmt: skip
 
-# fmt: off
+_WORDS = wording("finance")
+_LINES, _RISKS, _UP, _DOWN = _WORDS["lines"], _WORDS["risks"], _WORDS["up"], _WORDS["down"]
 _QUARTERS = ("first", "second", "third", "fourth")
-# line of the income statement, whether a rise is good news
-_LINES = (("revenue", True), ("net sales", True), ("gross profit", True), ("operating income", True),
-          ("net income", True), ("free cash flow", True), ("order backlog", True), ("the cash balance", True),
-          ("operating expense", False), ("net debt", False), ("interest expense", False), ("inventory", False),
-          ("the cost of sales", False), ("the tax charge", False))
-_SEGMENTS = ("retail stores", "online sales", "the export business", "the service unit", "wholesale", "the rental fleet",
-             "the home division", "the industrial division", "the card business", "the cloud unit")
-_UP = ("higher prices", "strong demand", "new contracts", "a longer season", "the purchase of a rival",
-       "more customers", "a favorable exchange rate")
-_DOWN = ("weak demand", "lower prices", "the loss of a large customer", "a strike", "bad weather",
-         "the sale of a plant", "an unfavorable exchange rate")
-_RISKS = (
-    ("customers", "a small number of customers accounts for {p} percent of our sales",
-     "the loss of one of them would reduce our revenue"),
-    ("suppliers", "we buy {p} percent of our parts from one supplier in {s}",
-     "a delay there would stop our production"),
-    ("rates", "{p} percent of our debt carries a floating rate", "a rise in rates would increase our interest expense"),
-    ("currency", "we earn {p} percent of our sales in other currencies", "a stronger dollar would reduce our profit"),
-    ("staff", "{p} percent of our workers are covered by a union contract", "a strike would interrupt our operations"),
-    ("weather", "{p} percent of our sites lie on the coast of {s}", "a storm could close them for weeks"),
-    ("systems", "we process {p} percent of our orders online", "a failure of our systems would harm our reputation"),
-    ("rules", "{p} percent of our products need approval in {s}", "a change in the rules would raise our costs"),
-)
-# statement forms by what happens: {c} company, {l} line, {p} percent
-_ROSE = ("{l} at {c} rose {p} percent", "{c} reported that {l} was up {p} percent", "{c} said {l} climbed by {p} percent",
-         "{l} of {c} reached a record high", "at {c}, {l} grew faster than planned")
-_FELL = ("{l} at {c} fell {p} percent", "{c} reported that {l} was down {p} percent", "{c} said {l} dropped by {p} percent",
-         "{l} of {c} sank to a record low", "at {c}, {l} shrank more than planned")
-_FLAT = ("{l} at {c} was unchanged", "{c} reported that {l} was in line with last year", "{c} will publish {l} in {m}",
-         "{l} of {c} was the same as a year before", "{c} confirmed its outlook for {l}")
-_GOOD = ("{c} won a contract worth ${p} million", "{c} raised its dividend by {p} percent", "{c} repaid its loans early",
-         "a rating agency upgraded {c}", "{c} settled its dispute with {s} for less than expected",
-         "{c} will hire {p} workers in {w}", "{c} beat the forecasts of analysts")
-_BAD = ("{c} lost a contract worth ${p} million", "{c} cut its dividend by {p} percent", "{c} failed to repay its loans",
-        "a rating agency downgraded {c}", "{c} must pay {s} a fine that is higher than expected",
-        "{c} will dismiss {p} workers in {w}", "{c} missed the forecasts of analysts")
-_PLAIN = ("{c} signed a lease worth ${p} million", "{c} will pay its dividend in {m}", "{c} named {x} to its board",
-          "a rating agency published a report on {c}", "{c} holds its annual meeting in {w}",
-          "{c} has {p} workers in {w}", "{c} will present its figures to analysts in {m}")
-_TAILS = ("", ", the company said in {w}", " in the {q} quarter", ", according to a filing", " after {u}", " despite {v}",
-          ", {x} said")
 _TONES = ("positive", "negative", "neutral")
-# fmt: on
 
 
 def _filing(draw: Draw, number: int) -> tuple[Record, tuple[str, ...]]:
@@ -73,28 +45,30 @@ def _discussion(draw: Draw) -> tuple[Record, tuple[str, ...]]:
     root, trade = draw.pick(ROOTS), draw.pick(TRADES)
     year, quarter = draw.whole(2019, 2035), draw.pick(_QUARTERS)
     line, good = draw.pick(_LINES)
-    segment, other = draw.some(_SEGMENTS, 2)
+    segment, other = draw.some(_WORDS["segments"], 2)
     now, percent, before = _change(draw, 40, 600)
     up = draw.chance(0.5)
     if not up:
         now, before = before, now
         percent = round(100 * (before - now) / before)
     cause = draw.pick(_UP if up == good else _DOWN)
-    moved = ("rose", "to", "an increase") if up else ("fell", "to", "a decrease")
+    verb, noun = ("rose", "an increase") if up else ("fell", "a decrease")
     parts = [
-        f"{sentence(line)} {moved[0]} {moved[1]} ${now} million in the {quarter} quarter of {year} from ${before} million "
-        f"a year before, {moved[2]} of {percent} percent.",
+        f"{sentence(line)} {verb} to ${now} million in the {quarter} quarter of {year} "
+        f"from ${before} million a year before, {noun} of {percent} percent.",
         f"The change was mainly due to {cause} in {segment}.",
     ]
     extras = (
         f"{sentence(other)} contributed ${draw.whole(5, 35)} million, about the same as in {year - 1}.",
-        f"We spent ${draw.whole(2, 30)} million on new plant and paid a dividend of {draw.whole(10, 90, 5)} cents per share.",
+        f"We spent ${draw.whole(2, 30)} million on new plant and paid a dividend of {draw.whole(10, 90, 5)} cents "
+        f"per share.",
         f"At the end of the quarter we held cash of ${draw.whole(10, 200, 5)} million and debt of "
         f"${draw.whole(10, 300, 5)} million.",
         f"We expect {line} to {'rise' if up else 'fall'} further in {year + 1}, helped by {cause}."
         if up == good
         else f"We do not expect {cause} to last beyond {year + 1}.",
-        f"We opened {draw.pick(COUNTS)} sites in {draw.pick(STATES)} and closed {draw.pick(COUNTS)} in {draw.pick(TOWNS)}.",
+        f"We opened {draw.pick(COUNTS)} sites in {draw.pick(STATES)} "
+        f"and closed {draw.pick(COUNTS)} in {draw.pick(TOWNS)}.",
     )
     parts += draw.some(extras, draw.whole(1, 3))
     return {"text": f"{root} {trade} quarterly report. " + " ".join(parts)}, (line, segment, quarter)
@@ -124,10 +98,10 @@ def _sentiment(draw: Draw, number: int) -> tuple[Record, tuple[str, ...]]:
     line, good = draw.pick(_LINES)
     about_line = draw.chance(0.6)
     if about_line:
-        forms = _FLAT if label == 2 else (_ROSE if good == (label == 0) else _FELL)
+        forms = _WORDS["flat"] if label == 2 else (_WORDS["rose"] if good == (label == 0) else _WORDS["fell"])
     else:
-        forms = (_GOOD, _BAD, _PLAIN)[label]
-    tail = "" if about_line and label == 2 else draw.pick(_TAILS)
+        forms = _WORDS[("good", "bad", "plain")[label]]
+    tail = "" if about_line and label == 2 else draw.pick(_WORDS["tails"])
     slots = {
         "c": f"{root} {trade}", "l": line, "p": draw.whole(2, 60), "m": draw.pick(MONTHS), "w": draw.pick(TOWNS),
         "s": draw.pick(STATES), "x": draw.pick(SURNAMES), "q": draw.pick(_QUARTERS), "u": draw.pick(_UP),
@@ -144,7 +118,7 @@ def _table(draw: Draw, number: int) -> tuple[Record, tuple[str, ...]]:
     year, quarter = draw.whole(2019, 2035), draw.whole(1, 4)
     (line, _), (second, _) = draw.some(_LINES, 2)
     line, second = line.removeprefix("the "), second.removeprefix("the ")
-    now, percent, before = _change(draw, 40, 600)
+    now, _, before = _change(draw, 40, 600)
     if draw.chance(0.5):
         now, before = before, now
     other = draw.whole(5, 99)

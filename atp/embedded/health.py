@@ -1,100 +1,33 @@
 """The health domain: clinic notes, study abstracts with a question, patients' letters, statements about a patient.
 
 What it is: four tasks in the manner of biomedical benchmarks, in sentences of this project's own.
-Where it sits: drawing -> health -> corpus. Wording tables first, then one maker per task.
+Where it sits: drawing -> health -> corpus. The words are in `wording/health.toml`.
 What it does NOT know: splits, tokens, other domains. Nothing here is medical advice; most drugs do not exist.
 """
 
 from __future__ import annotations
 
-from atp.embedded.drawing import COUNTS, MONTHS, SURNAMES, TOWNS, Draw, Record, Task, article, listed, person, sentence
+from typing import Any
 
-# fmt: off
-# condition, symptoms, finding, test, remedy, advice
-_AILMENTS = (
-    ("asthma", ("wheezing", "a tight chest", "a cough at night"), "wheezes over both lungs", "a breathing test",
-     "an inhaler twice a day", "avoid smoke and dust"),
-    ("pneumonia", ("fever", "a wet cough", "chills"), "crackles at the right base", "a chest film",
-     "an antibiotic for seven days", "rest and drink plenty of water"),
-    ("migraine", ("throbbing headache", "nausea", "trouble with bright light"), "a normal neurological exam",
-     "no imaging", "a tablet at the first sign of pain", "keep a headache diary"),
-    ("anemia", ("tiredness", "pale skin", "shortness of breath on stairs"), "pale gums", "a blood count",
-     "iron tablets for three months", "eat beans and red meat"),
-    ("gout", ("a swollen toe", "sudden joint pain", "redness of the foot"), "a hot and tender big toe",
-     "a uric acid level", "a short course of steroids", "cut down on beer and meat"),
-    ("diabetes", ("thirst", "frequent urination", "weight loss"), "dry lips", "a fasting sugar level",
-     "a tablet with each meal", "walk every day and eat less sugar"),
-    ("high blood pressure", ("headache in the morning", "dizziness", "nosebleeds"), "a pressure of 168 over 98",
-     "a heart tracing", "a water tablet each morning", "use less salt"),
-    ("an ear infection", ("ear pain", "poor hearing", "fever"), "a red and bulging eardrum", "no further test",
-     "ear drops for five days", "keep the ear dry"),
-    ("a kidney stone", ("pain in the flank", "blood in the urine", "vomiting"), "tenderness over the left kidney",
-     "a scan of the belly", "pain relief and fluids", "drink three liters a day"),
-    ("eczema", ("itching", "dry patches of skin", "a rash on the elbows"), "scaly patches on both arms", "no biopsy",
-     "a steroid cream at night", "use mild soap"),
-    ("reflux", ("heartburn", "a sour taste", "a cough after meals"), "a soft belly", "no scope for now",
-     "an acid blocker before breakfast", "do not lie down after eating"),
-    ("a sprained ankle", ("ankle pain", "swelling", "trouble walking"), "bruising below the outer ankle",
-     "an ankle film", "a brace for two weeks", "raise the leg and use ice"),
-    ("an underactive thyroid", ("weight gain", "feeling cold", "dry hair"), "a slow pulse", "a thyroid level",
-     "a thyroid tablet each morning", "take the tablet on an empty stomach"),
-    ("depression", ("low mood", "poor sleep", "loss of interest"), "a flat voice", "a mood score",
-     "weekly talking sessions", "keep a regular day"),
+from atp.embedded.drawing import (
+    COUNTS,
+    MONTHS,
+    SURNAMES,
+    TOWNS,
+    Draw,
+    Record,
+    Task,
+    article,
+    listed,
+    person,
+    sentence,
+    wording,
 )
-_DRUGS = ("Avelor", "Brenzil", "Cortavin", "Dalperone", "Elmitab", "Fenoril", "Gastrix", "Hydramol", "Indavane",
-          "Jolvex", "Lantrol", "Mirapex", "Nortavan", "Ostelin", "Pravamol", "Rulitene")
-_JOBS = ("teacher", "baker", "nurse", "farmer", "driver", "clerk", "carpenter", "student", "cook", "retired miner",
-         "plumber", "painter", "librarian", "fisherman")
-_GROUPS = ("older adults", "pregnant women", "smokers", "children with asthma", "adults with diabetes",
-           "patients after heart surgery", "nurses on night shifts", "stroke survivors", "teenagers", "office workers",
-           "patients with gout", "women over sixty", "premature infants", "dialysis patients")
-_THERAPIES = ("vitamin D", "daily walking", "a low-salt diet", "music before surgery", "a flu shot", "yoga",
-              "an early discharge plan", "telephone coaching", "fish oil", "light therapy", "a reminder app",
-              "cold packs", "breathing exercises", "green tea", *_DRUGS[:6])
-# outcome, how the trial words it
-_OUTCOMES = (("lower blood pressure", "blood pressure"), ("reduce falls", "the number of falls"),
-             ("improve sleep", "sleep quality"), ("shorten the hospital stay", "the length of stay"),
-             ("relieve pain", "the pain score"), ("prevent infection", "the infection rate"),
-             ("reduce weight", "body weight"), ("lower the fever", "temperature"),
-             ("improve memory", "the memory score"), ("reduce anxiety", "the anxiety score"),
-             ("speed up wound healing", "the time to healing"), ("reduce readmissions", "the readmission rate"))
+
+_WORDS = wording("health")
+_AILMENTS, _JOBS, _DRUGS = _WORDS["ailments"], _WORDS["jobs"], _WORDS["drugs"]
+_THERAPIES = _WORDS["therapies"] + _DRUGS[:6]
 _ANSWERS = ("yes", "no", "maybe")
-_RESULTS = {
-    "yes": ("{o} changed far more with {t} than without it ({p} against {q} percent, p = 0.00{d})",
-            "compared with the control group, {o} was clearly better with {t} (p = 0.00{d})",
-            "the benefit for {o} was large and was seen at all {k} sites",
-            "{o} improved in {p} percent of those given {t} and in {q} percent of the others, a significant difference",
-            "every measure, {o} included, favored {t}"),
-    "no": ("{o} was the same with and without {t} ({q} against {q} percent, p = 0.{p})",
-           "compared with the control group, {o} was no better with {t} (p = 0.{p})",
-           "no benefit for {o} was seen at any of the {k} sites",
-           "{o} improved in {q} percent of both groups, with no significant difference",
-           "no measure, {o} included, favored {t}"),
-    "maybe": ("{o} changed somewhat more with {t}, but the interval was wide and the trial was stopped early",
-              "compared with the control group, {o} was better with {t} in men but not in women",
-              "a benefit for {o} was seen at only {k} of the sites",
-              "{o} improved in {p} percent of those given {t}, but nearly half of the others had left the study",
-              "some measures favored {t}, while {o} gave an unclear picture"),
-}
-# what is asked: the letter's sentence, the short question; {d} drug, {a} ailment
-_ASKED = (
-    ("I would like to know what harm it can do to me", "What are the side effects of {d}?"),
-    ("we hope to have a baby soon and I wonder if I should stop it", "Is {d} safe in pregnancy?"),
-    ("yesterday I forgot it and did not know whether to take two", "What should be done about a missed dose of {d}?"),
-    ("at a party I had two glasses of wine on top of it", "Can alcohol be taken with {d}?"),
-    ("nobody told me for how many weeks to go on with it", "How long should {d} be taken?"),
-    ("the pharmacy is far too dear and I need something cheaper", "Is there a cheaper alternative to {d}?"),
-    ("my daughter is only four and weighs very little", "What is the dose of {d} for a child?"),
-    ("my mother had the same trouble, and so did her mother", "Is {a} inherited?"),
-    ("I want to know if it will ever go away for good", "Can {a} be cured?"),
-    ("please tell me what I may eat and what I may not", "What diet is good for {a}?"),
-    ("I am afraid that my children will catch it from me", "Is {a} contagious?"),
-    ("I do not know what kind of doctor to see about it", "Which specialist treats {a}?"),
-)
-_OPENINGS = ("I am a {y}-year-old {j} from {w}.", "My name is {n} and I live in {w}.", "Hello, I write from {w}.",
-             "Dear doctor, I am {y} and work as {aj}.", "Good morning, my name is {n}.")
-_CLOSINGS = ("Thank you for your help.", "I hope to hear from you.", "Please answer soon.", "Many thanks, {n}.", "")
-# fmt: on
 _AILMENT_NAMES = tuple(row[0] for row in _AILMENTS)
 
 
@@ -104,7 +37,7 @@ def _note(draw: Draw, number: int) -> tuple[Record, tuple[str, ...]]:
     return (_leaflet if number % 3 == 2 else _visit)(draw, row, job)
 
 
-def _visit(draw: Draw, row: tuple, job: str) -> tuple[Record, tuple[str, ...]]:
+def _visit(draw: Draw, row: list[Any], job: str) -> tuple[Record, tuple[str, ...]]:
     condition, symptoms, finding, test, remedy, advice = row
     name, she, her, _ = person(draw)
     history = draw.other(_AILMENT_NAMES, condition)
@@ -129,7 +62,7 @@ def _visit(draw: Draw, row: tuple, job: str) -> tuple[Record, tuple[str, ...]]:
     return {"text": "Visit note. " + " ".join(parts)}, (condition, job)
 
 
-def _leaflet(draw: Draw, row: tuple, job: str) -> tuple[Record, tuple[str, ...]]:
+def _leaflet(draw: Draw, row: list[Any], job: str) -> tuple[Record, tuple[str, ...]]:
     condition, symptoms, finding, test, remedy, advice = row
     name, she, _, her = person(draw)
     parts = [
@@ -149,9 +82,13 @@ def _leaflet(draw: Draw, row: tuple, job: str) -> tuple[Record, tuple[str, ...]]
 
 def _abstract(draw: Draw, number: int) -> tuple[Record, tuple[str, ...]]:
     label = number % len(_ANSWERS)
-    therapy, group, (effect, outcome) = draw.pick(_THERAPIES), draw.pick(_GROUPS), draw.pick(_OUTCOMES)
+    therapy, group, (effect, outcome) = (
+        draw.pick(_THERAPIES),
+        draw.pick(_WORDS["groups"]),
+        draw.pick(_WORDS["outcomes"]),
+    )
     slots = {"t": therapy, "o": outcome, "p": draw.whole(31, 69), "q": draw.whole(4, 29)}
-    result = draw.pick(_RESULTS[_ANSWERS[label]]).format(**slots, k=draw.pick(COUNTS), d=draw.whole(1, 9))
+    result = draw.pick(_WORDS["results"][_ANSWERS[label]]).format(**slots, k=draw.pick(COUNTS), d=draw.whole(1, 9))
     size, months = draw.whole(40, 900, 10), draw.pick(COUNTS)
     methods = draw.pick((
         f"We assigned {size} {group} to {therapy} or to usual care for {months} months.",
@@ -167,7 +104,7 @@ def _abstract(draw: Draw, number: int) -> tuple[Record, tuple[str, ...]]:
 
 
 def _question(draw: Draw, number: int) -> tuple[Record, tuple[str, ...]]:
-    told, short = draw.pick(_ASKED)
+    told, short = draw.pick(_WORDS["asked"])
     drug, ailment = draw.pick(_DRUGS), draw.pick(_AILMENT_NAMES)
     name, *_ = person(draw)
     job = draw.pick(_JOBS)
@@ -177,10 +114,10 @@ def _question(draw: Draw, number: int) -> tuple[Record, tuple[str, ...]]:
         f"My doctor found that I have {ailment} and gave me {drug}.",
         f"I have {ailment}, and since {draw.pick(MONTHS)} my medicine is {drug}.",
     ))  # fmt: skip
-    parts = [draw.pick(_OPENINGS).format(**slots), told_first]
+    parts = [draw.pick(_WORDS["openings"]).format(**slots), told_first]
     if draw.chance(0.5):
         parts.append(f"Before that I had {draw.other(_DRUGS, drug)}, which did nothing.")
-    parts += [sentence(told) + ".", draw.pick(_CLOSINGS).format(**slots)]
+    parts += [sentence(told) + ".", draw.pick(_WORDS["closings"]).format(**slots)]
     completion = short.format(d=drug, a=ailment)
     return {"prompt": " ".join(parts).rstrip() + "\nShort question:\n", "completion": completion}, (drug, ailment)
 

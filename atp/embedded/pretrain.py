@@ -41,6 +41,7 @@ _POOL = 256  # records of each domain that are sorted by length together
 _WARMUP_STEPS = 100
 _FINAL_SHARE = 0.03  # of the peak learning rate, at the end of the cosine
 _CHECKPOINT_SECONDS = 60.0
+_MEASURED = {"validation": 200, "test": 400}  # records of each domain behind the figures
 _ADAM_KEYS = ("exp_avg", "exp_avg_sq")
 
 
@@ -240,8 +241,8 @@ class Trainer:
             note = stored.metadata()
             if json.loads(note["settings"]) != asdict(self.settings):
                 raise ValueError(
-                    f"--resume: {self.checkpoint} was written with {note['settings']}, not {json.dumps(asdict(self.settings))}; "
-                    "repeat those settings or start anew"
+                    f"--resume: {self.checkpoint} was written with {note['settings']}, not with "
+                    f"{json.dumps(asdict(self.settings))}; repeat those settings or start anew"
                 )
             self.done = Progressed(**json.loads(note["done"]))
             with torch.no_grad():
@@ -255,9 +256,10 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict
     """Return perplexity per domain on the validation split and accuracy per choice task on the test split."""
     found: dict[str, dict[str, float]] = {"perplexity": {}, "accuracy": {}}
     for domain in corpus.DOMAINS:
-        held_out = corpus.records(domain, "validation")
+        held_out = corpus.records(domain, "validation", _MEASURED["validation"])
+        tested = corpus.records(domain, "test", _MEASURED["test"])
         found["perplexity"][domain] = round(figures.perplexity(model, tokenizer, held_out), 4)
-        for task, share in figures.accuracies(model, tokenizer, corpus.records(domain, "test")).items():
+        for task, share in figures.accuracies(model, tokenizer, tested).items():
             found["accuracy"][f"{domain}/{task}"] = round(share, 4)
     return found
 
@@ -281,6 +283,7 @@ def save(trainer: Trainer, output: Path) -> dict[str, Any]:
         "tokens_per_second": round(trainer.done.tokens / trainer.done.seconds),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "figures": measure(model.float(), trainer.tokenizer),
+        "measured_records": _MEASURED,
     }
     partial = output / "pretraining.json.partial"
     partial.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")

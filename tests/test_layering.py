@@ -1,0 +1,97 @@
+"""Imports go down the levels only; one file knows Hugging Face names, one PEFT, three Hydra."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "atp"
+
+# From the bottom up; a module may import only from rows above its own, or from those named beside it.
+LEVELS: list[dict[str, tuple[str, ...]]] = [
+    {
+        "config": (),
+        "config_help": ("config",),
+        "embedded": (),
+        "space": (),
+        "modeling_atp": (),
+        "architecture": ("modeling_atp",),
+        "records": (),
+        "sources": ("records", "embedded"),
+        "encoding": ("records",),
+        "data": ("records", "encoding"),
+        "evaluate": ("records", "encoding", "data"),
+        "measure": (),
+        "run_record": (),
+        "comparison": ("run_record",),
+        "figures": (),
+        "report": ("run_record", "comparison", "figures"),
+        "rundir": (),
+    },
+    {"generator": (), "sampler": (), "lora": (), "selection": ()},
+    {"objective": (), "removal": ()},
+    {"module": (), "export": (), "card": (), "checks": ()},
+    {"callbacks": (), "loggers": ()},
+    {"build": (), "results": (), "pipeline": ("build", "results"), "cli": ("pipeline",)},
+]
+OWNERS = {
+    "peft": {"lora"},
+    "hydra": {"config", "build", "cli"},
+    "omegaconf": {"config", "cli", "pipeline"},
+    "wandb": {"loggers"},
+    "datasets": {"sources"},
+}
+
+
+def modules() -> dict[str, list[Path]]:
+    """Top-level module or package of atp -> its files."""
+    found: dict[str, list[Path]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if name != "__init__":
+            found.setdefault(name, []).append(path)
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def test_every_module_has_a_level() -> None:
+    known = {name for level in LEVELS for name in level}
+    assert set(modules()) <= known
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_go_down(name: str) -> None:
+    level = next(i for i, row in enumerate(LEVELS) if name in row)
+    below = {other for row in LEVELS[:level] for other in row} | set(LEVELS[level][name]) | {name}
+    used = {
+        full.split(".")[1] for path in modules()[name] for full in imported(path) if full.startswith("atp.") and full != "atp."
+    }
+    assert used <= below, f"{name} imports upwards or sideways"
+
+
+@pytest.mark.parametrize(("library", "owners"), OWNERS.items())
+def test_libraries_have_one_owner(library: str, owners: set[str]) -> None:
+    users = {name for name, paths in modules().items() for p in paths if any(i.split(".")[0] == library for i in imported(p))}
+    assert users <= owners
+
+
+def test_only_the_pipeline_side_imports_the_configuration() -> None:
+    users = {name for name, paths in modules().items() for p in paths if "atp.config" in imported(p)}
+    assert users <= {"config_help", "build", "results", "pipeline", "cli"}
+
+
+def test_every_module_says_what_it_is() -> None:
+    for paths in modules().values():
+        for path in paths:
+            assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
