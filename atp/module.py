@@ -215,7 +215,7 @@ class PruningModule(TuningModule):
     def freeze(self) -> None:
         """Fix the deterministic architecture that meets the target; from here on only adapters train."""
         logits_U = self.logits()
-        self.final_scores_U.copy_(self.sampler.keep_probability(logits_U))
+        self.final_scores_U.copy_(self.sampler.keep_probability(self._shifted(logits_U, self.schedule.target)))
         masks_U = select(self.space, logits_U, self.schedule.target, shape=self.shape, min_units=self.min_units)
         self.final_masks_U.copy_(masks_U)
         self.is_frozen.fill_(True)
@@ -243,7 +243,7 @@ class PruningModule(TuningModule):
             return self.final_masks_U
         if self.phase is Phase.WARMUP:
             return torch.ones_like(self.final_masks_U)
-        return self.sampler.deterministic(self.logits())
+        return self.sampler.deterministic(self._shifted(self.logits(), self.schedule.target_at(self.global_step)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Task loss of the masked model plus the budget term, in one forward pass."""
@@ -265,13 +265,23 @@ class PruningModule(TuningModule):
             self.masked.set_masks(masks_U if phase is Phase.FROZEN else None)
             self._log_masks(self.space.sparsity(masks_U), target if phase is Phase.FROZEN else 0.0)
             return nothing
-        logits_U = self.generator().float()
+        logits_U = self._shifted(self.generator().float(), target)
         masks_U = self.sampler(logits_U)
         self.sampled_U = masks_U.detach()
         self.masked.set_masks(masks_U)
         expected = self.space.sparsity(self.sampler.keep_probability(logits_U))
         self._log_masks(expected, target)
         return self.budget(expected, self.space.sparsity(masks_U), target)
+
+    @torch.no_grad()
+    def _shift(self, logits_U: Tensor, target: float) -> float:
+        def sparsity_of(shift: float) -> float:
+            return float(self.space.sparsity(self.sampler.keep_probability(logits_U + shift)))
+
+        return self.budget.shift(sparsity_of, target)
+
+    def _shifted(self, logits_U: Tensor, target: float) -> Tensor:
+        return logits_U + self._shift(logits_U.detach(), target)
 
     def _log_masks(self, sparsity: Tensor, target: float) -> None:
         self.log("mask/sparsity", sparsity.detach())

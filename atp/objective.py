@@ -7,6 +7,7 @@ masks or models.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -93,6 +94,15 @@ class Budget(nn.Module, ABC):
             target: Sparsity wanted at this step.
         """
 
+    def shift(self, sparsity_of: Callable[[float], float], target: float) -> float:
+        """What to add to every logit before sampling; zero unless a budget meets its target that way.
+
+        Args:
+            sparsity_of: Expected sparsity as a (falling) function of the shift.
+            target: Sparsity wanted at this step.
+        """
+        return 0.0
+
     def multipliers(self) -> list[nn.Parameter]:
         """Parameters that ascend while everything else descends; none unless a term has Lagrange multipliers."""
         return []
@@ -136,3 +146,36 @@ class LogRatio(Budget):
         """Log ratio of the sampled kept fraction; zero at the target, symmetric around it on a log scale."""
         kept = (1.0 - sampled).clamp(min=1e-10)
         return self.alpha * (kept.log() - torch.log(kept.new_tensor(1.0 - target))).abs()
+
+
+class Projection(Budget):
+    """Meets the target at every step: all logits are shifted by one number such that the expected sparsity equals it.
+
+    Only the units' order and distances are learnt; the level follows the schedule. No term is added to the loss and nothing needs tuning,
+    where a Lagrangian lags behind its target and then overshoots in short runs. (This project's; the exact budgets of GRASPrune and of
+    straight-through top-k share the idea.)
+
+    Args:
+        tolerance: Largest gap between expected sparsity and target that ends the bisection.
+        reach: Largest shift tried.
+    """
+
+    def __init__(self, tolerance: float = 1e-4, reach: float = 200.0) -> None:
+        super().__init__()
+        self.tolerance = tolerance
+        self.reach = reach
+
+    def shift(self, sparsity_of: Callable[[float], float], target: float) -> float:
+        """The shift, by bisection."""
+        low, high = -self.reach, self.reach
+        for _ in range(60):
+            middle = (low + high) / 2
+            gap = sparsity_of(middle) - target
+            if abs(gap) <= self.tolerance:
+                return middle
+            low, high = (middle, high) if gap > 0 else (low, middle)
+        return (low + high) / 2
+
+    def forward(self, expected: Tensor, sampled: Tensor, target: float) -> Tensor:
+        """Zero: the target is met already."""
+        return torch.zeros_like(expected)

@@ -119,3 +119,31 @@ class GumbelSigmoid(Sampler):
     def deterministic(self, logits_U: Tensor) -> Tensor:
         """1 where keeping is at least as likely as not, [U]."""
         return (self.keep_probability(logits_U) >= 0.5).to(logits_U.dtype)
+
+
+class Threshold(Sampler):
+    """Straight-through threshold without noise: a unit is kept when its logit is positive, with a sigmoid's gradient.
+
+    With the projection budget this is top-k under the parameter budget: the adapters always train on a real, exactly sized
+    architecture, and units leave and come back as gradients move their logits.
+
+    Args:
+        temperature: Width of the sigmoid whose slope passes the gradient.
+        offset: Added to every logit.
+    """
+
+    def __init__(self, temperature: float = 1.0, offset: float = 0.0) -> None:
+        super().__init__(temperature, offset)
+
+    def forward(self, logits_U: Tensor) -> Tensor:
+        """0/1 masks [U] with the sigmoid's gradient."""
+        soft_U = torch.sigmoid((logits_U + self.offset) / self.temperature)
+        return self.deterministic(logits_U) + (soft_U - soft_U.detach())
+
+    def keep_probability(self, logits_U: Tensor) -> Tensor:
+        """0 or 1, with the sigmoid's gradient, [U]."""
+        return self.forward(logits_U)
+
+    def deterministic(self, logits_U: Tensor) -> Tensor:
+        """1 where the shifted logit is positive, [U]."""
+        return (logits_U + self.offset > 0).to(logits_U.dtype)
