@@ -1,7 +1,8 @@
 """From configuration to objects: base model, tokenizer, data, training modules, trainer.
 
-The only place where the typed configuration meets constructors; everything it calls takes plain keyword arguments. ``_target_`` nodes
-(generator, sampler, budget, loggers, callbacks) are instantiated here and nowhere else. It knows nothing of the order of stages.
+The only place where the typed configuration meets constructors; everything it calls takes plain keyword arguments.
+``_target_`` nodes (generator, sampler, budget, loggers, callbacks) are instantiated here and nowhere else. It knows
+nothing of the order of stages.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from atp import embedded, modeling_atp
 from atp.architecture import family
 from atp.config import DataConfig, ModelConfig, PruneConfig, TrainConfig
-from atp.data import PruningDataModule
+from atp.data.batches import PruningDataModule
+from atp.data.records import Splits, limit
+from atp.data.sources import load_embedded, load_jsonl, load_legal_hub
 from atp.lora import MaskedModel, add_lora
 from atp.module import PruningModule, TuningModule
 from atp.objective import SparsitySchedule
-from atp.records import Splits, limit
 from atp.selection import check_reachable
-from atp.sources import load_embedded, load_jsonl, load_legal_hub
 from atp.space import PruningSpace
 
 log = logging.getLogger(__name__)

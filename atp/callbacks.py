@@ -1,7 +1,8 @@
-"""What happens around training steps: checkpoints that survive anything, progress people can read, throughput, mask history.
+"""What happens around training steps: checkpoints that survive anything, progress people can read, throughput, mask
+history.
 
-Sits beside the training module in the Lightning trainer. Nothing here changes what is learnt. It knows the training modules' public
-state and nothing of Hydra or of the stages around training.
+Sits beside the training module in the Lightning trainer. Nothing here changes what is learnt. It knows the training
+modules' public state and nothing of Hydra or of the stages around training.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The command line: ``python train.py`` and ``atp-train``.
 
-Turns arguments into a checked, typed configuration and hands it to the pipeline. Before Hydra runs, this file answers ``--help`` from the
-schema, resolves ``resume=``, and composes the configuration once so that a mistake fails at once with the file, the key and the nearest
-valid key. Together with the schema this is the only place that knows Hydra's command line; it knows nothing of what a run does.
+Turns arguments into a checked, typed configuration and hands it to the pipeline. Before Hydra runs, this file answers
+``--help`` from the schema, resolves ``resume=``, and composes the configuration once so that a mistake fails at once
+with the file, the key and the nearest valid key. Together with the schema this is the only place that knows Hydra's
+command line; it knows nothing of what a run does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException

@@ -1,8 +1,10 @@
 """The configuration schema: every group and option, with its type, default and meaning.
 
-The first thing in the flow. Hydra composes the YAML files of ``conf/`` onto these dataclasses, so that a misspelled key or a wrong type
-fails before anything runs; ``--help`` prints the help texts. Ranges are checked where a value is used. Nothing below the pipeline
-imports this file: the other modules take plain keyword arguments.
+The first thing in the flow. Hydra composes the YAML files of ``conf/`` onto these dataclasses, so that a misspelled key
+or a wrong type fails before anything runs; ``--help`` prints the help texts. Ranges are checked where a value is used.
+Nothing below the pipeline imports this
+file:
+the other modules take plain keyword arguments.
 """
 
 from __future__ import annotations
@@ -76,6 +78,15 @@ class ScheduleConfig:
 
 
 @dataclass
+class WarmStartConfig:
+    """Scores start from the importance of the dense model's units (squared gradients of gates on training
+    batches)."""
+
+    batches: int = option(0, "training batches to measure it on; 0 starts from the generator's own initialisation")
+    gain: float = option(1.0, "standard deviation of the starting logits within a layer")
+
+
+@dataclass
 class PruneConfig:
     """What is pruned and how the decision is learnt: generator x sampler x budget."""
 
@@ -88,6 +99,7 @@ class PruneConfig:
     generator: dict[str, Any] = option({}, "how scores are made (config group prune/generator)")
     sampler: dict[str, Any] = option({}, "scores to masks (config group prune/sampler)")
     budget: dict[str, Any] = option({}, "what drives sparsity to the target (config group prune/budget)")
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 

@@ -1,7 +1,8 @@
 """How scores are made: pruning-decision generators, one logit per unit.
 
-Sits at the start of each training step: generator -> sampler -> masks. A generator maps nothing (or fixed tokens) to a flat vector of
-logits over the pruning space's units; higher means keep. It knows how many units each axis has, not what they are or cost.
+Sits at the start of each training step: generator -> sampler -> masks. A generator maps nothing (or fixed tokens) to a
+flat vector of logits over the pruning space's units; higher means keep. It knows how many units each axis has, not what
+they are or cost.
 
 Shape suffixes: U units, L layers, E generator width.
 """
@@ -23,6 +24,17 @@ class Generator(nn.Module, ABC):
     def forward(self) -> Tensor:
         """Logits of all units, shape [U], float32."""
 
+    def warm_start(self, scores_U: Tensor) -> None:
+        """Begin with these logits [U].
+
+        Raises:
+            ValueError: This generator computes its logits and cannot be set to given ones.
+        """
+        raise ValueError(
+            f"prune.warm_start.batches is set, but {type(self).__name__} cannot start from given scores; set it to 0 or use "
+            "prune/generator=free"
+        )
+
 
 class FreeLogits(Generator):
     """One free parameter per unit (Compresso, L0 regularisation).
@@ -39,6 +51,11 @@ class FreeLogits(Generator):
     def forward(self) -> Tensor:
         """The parameters themselves, [U]."""
         return self.logits_U
+
+    @torch.no_grad()
+    def warm_start(self, scores_U: Tensor) -> None:
+        """Set the parameters to the scores."""
+        self.logits_U.copy_(scores_U)
 
 
 class TransformerGenerator(Generator):

@@ -1,7 +1,7 @@
 """Experiment loggers that never stand in the way.
 
-Weights & Biases goes online only for a user who is already logged in, otherwise writes offline runs that can be synchronised later, and
-never asks for anything. Sits beside callbacks; knows nothing of what is logged.
+Weights & Biases goes online only for a user who is already logged in, otherwise writes offline runs that can be
+synchronised later, and never asks for anything. Sits beside callbacks; knows nothing of what is logged.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def merge_csv(folder: Path, target: Path) -> None:
 
 
 def close_loggers(loggers: Sequence[Logger]) -> None:
-    """Finish every wandb run, so that the next job of a sweep starts clean; says how to synchronise an offline one."""
+    """Finish every wandb run, so that the next job of a sweep starts clean; says how to synchronise an offline
+    one."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             import wandb

@@ -1,11 +1,11 @@
 """PEFT LoRA with masks: the model that trains.
 
-Sits between the loaded base model and the training module: wraps the seven linears with LoRA adapters, multiplies masks into the forward
-pass at the pruning space's sites, and merges adapters back for removal. This is the only file that knows PEFT's internals. It knows
-masks as tensors and nothing of how they come about.
+Sits between the loaded base model and the training module: wraps the seven linears with LoRA adapters, multiplies masks
+into the forward pass at the pruning space's sites, and merges adapters back for removal. This is the only file that
+knows PEFT's internals. It knows masks as tensors and nothing of how they come about.
 
-A site's mask multiplies the *input* of its output projection, before base weight and adapter alike, so a zero removes the unit's part in
-both branches. What the other projections compute for a removed unit then has no path to the output.
+A site's mask multiplies the *input* of its output projection, before base weight and adapter alike, so a zero removes
+the unit's part in both branches. What the other projections compute for a removed unit then has no path to the output.
 
 Shape suffixes: U units, B batch, T tokens.
 """
@@ -136,7 +136,8 @@ class MaskedModel(nn.Module):
 def merged_tensors(peft_model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     """Parameters of the base model with the adapters merged, one at a time, under the base model's own names.
 
-    The sum W + (alpha / r) B A is taken in float32 and cast back to the base weight's dtype; the wrapped model is left unchanged.
+    The sum W + (alpha / r) B A is taken in float32 and cast back to the base weight's dtype; the wrapped model is left
+    unchanged.
     """
     adapted = {
         name.removeprefix(_PREFIX): module

@@ -1,9 +1,9 @@
 """The training systems: LoRA tuning, and LoRA tuning with masks that are learnt at the same time.
 
-Sits between the data module and removal. One forward and one backward pass per step update adapters, generator and multipliers together,
-in parameter groups with rates of their own. Everything random in a step is seeded from (seed, step), so a resumed run repeats what the
-uninterrupted one would have done. Checkpoints hold what trains and the frozen masks, never the base weights. It knows nothing of Hydra,
-of files, or of how results are measured.
+Sits between the data module and removal. One forward and one backward pass per step update adapters, generator and
+multipliers together, in parameter groups with rates of their own. Everything random in a step is seeded from (seed,
+step), so a resumed run repeats what the uninterrupted one would have done. Checkpoints hold what trains and the frozen
+masks, never the base weights. It knows nothing of Hydra, of files, or of how results are measured.
 
 Shape suffixes: B batch, T tokens, U units.
 """

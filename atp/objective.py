@@ -1,7 +1,7 @@
 """What training pursues beside the task: the sparsity schedule and the budget terms.
 
-Sits in the training step: (expected or sampled) sparsity + target -> a scalar added to the task loss. It knows fractions, not units,
-masks or models.
+Sits in the training step: (expected or sampled) sparsity + target -> a scalar added to the task loss. It knows
+fractions, not units, masks or models.
 """
 
 from __future__ import annotations

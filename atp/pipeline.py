@@ -1,17 +1,20 @@
-"""One run from configuration to report: fit -> remove -> export -> evaluate -> reference and baselines -> measure -> report.
+"""One run from configuration to report: fit -> remove -> export -> evaluate -> reference and baselines -> measure ->
+report.
 
-The top of the flow. Every stage leaves its result in the run directory before the next begins, so an interrupted run goes on where it
-stopped. It knows the order of stages and what each hands to the next; how anything is done is known below.
+The top of the flow. Every stage leaves its result in the run directory before the next begins, so an interrupted run
+goes on where it stopped. It knows the order of stages and what each hands to the next; how anything is done is known
+below.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,19 +32,20 @@ from transformers import PreTrainedModel
 from atp import build
 from atp.architecture import is_stock, layer_widths
 from atp.callbacks import MaskHistory, ProgressReport, RunCheckpoint, Throughput
-from atp.comparison import comparison_table
 from atp.config import TrainConfig
-from atp.evaluate import evaluate, samples
-from atp.export import export_hf
-from atp.loading import load_exported
-from atp.model_card import load_lines
+from atp.evaluate.measure import compare_speed, count_parameters, file_mib, macs_per_token, peak_memory, weights_mib
+from atp.evaluate.quality import evaluate, samples
+from atp.export.card import load_lines
+from atp.export.huggingface import export_hf
+from atp.export.loading import load_exported
 from atp.generator import MagnitudeScores, RandomScores
+from atp.importance import fisher_importance, standardise
 from atp.loggers import close_loggers, csv_logger, merge_csv
 from atp.lora import merge_in_place, merged_tensors
-from atp.measure import compare_speed, count_parameters, file_mib, macs_per_token, peak_memory, weights_mib
 from atp.module import PruningModule, TuningModule
 from atp.removal import max_logit_difference, remove, widths_after
-from atp.report import write_report
+from atp.report.comparison import comparison_table
+from atp.report.page import write_report
 from atp.results import assemble, metric, write_card
 from atp.rundir import RunDirectory, provenance, write_json
 from atp.selection import select
@@ -166,9 +170,21 @@ class Run:
 
     def _fit_jointly(self) -> dict[str, Any]:
         module = build.pruning_module(self.config, self._dense())
+        if not self.directory.checkpoint("joint").is_file():
+            self._warm_start(module)
         with peak_memory(self.device) as peak:
             self._fit("joint", module)
         return {"train_peak_mib": peak.mib, "train_peak_kind": peak.kind}
+
+    def _warm_start(self, module: PruningModule) -> None:
+        """Let the generator begin with the importance of the dense model's units."""
+        settings = self.config.prune.warm_start
+        if settings.batches < 1:
+            return
+        self.data.setup("fit")
+        batches = itertools.islice(self.data.train_dataloader(), settings.batches)
+        importance_U = fisher_importance(module.masked.to(self.device), to_device(batches, self.device))
+        module.generator.warm_start(settings.gain * standardise(self.space, importance_U.cpu()))
 
     def _remove_and_export(self) -> dict[str, Any]:
         module = build.pruning_module(self.config, self._dense())
@@ -181,6 +197,7 @@ class Run:
         masked = module.masked.to(self.device).eval()
         masked.set_masks(masks_U.to(self.device))
         removed = remove(merged_tensors(masked.peft_model), self.base_config, self.space, masks_U, device=self.device)
+        removed.generation_config = copy.deepcopy(masked.peft_model.get_base_model().generation_config)
         batches = self._check_batches()
         masked_vs_removed = max_logit_difference(masked, removed, batches)
         path = self.directory.path / "pruned"
@@ -259,7 +276,12 @@ class Run:
             for model in (self._dense().to(self.device), self._pruned())
         ]
         rows = [
-            {"prompt": by_dense.prompt, "reference": by_dense.reference, "dense": by_dense.generated, "pruned": by_pruned.generated}
+            {
+                "prompt": by_dense.prompt,
+                "reference": by_dense.reference,
+                "dense": by_dense.generated,
+                "pruned": by_pruned.generated,
+            }
             for by_dense, by_pruned in zip(*written, strict=True)
         ]
         write_json(self.directory.path / "samples.json", rows)
@@ -336,8 +358,13 @@ class Run:
     def _check_batches(self) -> list[dict[str, Tensor]]:
         """A few real batches on which masked, removed and reloaded model are compared."""
         self.data.setup("fit")
-        batches = itertools.islice(self.data.val_dataloader(), 4)
-        return [{key: value.to(self.device) for key, value in batch.items()} for batch in batches]
+        return list(to_device(itertools.islice(self.data.val_dataloader(), 4), self.device))
+
+
+def to_device(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """The batches, moved one at a time."""
+    for batch in batches:
+        yield {key: value.to(device) for key, value in batch.items()}
 
 
 def _quiet_libraries() -> None:

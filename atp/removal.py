@@ -1,7 +1,8 @@
 """Physical removal: masks -> kept indices -> smaller weights -> a smaller model, checked against the masked one.
 
-Sits after training. Takes the merged weights under the base model's own names and the final 0/1 masks; what it returns is an ordinary
-Hugging Face model without masks or adapters. It knows the pruning space and nothing of how the masks were found.
+Sits after training. Takes the merged weights under the base model's own names and the final 0/1 masks; what it returns
+is an ordinary Hugging Face model without masks or adapters. It knows the pruning space and nothing of how the masks
+were found.
 
 Shape suffixes: U units, L layers.
 """

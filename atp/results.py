@@ -1,7 +1,7 @@
 """From stage results to ``metrics.json`` and the final model card.
 
-Sits between the pipeline's stages and everything that reads a finished run. Knows the stages' results as plain data and the stable keys
-of ``metrics.json``; measures nothing itself.
+Sits between the pipeline's stages and everything that reads a finished run. Knows the stages' results as plain data and
+the stable keys of ``metrics.json``; measures nothing itself.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from atp.architecture import LayerWidths
 from atp.config import TrainConfig
-from atp.evaluate import recovery
-from atp.model_card import base_license, model_card
+from atp.evaluate.quality import recovery
+from atp.export.card import base_license, model_card
 
 FORMAT = 1
 MODELS = ("dense", "dense_lora", "pruned", "random", "uniform")

@@ -1,7 +1,8 @@
 """The run directory: finding one, starting one, going on with one, and the results of finished stages.
 
-Everything a run leaves lies in one directory, written so that a kill at any moment loses at most the step in hand: each stage's result is
-a small JSON file, written under a temporary name and renamed. Knows files, nothing of what the stages do.
+Everything a run leaves lies in one directory, written so that a kill at any moment loses at most the step in hand: each
+stage's result is a small JSON file, written under a temporary name and renamed. Knows files, nothing of what the stages
+do.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,8 @@ def provenance(overrides: list[str]) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout this code runs from, with ``+`` for uncommitted changes; None for an installed package."""
+    """Commit of the checkout this code runs from, with ``+`` for uncommitted changes; None for an installed
+    package."""
     here = Path(__file__).resolve().parent
     if not (here.parent / ".git").exists():
         return None

@@ -1,8 +1,8 @@
 """From scores to masks: how logits become gates between zero and one.
 
-Sits between the generator, which makes one logit per unit, and the masked model, which multiplies by the gates. A sampler draws
-differentiable noisy masks for training, states how likely each unit is kept, and gives the noise-free mask for validation. It knows
-neither units' costs nor where masks act.
+Sits between the generator, which makes one logit per unit, and the masked model, which multiplies by the gates. A
+sampler draws differentiable noisy masks for training, states how likely each unit is kept, and gives the noise-free
+mask for validation. It knows neither units' costs nor where masks act.
 
 Random numbers come from torch's global generator, which the training step seeds from (seed, step).
 

@@ -1,10 +1,11 @@
 """From scores to the final architecture: which units stay, chosen deterministically to meet a budget.
 
-Sits between the generator (which made the scores) and removal (which cuts). The choice is greedy from the lowest score up, skips what would overshoot,
-and so ends within one unit's cost of the target; noise has no part in it. It knows the costs through the pruning space and nothing of training.
+Sits between the generator (which made the scores) and removal (which cuts). The choice is greedy from the lowest score
+up, skips what would overshoot, and so ends within one unit's cost of the target; noise has no part in it. It knows the
+costs through the pruning space and nothing of training.
 
-Within one layer the counts interact: dropping a KV head saves more while its group still has all its query heads. Query heads leave one per
-group at a time, because grouped-query attention needs equal groups.
+Within one layer the counts interact: dropping a KV head saves more while its group still has all its query heads. Query
+heads leave one per group at a time, because grouped-query attention needs equal groups.
 
 Shape suffixes: U units.
 """
@@ -20,7 +21,10 @@ from torch import Tensor
 from atp.space import LayerSpace, PruningSpace
 
 DEFAULT_MIN_UNITS: Mapping[str, int] = {"heads": 1, "query_heads": 1, "channels": 1}
-"""Units every layer keeps of each kind. One head and one channel avoid the traps of caches and engines with empty blocks."""
+"""Units every layer keeps of each kind.
+
+One head and one channel avoid the traps of caches and engines with empty blocks.
+"""
 
 
 def select(
@@ -133,7 +137,8 @@ class _LayerChoice:
         return self.size(self.heads, self.queries, self.channels) - self.size(*after.values())
 
     def score(self, kind: str) -> float:
-        """Score of the unit (for query heads: mean over the groups still kept) that the next cut of this kind removes."""
+        """Score of the unit (for query heads: mean over the groups still kept) that the next cut of this kind
+        removes."""
         cut = self.layer.group_size - self.queries
         if kind == "query_heads":
             kept = self.order.get("heads", list(range(self.layer.num_kv_heads)))[-self.heads :] if self.heads else []
@@ -145,7 +150,10 @@ class _LayerChoice:
         setattr(self, _COUNT[kind], getattr(self, _COUNT[kind]) - 1)
 
     def kept_units(self) -> list[int]:
-        """Flat indices of the kept units. Query heads of a removed KV head are not kept either."""
+        """Flat indices of the kept units.
+
+        Query heads of a removed KV head are not kept either.
+        """
         kept: list[int] = []
         axes = self.layer.axes
         heads = self.order["heads"][len(self.order["heads"]) - self.heads :] if "heads" in axes else range(self.heads)
@@ -217,7 +225,8 @@ def _greedy(layers: list[_LayerChoice], budget: float) -> None:
 
 
 def _uniform(layers: list[_LayerChoice], sparsity: float, budget: float) -> None:
-    """Equal counts in every layer: head counts nearest to the kept fraction that leave the channels able to meet the budget."""
+    """Equal counts in every layer: head counts nearest to the kept fraction that leave the channels able to meet the
+    budget."""
     first = layers[0]
     if len({(x.layer.num_kv_heads, x.layer.group_size, x.layer.ffn_width) for x in layers}) > 1:
         raise ValueError(

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Base ``model_type`` values whose decoder layers this file can describe; each also in its per-layer form ``atp_<family>``."""
+"""Base ``model_type`` values whose decoder layers this file can describe; each also in its per-layer form
+``atp_<family>``."""
 
 KINDS = ("heads", "query_heads", "channels")
 """Unit kinds that a space can be made of."""
@@ -55,7 +56,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class Factor:
-    """How an axis lies along a side: each unit covers ``repeat`` neighbouring entries, the whole pattern ``tile`` times."""
+    """How an axis lies along a side: each unit covers ``repeat`` neighbouring entries, the whole pattern ``tile``
+    times."""
 
     axis: Axis
     repeat: int = 1
@@ -64,7 +66,8 @@ class Factor:
 
 @dataclass(frozen=True)
 class Side:
-    """One dimension of a weight: ``size`` entries, kept where the masks of all ``factors`` are one (no factors: never cut)."""
+    """One dimension of a weight: ``size`` entries, kept where the masks of all ``factors`` are one (no factors: never
+    cut)."""
 
     size: int
     factors: tuple[Factor, ...] = ()
@@ -75,7 +78,8 @@ class Side:
         return torch.stack(parts).prod(0) if len(parts) > 1 else parts[0]
 
     def count(self, masks: Mapping[str, Tensor]) -> Tensor | int:
-        """Sum of :meth:`expand`: kept entries for 0/1 masks, expected kept entries for independent keep probabilities."""
+        """Sum of :meth:`expand`: kept entries for 0/1 masks, expected kept entries for independent keep
+        probabilities."""
         if not self.factors:
             return self.size
         if len(self.factors) == 1:
@@ -109,7 +113,8 @@ class Site:
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Parameters owned by one KV head without its query heads, by one query head, by one channel, and by output biases (never cut)."""
+    """Parameters owned by one KV head without its query heads, by one query head, by one channel, and by output
+    biases (never cut)."""
 
     key_value: int = 0
     query: int = 0
@@ -119,7 +124,8 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class LayerSpace:
-    """One decoder layer: its shape, and the axes by kind (absent when that kind is not pruned or has nothing to prune).
+    """One decoder layer: its shape, and the axes by kind (absent when that kind is not pruned or has nothing to
+    prune).
 
     Attributes:
         prefix: Module name of the layer.
@@ -147,7 +153,8 @@ class LayerSpace:
         return self.num_heads // self.num_kv_heads if self.num_kv_heads else 0
 
     def parameters(self, heads: int, queries: int, channels: int) -> int:
-        """Parameters of this layer's linears with ``heads`` KV heads, ``queries`` query heads per KV head and ``channels`` channels."""
+        """Parameters of this layer's linears with ``heads`` KV heads, ``queries`` query heads per KV head and
+        ``channels`` channels."""
         costs = self.costs
         return heads * (costs.key_value + queries * costs.query) + channels * costs.channel + costs.fixed
 

@@ -35,7 +35,14 @@ ATTENTION = {"mha": 6, "gqa": 3, "mqa": 1}
 
 
 def tiny_model(
-    family: str = "llama", attention: str = "gqa", *, tied: bool = False, biased: bool = False, layers: int = 2, seed: int = 0, vocabulary: int = 64
+    family: str = "llama",
+    attention: str = "gqa",
+    *,
+    tied: bool = False,
+    biased: bool = False,
+    layers: int = 2,
+    seed: int = 0,
+    vocabulary: int = 64,
 ) -> PreTrainedModel:
     """A random model: hidden 48, 6 query heads of 8, 20 channels, vocabulary 64, context 64."""
     torch.manual_seed(seed)
@@ -67,7 +74,9 @@ def tiny_model(
 
 
 SHAPES = [
-    pytest.param(family, attention, tied, biased, id=f"{family}-{attention}-{'tied' if tied else 'untied'}{'-biased' * biased}")
+    pytest.param(
+        family, attention, tied, biased, id=f"{family}-{attention}-{'tied' if tied else 'untied'}{'-biased' * biased}"
+    )
     for family, attention, tied, biased in itertools.chain(
         itertools.product(("llama",), ATTENTION, (False, True), (False, True)),
         [("mistral", "gqa", False, False), ("qwen2", "gqa", True, False), ("qwen2", "mha", False, False)],

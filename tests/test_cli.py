@@ -54,7 +54,9 @@ def test_typo_in_a_yaml_names_the_file(tmp_path: Path, monkeypatch: pytest.Monke
     shutil.copytree(ROOT, tree)
     (tree / "experiment" / "mine.yaml").write_text("# @package _global_\n# Mine.\nprune:\n  sparsty: 0.3\n")
     monkeypatch.setattr("atp.cli.config_dir", lambda: str(tree))
-    with pytest.raises(ValueError, match=r"conf/experiment/mine\.yaml: there is no option 'prune\.sparsty'; did you mean"):
+    with pytest.raises(
+        ValueError, match=r"conf/experiment/mine\.yaml: there is no option 'prune\.sparsty'; did you mean"
+    ):
         compose_config(["experiment=mine"])
 
 
@@ -89,7 +91,13 @@ def test_sweep_overrides_are_checked_too(capsys: pytest.CaptureFixture[str]) -> 
         (["-m", "resume=last"], "leave out -m"),
     ],
 )
-def test_bad_resume(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_resume(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         main(arguments)

@@ -16,10 +16,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from atp.data import BatchOrder, PruningDataModule, ResumableLoader, encode
-from atp.encoding import IGNORED, Encoder
-from atp.records import ChoiceRecord, CompletionRecord, Splits, TextRecord
-from atp.sources import load_jsonl
+from atp.data.batches import BatchOrder, PruningDataModule, ResumableLoader, encode
+from atp.data.encoding import IGNORED, Encoder
+from atp.data.records import ChoiceRecord, CompletionRecord, Splits, TextRecord
+from atp.data.sources import load_jsonl
 
 CORPUS = ["the court holds that the party may recover damages", "a bill to amend the act and for other purposes"] * 9
 
@@ -279,7 +279,7 @@ def test_bad_settings_are_refused() -> None:
 
 
 def test_the_data_describes_itself_and_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="atp.data"):
+    with caplog.at_level(logging.INFO, logger="atp.data.batches"):
         module = make_module(num_batches=20, max_length=20)
         module.setup()
         module.setup("fit")

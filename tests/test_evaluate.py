@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from atp.architecture import LayerWidths, build_model, pruned_config
-from atp.encoding import Encoder
-from atp.evaluate import Metrics, evaluate, is_headline, recovery, samples
-from atp.records import ChoiceRecord, CompletionRecord, Record, TextRecord
-from atp.scoring import choice_nats, evaluating, greedy, sequence_nats
-from atp.sources import load_jsonl
+from atp.data.encoding import Encoder
+from atp.data.records import ChoiceRecord, CompletionRecord, Record, TextRecord
+from atp.data.sources import load_jsonl
+from atp.evaluate.quality import Metrics, evaluate, is_headline, recovery, samples
+from atp.evaluate.scoring import choice_nats, evaluating, greedy, sequence_nats
 
 CPU = torch.device("cpu")
 VOCABULARY = 300
@@ -310,7 +310,7 @@ def test_half_precision_is_scored_in_full() -> None:
 def test_truncated_prompts_are_scored_alike_for_all_choices(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(vocabulary=VOCABULARY)
     record = ChoiceRecord("the party " * 30, (" may", " recover" * 6), 0)
-    with caplog.at_level("INFO", logger="atp.evaluate"):
+    with caplog.at_level("INFO", logger="atp.evaluate.quality"):
         evaluate(model, TOKENIZER, [record], max_length=32, batch_size=4)
     assert "'prompts': 1" in caplog.text
     encoder = Encoder(TOKENIZER, 32, close=False)

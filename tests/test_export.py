@@ -26,10 +26,12 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from atp import export, modeling_atp
+from atp import modeling_atp
 from atp.architecture import LayerWidths, layer_widths
-from atp.export import export_hf, load_exported, load_lines, model_card
-from atp.model_card import base_license
+from atp.export import huggingface
+from atp.export.card import base_license, load_lines, model_card
+from atp.export.huggingface import export_hf
+from atp.export.loading import load_exported
 
 modeling_atp.register()
 
@@ -140,7 +142,7 @@ def run_python(code: str, home: Path, *arguments: str) -> None:
     # With atp blocked nothing of ours may be on the path; with atp the repository has to be.
     isolated = ["-I"] if code is WITHOUT_ATP else []
     if not isolated:
-        environment["PYTHONPATH"] = str(Path(export.__file__).parents[1])
+        environment["PYTHONPATH"] = str(Path(huggingface.__file__).parents[1])
     command = [sys.executable, *isolated, "-c", code, *arguments]
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,9 +10,9 @@ from conftest import SHAPES, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, PreTrainedModel
 
-from atp import measure
 from atp.architecture import LayerWidths, build_model, pruned_config
-from atp.measure import (
+from atp.evaluate import measure
+from atp.evaluate.measure import (
     compare_speed,
     count_parameters,
     file_mib,

@@ -16,13 +16,13 @@ from transformers import AutoTokenizer
 
 from atp import embedded
 from atp.callbacks import RunCheckpoint
-from atp.data import PruningDataModule
+from atp.data.batches import PruningDataModule
+from atp.data.sources import load_embedded
 from atp.generator import FreeLogits, TransformerGenerator
 from atp.lora import MaskedModel, add_lora
 from atp.module import PruningModule, TrainingDiverged, TuningModule
 from atp.objective import L0Lagrangian, LogRatio, Phase, SparsitySchedule
 from atp.sampler import GumbelSigmoid, HardConcrete
-from atp.sources import load_embedded
 from atp.space import PruningSpace
 
 STEPS = 10
@@ -32,7 +32,9 @@ METHODS = {
 }
 
 
-def make_module(method: str = "l0", seed: int = 0, dropout: float = 0.1, module_seed: int = 0, **options: Any) -> PruningModule:
+def make_module(
+    method: str = "l0", seed: int = 0, dropout: float = 0.1, module_seed: int = 0, **options: Any
+) -> PruningModule:
     model = tiny_model("llama", "gqa", vocabulary=2048)
     torch.manual_seed(seed)  # of adapters and generator; the base is always the same
     space = PruningSpace.from_model(model)
@@ -40,7 +42,16 @@ def make_module(method: str = "l0", seed: int = 0, dropout: float = 0.1, module_
     schedule = SparsitySchedule(0.5, warmup_steps=2, ramp_steps=2, freeze_step=6)
     masked = MaskedModel(add_lora(model, r=2, dropout=dropout), space)
     return PruningModule(
-        masked, generator(space), sampler(), budget(), schedule, total_steps=STEPS, lr=1e-2, base_id="tiny", seed=module_seed, **options
+        masked,
+        generator(space),
+        sampler(),
+        budget(),
+        schedule,
+        total_steps=STEPS,
+        lr=1e-2,
+        base_id="tiny",
+        seed=module_seed,
+        **options,
     )
 
 
@@ -154,7 +165,9 @@ def test_each_phase_moves_what_it_should(tmp_path: Path) -> None:
     history: list[tuple[Phase, torch.Tensor, torch.Tensor]] = []
 
     class Watch(Callback):
-        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             adapters = torch.cat([p.detach().flatten() for n, p in pl_module.model.named_parameters() if "lora_B" in n])
             phase = pl_module.schedule.phase(batch_idx)
             history.append((phase, pl_module.generator.logits_U.detach().clone(), adapters.clone()))
@@ -209,7 +222,9 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> No
 
 def test_broken_weights_are_never_saved(tmp_path: Path) -> None:
     class Poison(Callback):
-        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             if trainer.global_step == 6:
                 next(p for n, p in pl_module.named_parameters() if "lora_B" in n).data.fill_(float("inf"))
 
@@ -239,7 +254,9 @@ def test_plain_tuning_lowers_the_loss(tmp_path: Path) -> None:
     losses: list[float] = []
 
     class Watch(Callback):
-        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             losses.append(float(outputs["loss"]))
 
     fit(module, tmp_path / "a.ckpt", Watch())

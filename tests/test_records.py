@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atp import sources
-from atp.records import (
+from atp.data import sources
+from atp.data.records import (
     ChoiceRecord,
     CompletionRecord,
     Splits,
@@ -25,7 +25,7 @@ from atp.records import (
     read_jsonl,
     separate,
 )
-from atp.sources import load_embedded, load_jsonl, load_legal_hub
+from atp.data.sources import load_embedded, load_jsonl, load_legal_hub
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 

@@ -34,7 +34,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize(("family", "attention", "tied", "biased"), SHAPES)
 @pytest.mark.parametrize("sparsity", [0.3, 0.7])
-def test_removed_model_equals_masked_model(family: str, attention: str, tied: bool, biased: bool, sparsity: float) -> None:
+def test_removed_model_equals_masked_model(
+    family: str, attention: str, tied: bool, biased: bool, sparsity: float
+) -> None:
     masked = masked_model(tiny_model(family, attention, tied=tied, biased=biased))
     config = masked.peft_model.get_base_model().config
     masks_U = select(masked.space, torch.randn(masked.space.num_units), sparsity)
@@ -69,7 +71,9 @@ def test_all_ones_masks_change_no_bit(family: str, attention: str, tied: bool, b
     masked = MaskedModel(add_lora(model, r=2), space).eval()
     masked.set_masks(torch.ones(masked.space.num_units))
     assert torch.equal(logits(masked), dense)
-    small = remove(merged_state(masked.peft_model).items(), model.config, masked.space, torch.ones(masked.space.num_units))
+    small = remove(
+        merged_state(masked.peft_model).items(), model.config, masked.space, torch.ones(masked.space.num_units)
+    )
     assert torch.equal(logits(small), dense)
     assert type(small) is type(model)
 
@@ -106,9 +110,15 @@ def test_kept_weights_are_the_originals() -> None:
     masks_U[[2, 5, 11]] = 1
     sliced = dict(slice_tensors(model.state_dict().items(), space, masks_U))
     before = model.state_dict()
-    assert torch.equal(sliced["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"][[2, 5, 11]])
-    assert torch.equal(sliced["model.layers.0.mlp.down_proj.weight"], before["model.layers.0.mlp.down_proj.weight"][:, [2, 5, 11]])
-    assert torch.equal(sliced["model.layers.0.self_attn.q_proj.weight"], before["model.layers.0.self_attn.q_proj.weight"])
+    assert torch.equal(
+        sliced["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"][[2, 5, 11]]
+    )
+    assert torch.equal(
+        sliced["model.layers.0.mlp.down_proj.weight"], before["model.layers.0.mlp.down_proj.weight"][:, [2, 5, 11]]
+    )
+    assert torch.equal(
+        sliced["model.layers.0.self_attn.q_proj.weight"], before["model.layers.0.self_attn.q_proj.weight"]
+    )
 
 
 def test_soft_masks_and_unequal_groups_are_refused() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from atp.panel import inline_svg
-from atp.report import RunReport, comparison_table, report_panels, write_report
+from atp.report.page import RunReport, comparison_table, report_panels, write_report
+from atp.report.panel import inline_svg
 
 LAYERS, HEADS, GROUPS, CHANNELS = 4, 8, 4, 96
 MASKS = {

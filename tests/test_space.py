@@ -37,7 +37,11 @@ def test_unit_costs_agree_with_the_weights(family: str, attention: str, tied: bo
         masks_U = torch.ones(space.num_units)
         masks_U[axis.offset] = 0
         saved = full - int(space.remaining_parameters(masks_U))
-        expected = layer.costs.channel if axis.kind == "channels" else layer.costs.key_value + layer.group_size * layer.costs.query
+        expected = (
+            layer.costs.channel
+            if axis.kind == "channels"
+            else layer.costs.key_value + layer.group_size * layer.costs.query
+        )
         assert saved == expected
 
 
@@ -60,7 +64,9 @@ def test_gradient_of_the_count_is_each_units_cost() -> None:
     assert torch.equal(probability_U.grad, torch.full((space.num_units,), 3.0 * 48))
 
 
-@given(seed=st.integers(0, 10_000), sparsity=st.floats(0.02, 0.8), kinds=st.sampled_from([("heads", "channels"), KINDS]))
+@given(
+    seed=st.integers(0, 10_000), sparsity=st.floats(0.02, 0.8), kinds=st.sampled_from([("heads", "channels"), KINDS])
+)
 @settings(max_examples=60, deadline=None)
 def test_selection_meets_the_budget_within_one_unit(seed: int, sparsity: float, kinds: tuple[str, ...]) -> None:
     space = PruningSpace.from_model(_MODEL, kinds)
@@ -70,7 +76,9 @@ def test_selection_meets_the_budget_within_one_unit(seed: int, sparsity: float, 
     masks_U = select(space, scores_U, sparsity)
     reached = float(space.sparsity(masks_U.double()))
     assert reached <= sparsity + 1e-9
-    can_still_lose_a_channel = any(masks_U[a.offset : a.offset + a.size].sum() > 1 for a in space.axes if a.kind == "channels")
+    can_still_lose_a_channel = any(
+        masks_U[a.offset : a.offset + a.size].sum() > 1 for a in space.axes if a.kind == "channels"
+    )
     if can_still_lose_a_channel:
         assert sparsity - reached < space.layers[0].costs.channel / space.total_parameters + 1e-9
     for axis in space.axes:

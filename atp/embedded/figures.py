@@ -24,10 +24,11 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one text, and where the part that is scored begins."""
+    """Token ids of one text, where the part that is scored begins, and where what follows the prompt begins."""
 
     ids: list[int]
     scored_from: int
+    answer_from: int
 
 
 def continuation(record: Record) -> str:
@@ -37,8 +38,12 @@ def continuation(record: Record) -> str:
 
 def encode(record: Record, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Encode a whole record with `<s>` and `</s>`; all tokens after `<s>` are scored, as in pretraining."""
-    text = record["text"] if "text" in record else record["prompt"] + continuation(record)
-    return Encoded([*tokenizer(text)["input_ids"], tokenizer.eos_token_id], 1)
+    if "text" in record:
+        ids = [*tokenizer(record["text"])["input_ids"], tokenizer.eos_token_id]
+        return Encoded(ids, 1, len(ids))
+    prompt = tokenizer(record["prompt"])["input_ids"]
+    answer = tokenizer(continuation(record), add_special_tokens=False)["input_ids"]
+    return Encoded([*prompt, *answer, tokenizer.eos_token_id], 1, len(prompt))
 
 
 def padded(batch: Sequence[Encoded], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -106,7 +111,8 @@ def accuracies(
     for record in chosen:
         prompt = tokenizer(record["prompt"])["input_ids"]
         for choice in record["choices"]:
-            items.append(Encoded([*prompt, *tokenizer(choice, add_special_tokens=False)["input_ids"]], len(prompt)))
+            ids = [*prompt, *tokenizer(choice, add_special_tokens=False)["input_ids"]]
+            items.append(Encoded(ids, len(prompt), len(prompt)))
     means = iter([total / count for total, count in log_likelihoods(model, items, tokenizer.pad_token_id)])
     hits: dict[str, list[bool]] = {}
     for record in chosen:

@@ -4,7 +4,8 @@ What it is: `python -m atp.embedded.pretrain`, a plain PyTorch loop.
 Where it sits: corpus, tokenizer, figures -> pretrain -> the files that `atp.embedded.base_dir` names.
 What it does NOT know: pruning, LoRA, Hydra.
 
-All four domains are mixed equally and every token of a record counts. Batches hold records of like length, so that
+All four domains are mixed equally. Every token of a record counts, and those after a prompt count more, because a short
+answer would otherwise be lost among the tokens of its prompt. Batches hold records of like length, so that
 padding stays small; no training record is seen twice. Shapes: B batch, T tokens.
 """
 
@@ -42,6 +43,7 @@ _WARMUP_STEPS = 100
 _FINAL_SHARE = 0.03  # of the peak learning rate, at the end of the cosine
 _CHECKPOINT_SECONDS = 60.0
 _MEASURED = {"validation": 200, "test": 400}  # records of each domain behind the figures
+_ANSWER_WEIGHT = 3.0  # of a token after a prompt, against 1 for any other
 _ADAM_KEYS = ("exp_avg", "exp_avg_sq")
 
 
@@ -198,19 +200,20 @@ class Trainer:
         rate = self.settings.learning_rate * share_of_peak(self.settings, self.done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        tokens = sum(len(item.ids) - item.scored_from for part in parts for item in part)
+        items = [item for part in parts for item in part]
+        tokens = sum(len(item.ids) - item.scored_from for item in items)
+        weights = tokens + (_ANSWER_WEIGHT - 1) * sum(len(item.ids) - item.answer_from for item in items)
         total = 0.0
         for part in parts:
             ids_BT, mask_BT, labels_BT = figures.padded(part, self.tokenizer.pad_token_id)
-            logits_BTV = self.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits_BTV[:, :-1].flatten(0, 1),
-                labels_BT[:, 1:].flatten(),
-                ignore_index=figures.IGNORED,
-                reduction="sum",
+            logits_BTV = self.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1]
+            loss_BT = torch.nn.functional.cross_entropy(
+                logits_BTV.transpose(1, 2), labels_BT[:, 1:], ignore_index=figures.IGNORED, reduction="none"
             )
-            (loss / tokens).backward()
-            total += float(loss.detach())
+            answers_B1 = torch.tensor([[item.answer_from] for item in part])
+            weight_BT = torch.where(torch.arange(1, ids_BT.shape[1]) >= answers_B1, _ANSWER_WEIGHT, 1.0)
+            ((loss_BT * weight_BT).sum() / weights).backward()
+            total += float(loss_BT.detach().sum())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, error_if_nonfinite=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

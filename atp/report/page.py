@@ -18,8 +18,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from atp import figures, panel
-from atp.comparison import (
+from atp.report import figures, panel
+from atp.report.comparison import (
     comparison_rows,
     comparison_table,
     evaluated_models,
@@ -28,8 +28,8 @@ from atp.comparison import (
     metric_names,
     model_label,
 )
-from atp.panel import Panel
-from atp.run_record import Curve, RunReport, number
+from atp.report.panel import Panel
+from atp.report.record import Curve, RunReport, number
 
 __all__ = ["RunReport", "comparison_table", "write_report"]
 
@@ -71,7 +71,7 @@ def write_report(run_dir: Path | str) -> Path:
                 content = panel.file_bytes(panels[name], file_format, columns=2)
                 _replace_file(report.run_dir / "figures" / f"{name}.{file_format}", content)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("atp"),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.ChainableUndefined,
         trim_blocks=True,

@@ -20,7 +20,7 @@ from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import MaxNLocator
 
-from atp.panel import Palette, Panel
+from atp.report.panel import Palette, Panel
 
 SHARE_BINS = 32
 SHADES = 20  # steps of lightness in the picture of shares

@@ -1,7 +1,7 @@
 """Sources: where records come from, and how a source becomes splits.
 
 Three sources: JSONL files, the embedded corpus, and the two legal sets of the ATP paper (from the Hugging Face hub or
-from local copies). It sits before :mod:`atp.data`: source -> :class:`atp.records.Splits`. It knows nothing of tokens,
+from local copies). It sits before :mod:`atp.data`: source -> :class:`atp.data.records.Splits`. It knows nothing of tokens,
 models or torch, and reaches the network only in :func:`load_legal_hub`, and there only for sets without a local file.
 """
 
@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from atp.records import (
+from atp.data.records import (
     CompletionRecord,
     PathLike,
     Record,
@@ -59,12 +59,12 @@ def load_jsonl(
 
     Args:
         path: File or files to train on.
-        seed: Which carving (:func:`atp.records.carve`) and which subset (:func:`atp.records.limit`).
+        seed: Which carving (:func:`atp.data.records.carve`) and which subset (:func:`atp.data.records.limit`).
         validation_path: File or files; None carves ``validation_fraction`` off.
         test_path: File or files; None carves ``test_fraction`` off.
         validation_fraction: Share of the distinct contents of ``path``, in (0, 1).
         test_fraction: Share of the distinct contents of ``path``, in (0, 1).
-        fields: Record key to column, where columns are named otherwise (:func:`atp.records.read_jsonl`).
+        fields: Record key to column, where columns are named otherwise (:func:`atp.data.records.read_jsonl`).
         max_train: Most records to keep in the split; None keeps all.
         max_validation: As ``max_train``.
         max_test: As ``max_train``.

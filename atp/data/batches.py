@@ -1,6 +1,6 @@
 """Data: records as batches of tokens, in an order that a resumed run takes up exactly.
 
-:class:`PruningDataModule` is what the trainer gets. It sits between :mod:`atp.encoding` and the training module, and
+:class:`PruningDataModule` is what the trainer gets. It sits between :mod:`atp.data.encoding` and the training module, and
 knows nothing of masks, losses or optimisers, nor of where records come from.
 
 The whole run is one epoch of ``num_batches`` micro-batches. Which examples batch ``k`` holds is a function of the seed
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from atp.encoding import Encoder, Example, pad
-from atp.records import Record, Splits
+from atp.data.encoding import Encoder, Example, pad
+from atp.data.records import Record, Splits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ _GROUPED_BATCHES = 50
 
 
 def encode(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int, loss_on: str = "auto") -> list[Example]:
-    """Encode one record: one example, or one per window of a long text. See :class:`atp.encoding.Encoder`."""
+    """Encode one record: one example, or one per window of a long text. See :class:`atp.data.encoding.Encoder`."""
     return Encoder(tokenizer, max_length).encode([record], loss_on)[0]
 
 
@@ -183,7 +183,7 @@ class PruningDataModule(lightning.LightningDataModule):
         batch_size: Examples of a micro-batch.
         num_batches: Micro-batches of the whole run, per process: optimiser steps times gradient accumulation.
         seed: Which order.
-        loss_on: ``auto``, ``completion`` or ``all`` (:meth:`atp.encoding.Encoder.encode`).
+        loss_on: ``auto``, ``completion`` or ``all`` (:meth:`atp.data.encoding.Encoder.encode`).
         num_workers: Processes that make batches; 0 is right unless batches are slow to make.
         model_context: Most tokens the model takes; None does not check.
         max_validation_examples: Most examples of validation, chosen by the seed.

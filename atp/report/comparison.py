@@ -17,7 +17,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from atp.run_record import check_metrics, clean, number
+from atp.report.record import check_metrics, clean, number
 
 MODEL_LABELS = {
     "dense": "dense base",

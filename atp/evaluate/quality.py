@@ -2,7 +2,7 @@
 
 Perplexity over everything, accuracy and macro-F1 where there are choices, ROUGE where there are completions. It takes
 any transformers causal LM, dense or pruned, and comes after training and export in the flow. It knows nothing of
-masks, budgets or how a model was made; size, speed and memory are in :mod:`atp.measure`.
+masks, budgets or how a model was made; size, speed and memory are in :mod:`atp.evaluate.measure`.
 
 Everything is deterministic: greedy decoding, batches sorted by length, no dropout. ATP and D-Pruner sample summaries,
 which makes ROUGE noisy; figures are therefore comparable within ATP, not with those papers.
@@ -21,9 +21,9 @@ import torch
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 from torchmetrics.functional.text import rouge_score
 
-from atp.encoding import Encoder
-from atp.records import ChoiceRecord, CompletionRecord, Record
-from atp.scoring import choice_nats, evaluating, greedy, sequence_nats
+from atp.data.encoding import Encoder
+from atp.data.records import ChoiceRecord, CompletionRecord, Record
+from atp.evaluate.scoring import choice_nats, evaluating, greedy, sequence_nats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -29,10 +29,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from atp import modeling_atp
 from atp.architecture import family, is_stock, layer_widths
-from atp.loading import INDEX_FILE, differences, expected_shapes, load_exported
-from atp.model_card import load_lines, model_card
-
-__all__ = ["ExportResult", "export_hf", "load_exported", "load_lines", "model_card"]
+from atp.export.card import load_lines, model_card
+from atp.export.loading import INDEX_FILE, differences, expected_shapes
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Scoring: log-likelihoods and greedy continuations of token ids under any causal LM of transformers.
 
 The forward passes behind :mod:`atp.evaluate`: right-padded sequences, choices that share the reading of their prompt,
-and decoding with the KV cache. It sits between :mod:`atp.encoding` and the metrics. It knows nothing of text, tasks or
+and decoding with the KV cache. It sits between :mod:`atp.data.encoding` and the metrics. It knows nothing of text, tasks or
 metrics. Inputs are sorted by length into batches; results come in the order of the inputs.
 
 Shape suffixes: B batch, T tokens, V vocabulary, C choices of a batch.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from atp.encoding import IGNORED, Choices, Example, pad
+from atp.data.encoding import IGNORED, Choices, Example, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
