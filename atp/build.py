@@ -103,9 +103,13 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def _access_message(field: str, source: str, error: Exception) -> str:
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if Path(source).is_dir():
-        return f"{field}={source}: cannot be loaded ({reason}); it needs config.json, tokenizer files and *.safetensors weights"
+        return (
+            f"{field}={source}: cannot be loaded ({reason}); it needs config.json, tokenizer files and "
+            "*.safetensors weights"
+        )
     return (
-        f"{field}={source}: cannot be fetched from the hub ({reason}). Without network, use model=local model.path=<directory>; for a "
+        f"{field}={source}: cannot be fetched from the hub ({reason}). Without network, use model=local "
+        "model.path=<directory>; for a "
         "gated model, accept its licence on its page and log in with `hf auth login`"
     )
 

@@ -1,5 +1,4 @@
-"""What happens around training steps: checkpoints that survive anything, progress people can read, throughput, mask
-history.
+"""Around training steps: checkpoints that survive anything, progress, throughput, mask history.
 
 Sits beside the training module in the Lightning trainer. Nothing here changes what is learnt. It knows the training
 modules' public state and nothing of Hydra or of the stages around training.
@@ -32,8 +31,8 @@ log = logging.getLogger(__name__)
 class RunCheckpoint(Callback):
     """Writes the resumable state: every few steps, and at the end of the step in which Ctrl-C or SIGTERM arrives.
 
-    The file is written under a temporary name and renamed, so a kill at any moment leaves the previous checkpoint whole. State that holds
-    values which are not finite is never written. A second Ctrl-C stops at once.
+    The file is written under a temporary name and renamed, so a kill at any moment leaves the previous checkpoint
+    whole. State that holds values which are not finite is never written. A second Ctrl-C stops at once.
 
     Args:
         path: The checkpoint file.
@@ -101,7 +100,8 @@ class RunCheckpoint(Callback):
         broken = pl_module.find_divergence()
         if broken:
             raise TrainingDiverged(
-                f"{broken} holds values that are not finite at step {trainer.global_step}; the last good checkpoint is kept. Try a "
+                f"{broken} holds values that are not finite at step {trainer.global_step}; the last good checkpoint "
+                "is kept. Try a "
                 "lower optim.lr or optim.generator_lr, trainer.gradient_clip_val=1.0, or trainer.precision=32-true"
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -79,8 +79,7 @@ class ScheduleConfig:
 
 @dataclass
 class WarmStartConfig:
-    """Scores start from the importance of the dense model's units (squared gradients of gates on training
-    batches)."""
+    """Start scores from the importance of the dense model's units, measured on training batches."""
 
     batches: int = option(0, "training batches to measure it on; 0 starts from the generator's own initialisation")
     gain: float = option(1.0, "standard deviation of the starting logits within a layer")

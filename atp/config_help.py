@@ -60,6 +60,6 @@ def _options(node: Any, prefix: str) -> list[str]:
 
 
 def _option_line(name: str, item: Field[Any]) -> str:
-    default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
+    default: Any = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc,operator]
     text = f"{item.metadata.get('help', '')} [{'null' if default is None else default}]"
     return textwrap.fill(text, 110, initial_indent=f"    {name:<34} ", subsequent_indent=" " * 39)

@@ -31,7 +31,8 @@ class Generator(nn.Module, ABC):
             ValueError: This generator computes its logits and cannot be set to given ones.
         """
         raise ValueError(
-            f"prune.warm_start.batches is set, but {type(self).__name__} cannot start from given scores; set it to 0 or use "
+            f"prune.warm_start.batches is set, but {type(self).__name__} cannot start from given scores; set it to 0 "
+            "or use "
             "prune/generator=free"
         )
 
@@ -61,8 +62,8 @@ class FreeLogits(Generator):
 class TransformerGenerator(Generator):
     """ATP's generator: a transformer encoder over one fixed token per layer (section 1.2 of the methods note).
 
-    Tokens are orthogonal rows and do not train; there is no positional code. After the encoder and a LayerNorm, each axis of each layer
-    has its own bias-free linear head.
+    Tokens are orthogonal rows and do not train; there is no positional code. After the encoder and a LayerNorm, each
+    axis of each layer has its own bias-free linear head.
 
     Args:
         space: The pruning space.
@@ -72,6 +73,8 @@ class TransformerGenerator(Generator):
         feedforward: Encoder FFN width.
         dropout: Active while training, as in the authors' code.
     """
+
+    tokens_LE: Tensor
 
     def __init__(
         self,
@@ -108,6 +111,8 @@ class RandomScores(Generator):
         seed: Seed of the draw, so that it does not depend on what ran before.
     """
 
+    scores_U: Tensor
+
     def __init__(self, space: PruningSpace, seed: int = 0) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(seed)
@@ -125,6 +130,8 @@ class MagnitudeScores(Generator):
         space: The pruning space.
         state: Dense weights by parameter name, as in the base model's ``state_dict``.
     """
+
+    scores_U: Tensor
 
     def __init__(self, space: PruningSpace, state: dict[str, Tensor]) -> None:
         super().__init__()

@@ -46,7 +46,8 @@ def fisher_importance(masked: MaskedModel, batches: Iterable[Mapping[str, Tensor
     masked.train(training)
     if not number or not torch.isfinite(total_U).all():
         raise ValueError(
-            f"prune.warm_start: {number} batches gave no finite gradients; check the data, try model.dtype=float32, or set "
+            f"prune.warm_start: {number} batches gave no finite gradients; check the data, try model.dtype=float32, "
+            "or set "
             "prune.warm_start.batches=0"
         )
     return total_U / number

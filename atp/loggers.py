@@ -83,8 +83,7 @@ def merge_csv(folder: Path, target: Path) -> None:
 
 
 def close_loggers(loggers: Sequence[Logger]) -> None:
-    """Finish every wandb run, so that the next job of a sweep starts clean; says how to synchronise an offline
-    one."""
+    """Finish every wandb run, so that the next job starts clean, and say how to upload an offline one."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             import wandb

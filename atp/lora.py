@@ -58,7 +58,8 @@ def add_lora(
     missing = [name for name in target_modules if name.rpartition(".")[2] not in linears]
     if missing or not target_modules:
         raise ValueError(
-            f"lora.target_modules holds {missing or 'no name'}, which matches no linear layer of {type(model).__name__}; "
+            f"lora.target_modules holds {missing or 'no name'}, which matches no linear layer of "
+            f"{type(model).__name__}; "
             f"its linears are {', '.join(sorted(linears))}"
         )
     config = LoraConfig(
@@ -151,7 +152,8 @@ def merged_tensors(peft_model: PeftModel) -> Iterator[tuple[str, Tensor]]:
         plain = plain.replace(".base_layer.", ".")
         owner, _, kind = plain.rpartition(".")
         if owner in adapted and kind == "weight":
-            delta = adapted[owner].get_delta_weight("default").to(tensor.device)
+            layer: Any = adapted[owner]
+            delta = layer.get_delta_weight("default").to(tensor.device)
             tensor = (tensor.float() + delta.float()).to(tensor.dtype)
         yield plain, tensor
 

@@ -10,9 +10,10 @@ Shape suffixes: B batch, T tokens, U units.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -99,8 +100,10 @@ class TuningModule(LightningModule):
     def _check_finite(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
             raise TrainingDiverged(
-                f"the loss became {float(loss.detach())} at step {self.global_step}; try a lower optim.lr or optim.generator_lr, "
-                "trainer.gradient_clip_val=1.0, or trainer.precision=32-true. The last checkpoint is from before this step"
+                f"the loss became {float(loss.detach())} at step {self.global_step}; try a lower optim.lr or "
+                "optim.generator_lr, "
+                "trainer.gradient_clip_val=1.0, or trainer.precision=32-true. The last checkpoint is from before "
+                "this step"
             )
 
     # ---- optimiser
@@ -125,7 +128,7 @@ class TuningModule(LightningModule):
         """One AdamW over all groups, with one schedule per group."""
         optimizer = torch.optim.AdamW(self.parameter_groups(), betas=(0.9, 0.99))
         names = [group["name"] for group in optimizer.param_groups]
-        factors = [lambda step, name=name: self.rate_factor(name, step) for name in names]
+        factors: list[Callable[[int], float]] = [functools.partial(self.rate_factor, name) for name in names]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -143,7 +146,8 @@ class TuningModule(LightningModule):
         for key, mine in (("base_id", self.base_id), ("total_steps", self.total_steps)):
             if meta.get(key) != mine:
                 raise ValueError(
-                    f"the checkpoint was made with {key} = {meta.get(key)!r}, this run has {mine!r}; resume with the run's own "
+                    f"the checkpoint was made with {key} = {meta.get(key)!r}, this run has {mine!r}; resume with the "
+                    "run's own "
                     "settings or start a new run"
                 )
         missing = self._own_state() - set(checkpoint["state_dict"])
@@ -175,6 +179,10 @@ class PruningModule(TuningModule):
         min_units: Units every layer keeps, by kind.
         **tuning: Arguments of :class:`TuningModule`.
     """
+
+    final_masks_U: Tensor
+    final_scores_U: Tensor
+    is_frozen: Tensor
 
     def __init__(
         self,
@@ -210,9 +218,9 @@ class PruningModule(TuningModule):
         """Seed the step; fix the masks once their time has come."""
         super().on_train_batch_start(batch, batch_idx)
         if self.phase is Phase.FROZEN and not self.is_frozen:
-            self.freeze()
+            self.freeze_masks()
 
-    def freeze(self) -> None:
+    def freeze_masks(self) -> None:
         """Fix the deterministic architecture that meets the target; from here on only adapters train."""
         logits_U = self.logits()
         self.final_scores_U.copy_(self.sampler.keep_probability(self._shifted(logits_U, self.schedule.target)))

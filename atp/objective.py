@@ -48,7 +48,8 @@ class SparsitySchedule:
             raise ValueError(f"prune.schedule.shape is {self.shape!r}; known: linear, cubic")
         if self.warmup_steps + self.ramp_steps > self.freeze_step:
             raise ValueError(
-                f"prune.schedule freezes masks at step {self.freeze_step}, before warm-up ({self.warmup_steps}) and ramp "
+                f"prune.schedule freezes masks at step {self.freeze_step}, before warm-up ({self.warmup_steps}) and "
+                "ramp "
                 f"({self.ramp_steps}) are over; raise prune.schedule.freeze_at or train longer"
             )
 
@@ -62,7 +63,8 @@ class SparsitySchedule:
                 raise ValueError(f"prune.schedule.{name} is {value}; it is a fraction of the run, between 0 and 1")
         if warmup + ramp > freeze_at:
             raise ValueError(
-                f"prune.schedule: warmup {warmup} + ramp {ramp} end after freeze_at {freeze_at}; raise freeze_at or lower them"
+                f"prune.schedule: warmup {warmup} + ramp {ramp} end after freeze_at {freeze_at}; raise freeze_at or "
+                "lower them"
             )
         freeze_step = round(steps * freeze_at)
         warmup_steps = min(round(steps * warmup), freeze_step)
@@ -151,9 +153,9 @@ class LogRatio(Budget):
 class Projection(Budget):
     """Meets the target at every step: all logits are shifted by one number such that the expected sparsity equals it.
 
-    Only the units' order and distances are learnt; the level follows the schedule. No term is added to the loss and nothing needs tuning,
-    where a Lagrangian lags behind its target and then overshoots in short runs. (This project's; the exact budgets of GRASPrune and of
-    straight-through top-k share the idea.)
+    Only the units' order and distances are learnt; the level follows the schedule. No term is added to the loss and
+    nothing needs tuning, where a Lagrangian lags behind its target and then overshoots in short runs. (This project's;
+    the exact budgets of GRASPrune and of straight-through top-k share the idea.)
 
     Args:
         tolerance: Largest gap between expected sparsity and target that ends the bisection.

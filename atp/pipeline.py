@@ -1,5 +1,6 @@
-"""One run from configuration to report: fit -> remove -> export -> evaluate -> reference and baselines -> measure ->
-report.
+"""One run, from configuration to report.
+
+fit -> remove and export -> evaluate -> reference and baselines -> samples -> measure -> report.
 
 The top of the flow. Every stage leaves its result in the run directory before the next begins, so an interrupted run
 goes on where it stopped. It knows the order of stages and what each hands to the next; how anything is done is known
@@ -9,6 +10,7 @@ below.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import itertools
 import logging
@@ -80,8 +82,7 @@ def run(cfg: DictConfig, run_dir: Path, *, overrides: list[str]) -> float | None
     unknown = set(config.evaluate.baselines) - set(BASELINES)
     if unknown:
         raise ValueError(f"evaluate.baselines holds {sorted(unknown)}; known: {', '.join(BASELINES)}")
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
     plain.pop("run_dir")  # named after the moment of composing, so it differs when the run goes on
     directory = RunDirectory(run_dir, plain, overrides, resume=config.resume is not None)
     console = Console()
@@ -120,7 +121,7 @@ class Run:
         self.tokenizer = build.load_tokenizer(config.model)
         self.splits = build.load_splits(config.data, config.seed)
         dense = self._dense()
-        self.base_config = dense.config
+        self.base_config, self.generation_config = dense.config, dense.generation_config
         self.data = build.data_module(config, self.splits, self.tokenizer, dense.config.max_position_embeddings)
         self.space = build.pruning_space(config.prune, dense)
         self.dense_parameters = count_parameters(dense)
@@ -136,7 +137,7 @@ class Run:
         if self.config.evaluate.reference:
             stages["dense_lora"] = lambda: self._tune("dense_lora", self._dense())
         for name in self.config.evaluate.baselines:
-            stages[name] = lambda name=name: self._tune(name, self._cut_at_once(name))
+            stages[name] = functools.partial(self._tune_baseline, name)
         stages |= {"samples": self._samples, "cost": self._measure}
         results = {name: self._stage(name, work) for name, work in stages.items()}
         metrics = assemble(
@@ -190,14 +191,14 @@ class Run:
         module = build.pruning_module(self.config, self._dense())
         self._load("joint", module)
         if not module.is_frozen:
-            module.freeze()
+            module.freeze_masks()
         masks_U = module.final_masks_U.cpu()
         self._write_masks(masks_U, module.final_scores_U.cpu())
-        log.info("removal: cutting %d of %d units", int((masks_U == 0).sum()), self.space.num_units)
+        log.info("removal: cutting %d of %d units", int((masks_U < 0.5).sum()), self.space.num_units)
         masked = module.masked.to(self.device).eval()
         masked.set_masks(masks_U.to(self.device))
         removed = remove(merged_tensors(masked.peft_model), self.base_config, self.space, masks_U, device=self.device)
-        removed.generation_config = copy.deepcopy(masked.peft_model.get_base_model().generation_config)
+        removed.generation_config = copy.deepcopy(self.generation_config)
         batches = self._check_batches()
         masked_vs_removed = max_logit_difference(masked, removed, batches)
         path = self.directory.path / "pruned"
@@ -234,6 +235,9 @@ class Run:
         tuned = merge_in_place(module.model)
         return {**self._evaluate(tuned), "sparsity": 1.0 - blocks / self.space.total_parameters}
 
+    def _tune_baseline(self, name: str) -> dict[str, Any]:
+        return self._tune(name, self._cut_at_once(name))
+
     def _cut_at_once(self, name: str) -> PreTrainedModel:
         """The dense model pruned to the same budget before any training."""
         dense = self._dense()
@@ -248,7 +252,7 @@ class Run:
     def _evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
         settings = self.config.evaluate
         metrics = evaluate(
-            model.to(self.device).eval(),
+            self._placed(model),
             self.tokenizer,
             self.splits.test,
             max_length=self.config.data.max_length,
@@ -273,7 +277,7 @@ class Run:
                 max_length=self.config.data.max_length,
                 device=self.device,
             )
-            for model in (self._dense().to(self.device), self._pruned())
+            for model in (self._placed(self._dense()), self._pruned())
         ]
         rows = [
             {
@@ -289,7 +293,7 @@ class Run:
 
     def _measure(self) -> dict[str, Any]:
         settings = self.config.evaluate
-        dense, pruned = self._dense().to(self.device), self._pruned().to(self.device)
+        dense, pruned = self._placed(self._dense()), self._pruned()
         result: dict[str, Any] = {
             "macs": {
                 "dense_per_token": macs_per_token(dense, self.config.data.max_length),
@@ -316,6 +320,10 @@ class Run:
 
     def _dense(self) -> PreTrainedModel:
         return build.load_base(self.config.model)
+
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        torch.nn.Module.to(model, self.device)
+        return model.eval()
 
     def _pruned(self) -> PreTrainedModel:
         return load_exported(self.directory.path / "pruned", device=self.device)

@@ -30,7 +30,8 @@ def widths_after(space: PruningSpace, masks_U: Tensor) -> list[LayerWidths]:
     """Widths of every layer once the units with mask zero are gone.
 
     Raises:
-        ValueError: KV heads of one layer that keep different numbers of query heads, which grouped-query attention cannot compute.
+        ValueError: KV heads of one layer that keep different numbers of query heads, which grouped-query attention
+            cannot compute.
     """
     masks = space.split(_binary(masks_U))
     return [_layer_widths(layer, masks) for layer in space.layers]
@@ -45,7 +46,8 @@ def _layer_widths(layer: LayerSpace, masks: Mapping[str, Tensor]) -> LayerWidths
     per_group = (queries_KG.sum(1)[heads_K > 0]).tolist()
     if len(set(per_group)) > 1 or 0 in per_group:
         raise ValueError(
-            f"{layer.prefix}: the kept KV heads keep {per_group} query heads each; every group must keep the same positive number"
+            f"{layer.prefix}: the kept KV heads keep {per_group} query heads each; every group must keep the same "
+            "positive number"
         )
     channels = int(masks[layer.axes["channels"].name].sum()) if "channels" in layer.axes else layer.ffn_width
     kv_heads = int(heads_K.sum())
@@ -107,7 +109,8 @@ def remove(
         device: Where the result lives.
 
     Returns:
-        A stock model where a stock class can hold the widths, otherwise the per-layer model of :mod:`atp.modeling_atp`; in eval mode.
+        A stock model where a stock class can hold the widths, otherwise the per-layer model of :mod:`atp.modeling_atp`;
+        in eval mode.
     """
     state = {name: tensor.detach() for name, tensor in slice_tensors(tensors, space, masks_U)}
     dtype = dtype or next(t.dtype for t in state.values() if t.is_floating_point())

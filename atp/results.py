@@ -111,7 +111,7 @@ def write_card(folder: Path, metrics: Mapping[str, Any]) -> None:
         base_model=base,
         license_id=base_license(base),
         datasets=[run["data"]["name"]],
-        method=f"Method: {run['method']}, masks and LoRA adapters trained jointly for {run['steps']} steps, adapters merged.",
+        method=f"Masks ({run['method']}) and LoRA adapters trained jointly for {run['steps']} steps, adapters merged.",
         target_sparsity=metrics["sparsity"]["target"],
         block_sparsity=metrics["sparsity"]["blocks"],
         model_sparsity=metrics["sparsity"]["model"],

@@ -94,7 +94,8 @@ class RunDirectory:
             changed = _differences(saved, config)
             if changed:
                 raise ValueError(
-                    f"resume={path}: settings differ from the run's own ({'; '.join(changed[:4])}); leave them out or start anew"
+                    f"resume={path}: settings differ from the run's own ({'; '.join(changed[:4])}); leave them out or "
+                    "start anew"
                 )
         else:
             write_json(existing, {"overrides": overrides, "config": config})
@@ -139,8 +140,7 @@ def provenance(overrides: list[str]) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout this code runs from, with ``+`` for uncommitted changes; None for an installed
-    package."""
+    """Commit of this checkout, with ``+`` for uncommitted changes; None for an installed package."""
     here = Path(__file__).resolve().parent
     if not (here.parent / ".git").exists():
         return None

@@ -23,7 +23,8 @@ class Sampler(nn.Module, ABC):
 
     Args:
         temperature: Sharpness of the relaxation; lower is closer to 0/1. May be changed while training.
-        offset: Added to every logit, so that a generator whose output starts near zero starts with (almost) everything kept.
+        offset: Added to every logit, so that a generator whose output starts near zero starts with (almost) everything
+            kept.
     """
 
     def __init__(self, temperature: float, offset: float) -> None:
@@ -89,7 +90,8 @@ class HardConcrete(Sampler):
 class GumbelSigmoid(Sampler):
     """Straight-through Gumbel-sigmoid with one Gumbel draw (ATP and DISP-LLM; section 1.2 of the methods note).
 
-    ``o = sigmoid((z + g + b) / T)`` with ``g = -log(-log u)``; the mask is 1 where o >= 0.5 and its gradient is o's. The noise is
+    ``o = sigmoid((z + g + b) / T)`` with ``g = -log(-log u)``; the mask is 1 where o >= 0.5 and its gradient is o's.
+    The noise is
     asymmetric: P(keep) = 1 - exp(-exp(z + b)), so a unit is surely pruned only far below zero.
 
     Args:
@@ -124,8 +126,8 @@ class GumbelSigmoid(Sampler):
 class Threshold(Sampler):
     """Straight-through threshold without noise: a unit is kept when its logit is positive, with a sigmoid's gradient.
 
-    With the projection budget this is top-k under the parameter budget: the adapters always train on a real, exactly sized
-    architecture, and units leave and come back as gradients move their logits.
+    With the projection budget this is top-k under the parameter budget: the adapters always train on a real, exactly
+    sized architecture, and units leave and come back as gradients move their logits.
 
     Args:
         temperature: Width of the sigmoid whose slope passes the gradient.

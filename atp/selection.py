@@ -41,12 +41,13 @@ def select(
         space: The pruning space.
         scores_U: Higher means more worth keeping, comparable over all units, shape [U]. Ties go by position.
         sparsity: Fraction of decoder-block parameters to remove.
-        shape: ``per_layer`` ranks all units together; ``uniform`` keeps equal counts in every layer, ranked within layers.
+        shape: ``per_layer`` ranks all units together; ``uniform`` keeps equal counts in every layer, ranked within
+            layers.
         min_units: Units that each layer keeps, by kind; missing kinds take :data:`DEFAULT_MIN_UNITS`.
 
     Returns:
-        0/1 masks of shape [U], float32, whose sparsity is at most ``sparsity`` and less than one unit's cost below it (``uniform``: one unit
-        in every layer).
+        0/1 masks of shape [U], float32, whose sparsity is at most ``sparsity`` and less than one unit's cost below it
+        (``uniform``: one unit in every layer).
 
     Raises:
         ValueError: A sparsity that the space cannot reach, scores that are not finite, or an unknown shape.
@@ -90,7 +91,8 @@ def _check_reachable(layers: list[_LayerChoice], sparsity: float, space: Pruning
     if sparsity > most:
         kinds = sorted({axis.kind for axis in space.axes})
         raise ValueError(
-            f"prune.sparsity is {sparsity}, but cutting {' + '.join(kinds)} down to the units every layer keeps removes at most {most:.4f} of the "
+            f"prune.sparsity is {sparsity}, but cutting {' + '.join(kinds)} down to the units every layer keeps "
+            f"removes at most {most:.4f} of the "
             "block parameters; lower it, add kinds to prune.space, or lower prune.min_heads / prune.min_channels"
         )
 
@@ -137,8 +139,7 @@ class _LayerChoice:
         return self.size(self.heads, self.queries, self.channels) - self.size(*after.values())
 
     def score(self, kind: str) -> float:
-        """Score of the unit (for query heads: mean over the groups still kept) that the next cut of this kind
-        removes."""
+        """Score of what the next cut of this kind removes; for query heads, the mean over kept groups."""
         cut = self.layer.group_size - self.queries
         if kind == "query_heads":
             kept = self.order.get("heads", list(range(self.layer.num_kv_heads)))[-self.heads :] if self.heads else []
@@ -179,13 +180,15 @@ def _layers(space: PruningSpace, scores_U: Tensor, min_units: Mapping[str, int] 
     least = {**DEFAULT_MIN_UNITS, **(min_units or {})}
     if least["query_heads"] < 1:
         raise ValueError(
-            "min_units query_heads must be at least 1: a KV head without query heads computes nothing; prune 'heads' instead"
+            "min_units query_heads must be at least 1: a KV head without query heads computes nothing; prune 'heads' "
+            "instead"
         )
     for layer in space.layers:
         for kind in layer.output_bias:
             if least[kind] < 1:
                 raise ValueError(
-                    f"prune.min_{kind} is {least[kind]}, but the output projection of {layer.prefix} has a bias, which a removed block would lose; "
+                    f"prune.min_{kind} is {least[kind]}, but the output projection of {layer.prefix} has a bias, "
+                    "which a removed block would lose; "
                     f"set prune.min_{kind} to at least 1"
                 )
     by_axis = space.split(scores_U)
@@ -225,8 +228,7 @@ def _greedy(layers: list[_LayerChoice], budget: float) -> None:
 
 
 def _uniform(layers: list[_LayerChoice], sparsity: float, budget: float) -> None:
-    """Equal counts in every layer: head counts nearest to the kept fraction that leave the channels able to meet the
-    budget."""
+    """Equal counts in every layer, head counts nearest to the kept fraction, channels to meet the budget."""
     first = layers[0]
     if len({(x.layer.num_kv_heads, x.layer.group_size, x.layer.ffn_width) for x in layers}) > 1:
         raise ValueError(

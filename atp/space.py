@@ -1,15 +1,18 @@
 """What may be cut: the pruning space of a LLaMA-family model, described as data.
 
-Sits at the bottom of the flow, between the loaded Hugging Face model and everything that makes, samples, counts or applies masks. This is the
-only file that knows how Hugging Face names the modules of a decoder layer.
+Sits at the bottom of the flow, between the loaded Hugging Face model and everything that makes, samples, counts or
+applies masks. This is the only file that knows how Hugging Face names the modules of a decoder layer.
 
 The vocabulary:
 
-* a *unit* is the smallest thing that is kept or removed (a KV head with its query heads, one query head, one FFN channel);
+* a *unit* is the smallest thing that is kept or removed (a KV head with its query heads, one query head, one FFN
+  channel);
 * an :class:`Axis` is the set of like units of one layer; all axes lie end to end in one flat vector of U units;
-* a :class:`Side` is one dimension of a weight matrix, as a product of axes (the rows of ``q_proj`` belong to KV heads *and* query heads);
+* a :class:`Side` is one dimension of a weight matrix, as a product of axes (the rows of ``q_proj`` belong to KV heads
+  *and* query heads);
 * a :class:`Weight` has a row side and a column side, from which its remaining size and its kept indices follow;
-* a :class:`Site` is a place in the forward pass where multiplying by a side's mask has the effect of removing its units.
+* a :class:`Site` is a place in the forward pass where multiplying by a side's mask has the effect of removing its
+  units.
 
 It knows nothing of how scores are made, sampled or trained, and nothing of LoRA.
 
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +60,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Factor:
-    """How an axis lies along a side: each unit covers ``repeat`` neighbouring entries, the whole pattern ``tile``
-    times."""
+    """How an axis lies along a side: each unit covers ``repeat`` entries in a row, the pattern ``tile`` times."""
 
     axis: Axis
     repeat: int = 1
@@ -66,8 +69,10 @@ class Factor:
 
 @dataclass(frozen=True)
 class Side:
-    """One dimension of a weight: ``size`` entries, kept where the masks of all ``factors`` are one (no factors: never
-    cut)."""
+    """One dimension of a weight.
+
+    An entry is kept where the masks of all ``factors`` are one; a side without factors is never cut.
+    """
 
     size: int
     factors: tuple[Factor, ...] = ()
@@ -78,8 +83,7 @@ class Side:
         return torch.stack(parts).prod(0) if len(parts) > 1 else parts[0]
 
     def count(self, masks: Mapping[str, Tensor]) -> Tensor | int:
-        """Sum of :meth:`expand`: kept entries for 0/1 masks, expected kept entries for independent keep
-        probabilities."""
+        """Sum of :meth:`expand`: kept entries, or expected ones for independent keep probabilities."""
         if not self.factors:
             return self.size
         if len(self.factors) == 1:
@@ -113,8 +117,7 @@ class Site:
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Parameters owned by one KV head without its query heads, by one query head, by one channel, and by output
-    biases (never cut)."""
+    """Parameters owned by one KV head (without query heads), one query head, one channel; ``fixed`` never goes."""
 
     key_value: int = 0
     query: int = 0
@@ -124,8 +127,7 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class LayerSpace:
-    """One decoder layer: its shape, and the axes by kind (absent when that kind is not pruned or has nothing to
-    prune).
+    """One decoder layer: its shape, and its axes by kind (absent where nothing of a kind is pruned).
 
     Attributes:
         prefix: Module name of the layer.
@@ -153,8 +155,7 @@ class LayerSpace:
         return self.num_heads // self.num_kv_heads if self.num_kv_heads else 0
 
     def parameters(self, heads: int, queries: int, channels: int) -> int:
-        """Parameters of this layer's linears with ``heads`` KV heads, ``queries`` query heads per KV head and
-        ``channels`` channels."""
+        """Parameters of the linears with so many KV heads, query heads per KV head, and channels."""
         costs = self.costs
         return heads * (costs.key_value + queries * costs.query) + channels * costs.channel + costs.fixed
 
@@ -195,7 +196,8 @@ class PruningSpace:
 
         Args:
             model: A model of one of :data:`FAMILIES`, not yet wrapped by PEFT.
-            kinds: Unit kinds to prune. ``query_heads`` needs grouped-query attention: every group keeps the same number.
+            kinds: Unit kinds to prune. ``query_heads`` needs grouped-query attention: every group keeps the same
+                number.
 
         Raises:
             ValueError: Unknown family or kind, or no unit to prune.
@@ -227,8 +229,8 @@ class PruningSpace:
     def remaining_parameters(self, flat_U: Tensor) -> Tensor:
         """Kept decoder-block parameters for masks, or their expectation for independent keep probabilities.
 
-        Multilinear in the units of different axes, hence exact for 0/1 masks. Embeddings, lm_head and norms are not counted (ATP's
-        denominator).
+        Multilinear in the units of different axes, hence exact for 0/1 masks. Embeddings, lm_head and norms are not
+        counted (ATP's denominator).
 
         Args:
             flat_U: Masks or probabilities in [0, 1], shape [U].
@@ -325,7 +327,7 @@ class _Builder:
     def add_layer(self, index: int, prefix: str, layer: nn.Module) -> None:
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
         q_proj, k_proj, down_proj = (linears.get(n) for n in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"))
-        head_dim = int(layer.get_submodule("self_attn").head_dim) if q_proj is not None else 0
+        head_dim = cast(int, layer.get_submodule("self_attn").head_dim) if q_proj is not None else 0
         num_heads = q_proj.out_features // head_dim if q_proj is not None else 0
         num_kv_heads = k_proj.out_features // head_dim if k_proj is not None else 0
         ffn_width = down_proj.in_features if down_proj is not None else 0

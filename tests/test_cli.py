@@ -107,7 +107,7 @@ def test_bad_resume(
 def test_run_directory_refuses_to_be_overwritten(tmp_path: Path) -> None:
     config = {"seed": 0, "prune": {"sparsity": 0.5}, "logger": {}}
     RunDirectory(tmp_path / "a", config, ["seed=0"], resume=False)
-    with pytest.raises(ValueError, match="already holds an unfinished run.*resume="):
+    with pytest.raises(ValueError, match=r"already holds an unfinished run.*resume="):
         RunDirectory(tmp_path / "a", config, [], resume=False)
     with pytest.raises(ValueError, match=r"prune\.sparsity: was 0\.5, now 0\.3"):
         RunDirectory(tmp_path / "a", {**config, "prune": {"sparsity": 0.3}}, [], resume=True)

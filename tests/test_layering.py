@@ -26,7 +26,7 @@ OWNERS = {
     "hydra": {"config", "build", "cli"},
     "omegaconf": {"config", "cli", "pipeline"},
     "wandb": {"loggers"},
-    "datasets": {"sources"},
+    "datasets": {"data"},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_each_phase_moves_what_it_should(tmp_path: Path) -> None:
             history.append((phase, pl_module.generator.logits_U.detach().clone(), adapters.clone()))
 
     fit(module, tmp_path / "a.ckpt", Watch())
-    for (_, logits, adapters), (phase, new_logits, new_adapters) in zip(history, history[1:], strict=False):
+    for (_, logits, adapters), (phase, new_logits, new_adapters) in itertools.pairwise(history):
         assert not torch.equal(adapters, new_adapters)
         assert torch.equal(logits, new_logits) is (phase is not Phase.PRUNING), phase
     assert module.budget.lambda_1.item() != 0.0

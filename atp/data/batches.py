@@ -1,7 +1,7 @@
 """Data: records as batches of tokens, in an order that a resumed run takes up exactly.
 
-:class:`PruningDataModule` is what the trainer gets. It sits between :mod:`atp.data.encoding` and the training module, and
-knows nothing of masks, losses or optimisers, nor of where records come from.
+:class:`PruningDataModule` is what the trainer gets. It sits between :mod:`atp.data.encoding` and the training module,
+and knows nothing of masks, losses or optimisers, nor of where records come from.
 
 The whole run is one epoch of ``num_batches`` micro-batches. Which examples batch ``k`` holds is a function of the seed
 and ``k`` alone, so the place in the data is one number, and resuming is starting to count from there.

@@ -1,8 +1,8 @@
 """Encoding: records as token ids, and which of them count in the loss.
 
 The one place that draws the boundary between prompt and completion and that cuts what is too long, so that training,
-scoring and generation see the same ids. It sits between :mod:`atp.data.records` and its two readers, :mod:`atp.data` and
-:mod:`atp.evaluate`. It knows nothing of torch, batches on a device, or models.
+scoring and generation see the same ids. It sits between :mod:`atp.data.records` and its two readers, :mod:`atp.data`
+and :mod:`atp.evaluate`. It knows nothing of torch, batches on a device, or models.
 
 Boundary: the prompt is tokenised alone, as generation will see it. The completion's ids are what the whole text adds to
 that; where a token of the whole text would span the boundary, the completion is tokenised alone as well.

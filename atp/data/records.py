@@ -1,8 +1,9 @@
 """Records: what a training or test item is, how a raw one is checked, and splits that share no content.
 
 A record is plain text, a prompt with its completion, or a prompt with choices. This module types them, reads them from
-JSONL, and splits them by content. It sits first in the flow: :mod:`atp.data.sources` -> records -> :mod:`atp.data.encoding` ->
-:mod:`atp.data` and :mod:`atp.evaluate`. It knows nothing of tokens, models, torch or the network.
+JSONL, and splits them by content. It sits first in the flow: :mod:`atp.data.sources` -> records ->
+:mod:`atp.data.encoding` -> :mod:`atp.data` and :mod:`atp.evaluate`. It knows nothing of tokens, models, torch or the
+network.
 """
 
 from __future__ import annotations

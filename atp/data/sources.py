@@ -1,8 +1,9 @@
 """Sources: where records come from, and how a source becomes splits.
 
 Three sources: JSONL files, the embedded corpus, and the two legal sets of the ATP paper (from the Hugging Face hub or
-from local copies). It sits before :mod:`atp.data`: source -> :class:`atp.data.records.Splits`. It knows nothing of tokens,
-models or torch, and reaches the network only in :func:`load_legal_hub`, and there only for sets without a local file.
+from local copies). It sits before :mod:`atp.data`: source -> :class:`atp.data.records.Splits`. It knows nothing of
+tokens, models or torch, and reaches the network only in :func:`load_legal_hub`, and there only for sets without a local
+file.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Scoring: log-likelihoods and greedy continuations of token ids under any causal LM of transformers.
 
 The forward passes behind :mod:`atp.evaluate`: right-padded sequences, choices that share the reading of their prompt,
-and decoding with the KV cache. It sits between :mod:`atp.data.encoding` and the metrics. It knows nothing of text, tasks or
-metrics. Inputs are sorted by length into batches; results come in the order of the inputs.
+and decoding with the KV cache. It sits between :mod:`atp.data.encoding` and the metrics. It knows nothing of text,
+tasks or metrics. Inputs are sorted by length into batches; results come in the order of the inputs.
 
 Shape suffixes: B batch, T tokens, V vocabulary, C choices of a batch.
 """
