@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _job(cfg: DictConfig) -> float | None:
     """One Hydra job: run the pipeline, turn its complaints into messages and exit codes."""
-    from atp.pipeline import RunInterrupted, run
+    from atp.pipeline import run
+    from atp.stages import RunInterrupted
 
     is_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     run_dir = Path(HydraConfig.get().runtime.output_dir)

@@ -128,10 +128,6 @@ class MaskedModel(nn.Module):
         """The wrapped causal LM's output."""
         return self.peft_model(**batch)
 
-    def generation_model(self) -> PeftModel:
-        """The PEFT model itself, with masks acting, for evaluation code that wants a Hugging Face model."""
-        return self.peft_model
-
 
 @torch.no_grad()
 def merged_tensors(peft_model: PeftModel) -> Iterator[tuple[str, Tensor]]:

@@ -256,10 +256,6 @@ class PruningSpace:
         """Fraction of decoder-block parameters removed (or its expectation)."""
         return 1.0 - self.remaining_parameters(flat_U) / self.total_parameters
 
-    def unit_kinds(self) -> Tensor:
-        """Index into :data:`KINDS` of every unit, shape [U]."""
-        return torch.cat([torch.full((axis.size,), KINDS.index(axis.kind)) for axis in self.axes])
-
     def kept_heads(self, flat_U: Tensor) -> Tensor:
         """Query heads kept over all layers, from masks [U]."""
         masks = self.split(flat_U)

@@ -208,8 +208,8 @@ class Trainer:
             ids_BT, mask_BT, labels_BT = figures.padded(part, self.tokenizer.pad_token_id)
             logits_BTV = self.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1]
             loss_BT = torch.nn.functional.cross_entropy(
-                logits_BTV.transpose(1, 2), labels_BT[:, 1:], ignore_index=figures.IGNORED, reduction="none"
-            )
+                logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=figures.IGNORED, reduction="none"
+            ).view(len(part), -1)
             answers_B1 = torch.tensor([[item.answer_from] for item in part])
             weight_BT = torch.where(torch.arange(1, ids_BT.shape[1]) >= answers_B1, _ANSWER_WEIGHT, 1.0)
             ((loss_BT * weight_BT).sum() / weights).backward()

@@ -1,0 +1,288 @@
+"""The stages of a run: what each does with the run's model, data and directory.
+
+Sits between the builders and the pipeline, which decides which stages run and in what order. Each public method is one
+stage and returns plain data for its result file; models pass from stage to stage through the run directory, so that any
+stage can be the first of a resumed run. It knows nothing of Hydra or of how ``metrics.json`` is laid out.
+
+Shape suffixes: U units.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from atp import build
+from atp.architecture import is_stock
+from atp.callbacks import MaskHistory, ProgressReport, RunCheckpoint, Throughput
+from atp.config import TrainConfig
+from atp.evaluate.measure import compare_speed, count_parameters, file_mib, macs_per_token, peak_memory, weights_mib
+from atp.evaluate.quality import evaluate, samples
+from atp.export.huggingface import export_hf
+from atp.export.loading import load_exported
+from atp.generator import MagnitudeScores, RandomScores
+from atp.importance import fisher_importance, standardise
+from atp.loggers import close_loggers, csv_logger, merge_csv
+from atp.lora import merge_in_place, merged_tensors
+from atp.module import PruningModule, TuningModule
+from atp.removal import max_logit_difference, remove, widths_after
+from atp.rundir import RunDirectory, write_json
+from atp.selection import select
+from atp.space import KINDS, PruningSpace
+
+log = logging.getLogger(__name__)
+
+
+class RunInterrupted(Exception):
+    """Ctrl-C or SIGTERM ended training; the message says how to go on."""
+
+
+class Stages:
+    """The stages of one run, and what they share.
+
+    Args:
+        config: The typed configuration.
+        directory: Where everything is written.
+        plain_config: The same configuration as plain data, for loggers.
+        origin: Provenance: command, git, versions.
+    """
+
+    def __init__(
+        self, config: TrainConfig, directory: RunDirectory, plain_config: dict[str, Any], origin: dict[str, Any]
+    ) -> None:
+        self.config, self.directory, self.plain_config, self.origin = config, directory, plain_config, origin
+        self.device = build.device_of(config)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        log.info("run directory: %s", directory.path)
+        self.tokenizer = build.load_tokenizer(config.model)
+        self.splits = build.load_splits(config.data, config.seed)
+        dense = self.dense()
+        self.base_config, self.generation_config = dense.config, dense.generation_config
+        self.data = build.data_module(config, self.splits, self.tokenizer, dense.config.max_position_embeddings)
+        self.space = build.pruning_space(config.prune, dense)
+        self.dense_parameters = count_parameters(dense)
+
+    def fit_jointly(self) -> dict[str, Any]:
+        """Train masks and adapters together; leaves ``checkpoints/joint.ckpt``."""
+        module = build.pruning_module(self.config, self.dense())
+        if not self.directory.checkpoint("joint").is_file():
+            self._warm_start(module)
+        with peak_memory(self.device) as peak:
+            self._fit("joint", module)
+        return {"train_peak_mib": peak.mib, "train_peak_kind": peak.kind}
+
+    def _warm_start(self, module: PruningModule) -> None:
+        """Let the generator begin with the importance of the dense model's units."""
+        settings = self.config.prune.warm_start
+        if settings.batches < 1:
+            return
+        self.data.setup("fit")
+        batches = itertools.islice(self.data.train_dataloader(), settings.batches)
+        importance_U = fisher_importance(module.masked.to(self.device), to_device(batches, self.device))
+        module.generator.warm_start(settings.gain * standardise(self.space, importance_U.cpu()))
+
+    def remove_and_export(self) -> dict[str, Any]:
+        """Cut the pruned units for good, write ``pruned/``, and compare masked, removed and reloaded model."""
+        module = build.pruning_module(self.config, self.dense())
+        self._load("joint", module)
+        if not module.is_frozen:
+            module.freeze_masks()
+        masks_U = module.final_masks_U.cpu()
+        self._write_masks(masks_U, module.final_scores_U.cpu())
+        log.info("removal: cutting %d of %d units", int((masks_U < 0.5).sum()), self.space.num_units)
+        masked = module.masked.to(self.device).eval()
+        masked.set_masks(masks_U.to(self.device))
+        removed = remove(merged_tensors(masked.peft_model), self.base_config, self.space, masks_U, device=self.device)
+        removed.generation_config = copy.deepcopy(self.generation_config)
+        batches = self._check_batches()
+        masked_vs_removed = max_logit_difference(masked, removed, batches)
+        path = self.directory.path / "pruned"
+        log.info("export: %s", path)
+        export_hf(
+            removed,
+            self.tokenizer,
+            path,
+            provenance=self.origin,
+            overwrite=True,
+            dtype=build.DTYPES[self.config.export.dtype] if self.config.export.dtype else None,
+            max_shard_size=self.config.export.max_shard_size,
+        )
+        removed_vs_reloaded = max_logit_difference(removed, self.pruned(), batches)
+        return {
+            "max_abs_logit_diff": max(masked_vs_removed, removed_vs_reloaded),
+            "masked_vs_removed": masked_vs_removed,
+            "removed_vs_reloaded": removed_vs_reloaded,
+            "dtype": str(next(removed.parameters()).dtype).removeprefix("torch."),
+            "tokens": int(sum(batch["attention_mask"].sum() for batch in batches)),
+            "stock": is_stock(removed.config),
+            "architecture": type(removed).__name__,
+            "widths": [asdict(widths) for widths in widths_after(self.space, masks_U)],
+            "sparsity": float(self.space.sparsity(masks_U.double())),
+            "pruned_blocks": int(self.space.remaining_parameters(masks_U.double())),
+            "parameters": count_parameters(removed),
+        }
+
+    def tune(self, name: str, model: PreTrainedModel) -> dict[str, Any]:
+        """LoRA-tune a model on the run's data and steps, then evaluate it."""
+        blocks = PruningSpace.from_model(model, KINDS).total_parameters
+        module = build.tuning_module(self.config, model)
+        self._fit(name, module)
+        tuned = merge_in_place(module.model)
+        return {**self.evaluate_model(tuned), "sparsity": 1.0 - blocks / self.space.total_parameters}
+
+    def tune_baseline(self, name: str) -> dict[str, Any]:
+        """Prune at once by the named rule, then tune and evaluate."""
+        return self.tune(name, self._cut_at_once(name))
+
+    def _cut_at_once(self, name: str) -> PreTrainedModel:
+        """The dense model pruned to the same budget before any training."""
+        dense = self.dense()
+        sparsity, least = self.config.prune.sparsity, build.min_units(self.config.prune)
+        if name == "random":
+            masks_U = select(self.space, RandomScores(self.space, self.config.seed)(), sparsity, min_units=least)
+        else:
+            scores_U = MagnitudeScores(self.space, dense.state_dict())()
+            masks_U = select(self.space, scores_U, sparsity, shape="uniform", min_units=least)
+        return remove(dense.state_dict().items(), self.base_config, self.space, masks_U)
+
+    def evaluate_model(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Quality on the test records."""
+        settings = self.config.evaluate
+        metrics = evaluate(
+            self._placed(model),
+            self.tokenizer,
+            self.splits.test,
+            max_length=self.config.data.max_length,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            max_generate=settings.max_generate,
+            device=self.device,
+        )
+        return {"values": metrics.values, "counts": metrics.counts}
+
+    def write_samples(self) -> dict[str, Any]:
+        """Continue a few test prompts with dense and pruned model; leaves ``samples.json``."""
+        settings = self.config.evaluate
+        if settings.samples < 1:
+            return {}
+        written = [
+            samples(
+                model,
+                self.tokenizer,
+                self.splits.test,
+                count=settings.samples,
+                max_new_tokens=settings.max_new_tokens,
+                max_length=self.config.data.max_length,
+                device=self.device,
+            )
+            for model in (self._placed(self.dense()), self.pruned())
+        ]
+        rows = [
+            {
+                "prompt": by_dense.prompt,
+                "reference": by_dense.reference,
+                "dense": by_dense.generated,
+                "pruned": by_pruned.generated,
+            }
+            for by_dense, by_pruned in zip(*written, strict=True)
+        ]
+        write_json(self.directory.path / "samples.json", rows)
+        return {"count": len(rows)}
+
+    def measure(self) -> dict[str, Any]:
+        """Size, compute, memory and, unless switched off, speed of dense and pruned model."""
+        settings = self.config.evaluate
+        dense, pruned = self._placed(self.dense()), self.pruned()
+        result: dict[str, Any] = {
+            "macs": {
+                "dense_per_token": macs_per_token(dense, self.config.data.max_length),
+                "pruned_per_token": macs_per_token(pruned, self.config.data.max_length),
+                "context": self.config.data.max_length,
+            },
+            "memory": {"dense_weights_mib": weights_mib(dense), "pruned_weights_mib": weights_mib(pruned)},
+            "files": {"pruned_mib": file_mib(self.directory.path / "pruned")},
+        }
+        source = Path(build.model_source(self.config.model))
+        if source.is_dir():
+            result["files"]["dense_mib"] = file_mib(source)
+        if settings.speed:
+            result["speed"] = compare_speed(
+                dense,
+                pruned,
+                prompt_tokens=settings.speed_prompt_tokens,
+                new_tokens=settings.speed_new_tokens,
+                repeats=settings.speed_repeats,
+            )
+        return result
+
+    # ---- what stages share
+
+    def dense(self) -> PreTrainedModel:
+        """The base model, loaded afresh."""
+        return build.load_base(self.config.model)
+
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        torch.nn.Module.to(model, self.device)
+        return model.eval()
+
+    def pruned(self) -> PreTrainedModel:
+        """The exported model, loaded back from the run directory."""
+        return load_exported(self.directory.path / "pruned", device=self.device)
+
+    def _fit(self, name: str, module: TuningModule) -> None:
+        """Train to the end, from the checkpoint if there is one."""
+        config, checkpoint_path = self.config, self.directory.checkpoint(name)
+        checkpoint = RunCheckpoint(checkpoint_path, config.trainer.checkpoint_every_n_steps)
+        callbacks: list[Callback] = [Throughput(), ProgressReport(name), checkpoint]
+        logs = self.directory.path / "metrics" / name
+        loggers: list[Logger] = [csv_logger(logs)]
+        try:
+            if isinstance(module, PruningModule):
+                callbacks.append(MaskHistory(logs / "masks.csv", config.trainer.log_every_n_steps))
+                chosen = build.make_loggers(config, self.directory.path)
+                loggers += chosen
+                for logger in chosen:
+                    logger.log_hyperparams(self.plain_config)
+            trainer = build.make_trainer(config, callbacks, loggers, self.data.num_batches)
+            resume = checkpoint_path if checkpoint_path.is_file() else None
+            trainer.fit(module, datamodule=self.data, ckpt_path=resume, weights_only=True)
+        finally:
+            close_loggers(loggers)
+        merge_csv(logs, self.directory.path / "metrics" / ("train.csv" if name == "joint" else f"{name}.csv"))
+        if checkpoint.interrupted:
+            raise RunInterrupted(
+                f"stopped after step {trainer.global_step} of {name}; go on with: resume={self.directory.path}"
+            )
+
+    def _load(self, name: str, module: TuningModule) -> None:
+        state = torch.load(self.directory.checkpoint(name), map_location="cpu", weights_only=True)
+        module.on_load_checkpoint(state)
+        module.load_state_dict(state["state_dict"], strict=False)
+
+    def _write_masks(self, masks_U: Tensor, scores_U: Tensor) -> None:
+        axes = {name: [int(x) for x in values] for name, values in self.space.split(masks_U).items()}
+        scores = {name: [round(float(x), 6) for x in values] for name, values in self.space.split(scores_U).items()}
+        write_json(self.directory.path / "masks.json", {"format": 1, "axes": axes, "scores": scores})
+
+    def _check_batches(self) -> list[dict[str, Tensor]]:
+        """A few real batches on which masked, removed and reloaded model are compared."""
+        self.data.setup("fit")
+        return list(to_device(itertools.islice(self.data.val_dataloader(), 4), self.device))
+
+
+def to_device(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """The batches, moved one at a time."""
+    for batch in batches:
+        yield {key: value.to(device) for key, value in batch.items()}
