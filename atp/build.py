@@ -204,13 +204,15 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
         multiplier_lr=config.optim.multiplier_lr,
         shape=prune.shape,
         min_units=min_units(prune),
+        distill=config.optim.distill,
         **_tuning(config),
     )
 
 
-def tuning_module(config: TrainConfig, model: PreTrainedModel) -> TuningModule:
-    """Plain LoRA over a model."""
-    return TuningModule(_with_lora(config, model), **_tuning(config))
+def tuning_module(config: TrainConfig, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> TuningModule:
+    """Plain LoRA over a model, distilled as the pruned model is where a teacher is given."""
+    distill = config.optim.distill if teacher is not None else 0.0
+    return TuningModule(_with_lora(config, model), distill=distill, teacher=teacher, **_tuning(config))
 
 
 def _with_lora(config: TrainConfig, model: PreTrainedModel) -> Any:

@@ -123,6 +123,7 @@ class OptimConfig:
     multiplier_lr: float = option(1.0, "ascent rate of Lagrange multipliers")
     weight_decay: float = option(0.0, "weight decay of the adapters")
     warmup: float = option(0.05, "fraction of the run over which rates rise")
+    distill: float = option(0.0, "weight of distillation from the dense base in the task loss, 0 to 1")
     min_lr_ratio: float = option(0.1, "where the cosine ends, as a fraction of the peak")
 
 

@@ -23,7 +23,7 @@ from torchmetrics import MeanMetric
 
 from atp.generator import Generator
 from atp.lora import MaskedModel, trainable_parameters
-from atp.objective import Budget, Phase, SparsitySchedule
+from atp.objective import Budget, Phase, SparsitySchedule, distillation_loss
 from atp.sampler import Sampler
 from atp.selection import select
 
@@ -48,6 +48,9 @@ class TuningModule(LightningModule):
         min_lr_ratio: Where the cosine ends, as a fraction of the peak.
         seed: Seed of everything random in the steps.
         base_id: Name of the base model; a checkpoint made from another base is refused.
+        distill: Weight of distillation in the task loss, 0 to 1; the rest is cross entropy on the data.
+        teacher: Model to distil from; needed with ``distill`` unless a subclass brings its own. It is not trained,
+            moved with this module, or saved.
     """
 
     def __init__(
@@ -61,6 +64,8 @@ class TuningModule(LightningModule):
         min_lr_ratio: float = 0.1,
         seed: int = 0,
         base_id: str = "",
+        distill: float = 0.0,
+        teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False
@@ -69,6 +74,10 @@ class TuningModule(LightningModule):
         self.lr, self.weight_decay, self.warmup, self.min_lr_ratio = lr, weight_decay, warmup, min_lr_ratio
         self.seed = seed
         self.base_id = base_id
+        if not 0.0 <= distill <= 1.0:
+            raise ValueError(f"optim.distill is {distill}; it is a weight between 0 and 1")
+        self.distill = distill
+        self._teacher = [teacher]  # in a list, so that it is no submodule of this one
         self.val_loss = MeanMetric()
 
     # ---- steps
@@ -79,10 +88,27 @@ class TuningModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward pass; returns the loss to descend."""
-        loss = self.model(**batch).loss
+        loss = self.task_loss(batch)
         self._check_finite(loss)
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def task_loss(self, batch: Batch) -> Tensor:
+        """Cross entropy on the data, mixed with distillation where that is asked for."""
+        output = self.model(**batch)
+        if self.distill == 0.0:
+            return output.loss
+        divergence = distillation_loss(output.logits, self.teacher_logits(batch), batch["labels"])
+        self.log("train/distillation_loss", divergence)
+        self.log("train/data_loss", output.loss)
+        return (1.0 - self.distill) * output.loss + self.distill * divergence
+
+    @torch.no_grad()
+    def teacher_logits(self, batch: Batch) -> Tensor:
+        """Logits to distil from, [B, T, V]."""
+        (teacher,) = self._teacher
+        assert teacher is not None
+        return teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Accumulate the token-weighted loss behind ``val/perplexity``."""
@@ -256,13 +282,20 @@ class PruningModule(TuningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Task loss of the masked model plus the budget term, in one forward pass."""
         budget_loss = self._apply_masks()
-        task_loss = self.model(**batch).loss
+        task_loss = self.task_loss(batch)
         loss = task_loss + budget_loss
         self._check_finite(loss)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/task_loss", task_loss)
         self.log("train/budget_loss", budget_loss)
         return loss
+
+    @torch.no_grad()
+    def teacher_logits(self, batch: Batch) -> Tensor:
+        """Logits of the dense base itself, masks and adapters off: a teacher that takes no memory."""
+        with self.masked.base_only():
+            output = self.masked(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return output.logits
 
     def _apply_masks(self) -> Tensor:
         """Set this step's masks; return the budget term."""

@@ -134,17 +134,18 @@ class Stages:
             "parameters": count_parameters(removed),
         }
 
-    def tune(self, name: str, model: PreTrainedModel) -> dict[str, Any]:
+    def tune(self, name: str, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> dict[str, Any]:
         """LoRA-tune a model on the run's data and steps, then evaluate it."""
         blocks = PruningSpace.from_model(model, KINDS).total_parameters
-        module = build.tuning_module(self.config, model)
+        module = build.tuning_module(self.config, model, teacher)
         self._fit(name, module)
         tuned = merge_in_place(module.model)
         return {**self.evaluate_model(tuned), "sparsity": 1.0 - blocks / self.space.total_parameters}
 
     def tune_baseline(self, name: str) -> dict[str, Any]:
         """Prune at once by the named rule, then tune and evaluate."""
-        return self.tune(name, self._cut_at_once(name))
+        teacher = self._placed(self.dense()) if self.config.optim.distill else None
+        return self.tune(name, self._cut_at_once(name), teacher)
 
     def _cut_at_once(self, name: str) -> PreTrainedModel:
         """The dense model pruned to the same budget before any training."""
