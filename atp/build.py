@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -262,7 +263,12 @@ def component(place: str, node: Mapping[str, Any], **provided: Any) -> Any:
             )
             raise ValueError(f"{place}.{name}: {target} takes no such argument; {hint}")
     wanted = {name: value for name, value in provided.items() if name in parameters}
-    return instantiate(dict(node), _convert_="all", **wanted)
+    try:
+        return instantiate(dict(node), _convert_="all", **wanted)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):
+            raise ValueError(str(error.__cause__)) from error
+        raise
 
 
 def make_loggers(config: TrainConfig, run_dir: Path) -> list[Logger]:

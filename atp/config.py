@@ -119,7 +119,7 @@ class OptimConfig:
     """AdamW; one group for adapters, one for the generator, one for Lagrange multipliers."""
 
     lr: float = option(1e-3, "peak learning rate of the adapters")
-    generator_lr: float = option(0.05, "peak learning rate of the generator")
+    generator_lr: float = option(0.01, "peak learning rate of the generator")
     multiplier_lr: float = option(1.0, "ascent rate of Lagrange multipliers")
     weight_decay: float = option(0.0, "weight decay of the adapters")
     warmup: float = option(0.05, "fraction of the run over which rates rise")

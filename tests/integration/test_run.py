@@ -1,0 +1,190 @@
+"""Whole runs through the command line: what is left behind, resuming, refusing, sweeping."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parent.parent.parent
+FAST = [
+    "experiment=smoke",
+    "evaluate.baselines=[random,uniform]",
+    "evaluate.max_generate=2",
+    "trainer.checkpoint_every_n_steps=2",
+    "threads=1",
+]
+
+
+def train(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run train.py as a user does."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One finished run and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    done = train(*FAST, "run_dir=one", cwd=folder)
+    return folder / "one", done.stdout
+
+
+def test_the_run_directory_describes_itself(finished: tuple[Path, str]) -> None:
+    run, printed = finished
+    for name in (".hydra/config.yaml", "atp.log", "masks.json", "metrics.json", "report.html", "samples.json"):
+        assert (run / name).is_file(), name
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"):
+        assert (run / "pruned" / name).is_file(), name
+    assert (run / "metrics" / "train.csv").read_text().startswith(("step", "epoch", "lr", "mask", "train", "val"))
+    assert "from_pretrained" in printed and "report.html" in printed
+
+
+def test_metrics_have_their_stable_keys(finished: tuple[Path, str]) -> None:
+    metrics = json.loads((finished[0] / "metrics.json").read_text())
+    assert {"blocks", "model", "target"} <= metrics["sparsity"].keys()
+    assert {"dense", "pruned"} <= metrics["parameters"].keys()
+    assert metrics["removal"]["max_abs_logit_diff"] < 1e-4
+    assert {"dense", "dense_lora", "pruned", "random", "uniform"} == metrics["eval"].keys()
+    for values in metrics["eval"].values():
+        assert {"perplexity", "bits_per_byte", "clause/accuracy", "holding/accuracy", "bill/rougeL"} <= values.keys()
+    assert metrics["recovery"].keys() >= {"perplexity", "mean"}
+    assert {"prefill_ratio", "decode_ratio", "dense", "pruned"} <= metrics["speed"].keys()
+    assert {"train_peak_mib", "dense_weights_mib", "pruned_weights_mib"} <= metrics["memory"].keys()
+    assert {"git", "versions", "seed", "base", "command"} <= metrics["run"].keys()
+
+
+def test_figures_agree_with_the_exported_model(finished: tuple[Path, str]) -> None:
+    """What metrics.json says of size is what counting the exported file gives."""
+    run = finished[0]
+    metrics = json.loads((run / "metrics.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(run / "pruned", trust_remote_code=True)
+    assert sum(p.numel() for p in model.parameters()) == metrics["parameters"]["pruned"]
+    blocks = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and "norm" not in n)
+    assert blocks == metrics["parameters"]["pruned_blocks"]
+    assert 1 - blocks / metrics["parameters"]["dense_blocks"] == pytest.approx(metrics["sparsity"]["blocks"])
+    kept = {k: sum(v) for k, v in json.loads((run / "masks.json").read_text())["axes"].items()}
+    for layer, widths in enumerate(metrics["widths"]):
+        assert kept[f"layers.{layer}.heads"] == widths["num_key_value_heads"]
+        assert kept[f"layers.{layer}.channels"] == widths["intermediate_size"]
+    size = (run / "pruned" / "model.safetensors").stat().st_size
+    assert size == pytest.approx(4 * metrics["parameters"]["pruned"], rel=0.01)
+
+
+def test_the_export_generates_without_atp(finished: tuple[Path, str]) -> None:
+    """A process in which atp cannot be imported loads the directory and continues a prompt as this one does."""
+    run = finished[0]
+    code = (
+        "import sys; sys.modules['atp'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"path = {str(run / 'pruned')!r}\n"
+        "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)\n"
+        "tokens = AutoTokenizer.from_pretrained(path)('A BILL to', return_tensors='pt')\n"
+        "print(model.generate(**tokens, max_new_tokens=8, do_sample=False)[0].tolist())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=run, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(run / "pruned", trust_remote_code=True)
+    tokens = AutoTokenizer.from_pretrained(run / "pruned")("A BILL to", return_tensors="pt")
+    here = model.generate(**tokens, max_new_tokens=8, do_sample=False)[0].tolist()
+    assert done.stdout.strip().splitlines()[-1] == str(here)
+
+
+def test_a_finished_run_is_neither_overwritten_nor_repeated(finished: tuple[Path, str]) -> None:
+    run = finished[0]
+    before = (run / "metrics.json").read_bytes()
+    again = train(*FAST, "run_dir=one", cwd=run.parent, check=False)
+    assert again.returncode == 2
+    assert "already holds a finished run" in again.stdout + again.stderr
+    resumed = train("resume=one", cwd=run.parent)
+    assert "nothing to do" in resumed.stdout and "perplexity" in resumed.stdout
+    assert (run / "metrics.json").read_bytes() == before
+
+
+def test_killed_run_goes_on_to_the_same_result(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """SIGKILL in the middle of training, then resume=last: the exported weights are the uninterrupted run's."""
+    command = [sys.executable, str(ROOT / "train.py"), *FAST, "run_dir=runs/smoke/killed"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    checkpoint = tmp_path / "runs/smoke/killed/checkpoints/joint.ckpt"
+    deadline = time.monotonic() + 300
+    while not checkpoint.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.is_file() and not (tmp_path / "runs/smoke/killed/metrics.json").exists()
+    train("experiment=smoke", *FAST[1:], "resume=last", cwd=tmp_path)
+    whole = json.loads((finished[0] / "metrics.json").read_text())
+    resumed = json.loads((tmp_path / "runs/smoke/killed/metrics.json").read_text())
+    assert resumed["eval"] == whole["eval"]
+    first = (finished[0] / "pruned" / "model.safetensors").read_bytes()
+    assert (tmp_path / "runs/smoke/killed/pruned/model.safetensors").read_bytes() == first
+
+
+def test_interrupt_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), *FAST, "trainer.max_steps=2000", "run_dir=stopped"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    checkpoint = tmp_path / "stopped/checkpoints/joint.ckpt"
+    deadline = time.monotonic() + 300
+    while not checkpoint.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "go on with: resume=stopped" in output
+    assert "Traceback" not in output
+    step = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert f"stopped after step {step} of joint" in output
+
+
+def test_a_sweep_runs_every_job(tmp_path: Path) -> None:
+    train(
+        "-m",
+        "experiment=smoke",
+        "prune.sparsity=0.3,0.6",
+        "evaluate=quick",
+        "trainer.max_steps=3",
+        "threads=1",
+        "hydra.sweep.dir=sweep",
+        cwd=tmp_path,
+    )
+    found = sorted((tmp_path / "sweep").glob("*/metrics.json"))
+    reached = [round(json.loads(path.read_text())["sparsity"]["blocks"], 2) for path in found]
+    assert reached == [0.3, 0.6]
+
+
+def test_wandb_offline_never_asks(tmp_path: Path) -> None:
+    """Without a login the run is written offline, next to the CSV, and closed."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    environment |= {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "experiment=smoke",
+        "evaluate=quick",
+        "logger=wandb",
+        "run_dir=w",
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((tmp_path / "w" / "wandb").rglob("*.wandb"))
+    assert "wandb sync" in done.stdout
