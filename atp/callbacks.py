@@ -102,7 +102,7 @@ class RunCheckpoint(Callback):
             raise TrainingDiverged(
                 f"{broken} holds values that are not finite at step {trainer.global_step}; the last good checkpoint "
                 "is kept. Try a "
-                "lower optim.lr or optim.generator_lr, trainer.gradient_clip_val=1.0, or trainer.precision=32-true"
+                "lower optim.lr or prune.generator_lr, trainer.gradient_clip_val=1.0, or trainer.precision=32-true"
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")

@@ -100,6 +100,8 @@ class PruneConfig:
     budget: dict[str, Any] = option({}, "what drives sparsity to the target (config group prune/budget)")
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    generator_lr: float = option(0.01, "peak learning rate of the generator")
+    multiplier_lr: float = option(1.0, "ascent rate of Lagrange multipliers; ignored by budgets without any")
 
 
 @dataclass
@@ -119,8 +121,6 @@ class OptimConfig:
     """AdamW; one group for adapters, one for the generator, one for Lagrange multipliers."""
 
     lr: float = option(1e-3, "peak learning rate of the adapters")
-    generator_lr: float = option(0.01, "peak learning rate of the generator")
-    multiplier_lr: float = option(1.0, "ascent rate of Lagrange multipliers")
     weight_decay: float = option(0.0, "weight decay of the adapters")
     warmup: float = option(0.05, "fraction of the run over which rates rise")
     distill: float = option(0.0, "weight of distillation from the dense base in the task loss, 0 to 1")

@@ -127,7 +127,7 @@ class TuningModule(LightningModule):
         if not torch.isfinite(loss):
             raise TrainingDiverged(
                 f"the loss became {float(loss.detach())} at step {self.global_step}; try a lower optim.lr or "
-                "optim.generator_lr, "
+                "prune.generator_lr, "
                 "trainer.gradient_clip_val=1.0, or trainer.precision=32-true. The last checkpoint is from before "
                 "this step"
             )
@@ -249,7 +249,7 @@ class PruningModule(TuningModule):
     def freeze_masks(self) -> None:
         """Fix the deterministic architecture that meets the target; from here on only adapters train."""
         logits_U = self.logits()
-        self.final_scores_U.copy_(self.sampler.keep_probability(self._shifted(logits_U, self.schedule.target)))
+        self.final_scores_U.copy_(self.sampler.confidence(self._shifted(logits_U, self.schedule.target)))
         masks_U = select(self.space, logits_U, self.schedule.target, shape=self.shape, min_units=self.min_units)
         self.final_masks_U.copy_(masks_U)
         self.is_frozen.fill_(True)

@@ -46,6 +46,10 @@ class Sampler(nn.Module, ABC):
     def deterministic(self, logits_U: Tensor) -> Tensor:
         """Noise-free masks [U] in [0, 1]."""
 
+    def confidence(self, logits_U: Tensor) -> Tensor:
+        """How sure it is that a unit stays, [U] in [0, 1]: for records and pictures, not for training."""
+        return self.keep_probability(logits_U)
+
 
 class HardConcrete(Sampler):
     """Hard concrete gates (Louizos et al. 2018, eq. 10-12; used by Compresso, section 2.1 of the methods note).
@@ -149,3 +153,7 @@ class Threshold(Sampler):
     def deterministic(self, logits_U: Tensor) -> Tensor:
         """1 where the shifted logit is positive, [U]."""
         return (logits_U + self.offset > 0).to(logits_U.dtype)
+
+    def confidence(self, logits_U: Tensor) -> Tensor:
+        """The sigmoid behind the threshold, [U]."""
+        return torch.sigmoid((logits_U + self.offset) / self.temperature)
