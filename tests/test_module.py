@@ -22,14 +22,15 @@ from atp.data.sources import load_embedded
 from atp.generator import FreeLogits, TransformerGenerator
 from atp.lora import MaskedModel, add_lora
 from atp.module import PruningModule, TrainingDiverged, TuningModule
-from atp.objective import L0Lagrangian, LogRatio, Phase, SparsitySchedule
-from atp.sampler import GumbelSigmoid, HardConcrete
+from atp.objective import L0Lagrangian, LogRatio, Phase, Projection, SparsitySchedule
+from atp.sampler import GumbelSigmoid, HardConcrete, Threshold
 from atp.space import PruningSpace
 
 STEPS = 10
 METHODS = {
     "l0": (FreeLogits, HardConcrete, L0Lagrangian),
     "atp_like": (TransformerGenerator, GumbelSigmoid, LogRatio),
+    "exact": (FreeLogits, Threshold, Projection),
 }
 
 
@@ -66,6 +67,12 @@ def make_data(accumulate: int = 1) -> PruningDataModule:
     return PruningDataModule(
         splits, tokenizer, max_length=48, batch_size=2, num_batches=STEPS * accumulate, seed=0, model_context=64
     )
+
+
+def make_loader() -> Any:
+    data = make_data()
+    data.setup("fit")
+    return data.train_dataloader()
 
 
 class StopAt(Callback):
@@ -247,6 +254,20 @@ def test_disk_full_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="No space left"):
         fit(make_module(), tmp_path / "a.ckpt")
     assert torch.load(tmp_path / "a.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_distillation_teacher_is_the_dense_base_and_never_trains(tmp_path: Path) -> None:
+    module = make_module(distill=1.0)
+    dense = tiny_model("llama", "gqa", vocabulary=2048)
+    batch = next(iter(make_loader()))
+    module.masked.set_masks(torch.zeros(module.space.num_units))
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(module.teacher_logits(batch), dense(**inputs).logits)
+    fit(module, tmp_path / "a.ckpt")
+    torch.testing.assert_close(module.teacher_logits(batch), dense(**inputs).logits)
+    teacher = tiny_model(seed=5, vocabulary=2048)
+    tuned = TuningModule(add_lora(tiny_model(vocabulary=2048), r=2), total_steps=STEPS, distill=0.5, teacher=teacher)
+    assert not [name for name in tuned.state_dict() if "teacher" in name]
 
 
 def test_plain_tuning_lowers_the_loss(tmp_path: Path) -> None:
