@@ -301,6 +301,7 @@ class PruningModule(TuningModule):
         """Set this step's masks; return the budget term."""
         phase, target = self.phase, self.schedule.target_at(self.global_step)
         nothing = self.final_masks_U.new_zeros(())
+        self.log("mask/phase", float(list(Phase).index(phase)))
         if phase is not Phase.PRUNING:
             masks_U = self.current_masks()
             self.masked.set_masks(masks_U if phase is Phase.FROZEN else None)

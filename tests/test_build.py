@@ -1,0 +1,112 @@
+"""Every shipped preset builds: method, data, trainer; and the loggers around a fit."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from atp import build
+from atp.cli import compose_config
+from atp.config import TrainConfig, config_dir
+from atp.loggers import is_logged_in, merge_csv
+from atp.module import PruningModule
+
+ROOT = Path(config_dir())
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (ROOT / group).glob("*.yaml"))
+
+
+def config(*overrides: str) -> TrainConfig:
+    made = OmegaConf.to_object(compose_config(overrides))
+    assert isinstance(made, TrainConfig)
+    return made
+
+
+@pytest.mark.parametrize("preset", names("prune"))
+def test_every_method_builds(preset: str) -> None:
+    made = config(f"prune={preset}")
+    module = build.pruning_module(made, build.load_base(made.model))
+    assert isinstance(module, PruningModule)
+    assert module.generator().shape == (module.space.num_units,)
+    groups = {group["name"] for group in module.parameter_groups()}
+    assert {"lora", "generator"} <= groups
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_every_experiment_builds(experiment: str) -> None:
+    """The whole preset where it needs no hub; otherwise everything but its model and data, which say so clearly."""
+    made = config(f"experiment={experiment}")
+    if made.trainer.accelerator != "gpu":
+        build.make_trainer(made, [], [], made.trainer.max_steps)
+    if made.model.path == "embedded":
+        base = build.load_base(made.model)
+        splits = build.load_splits(made.data, made.seed)
+        data = build.data_module(made, splits, build.load_tokenizer(made.model), base.config.max_position_embeddings)
+        data.setup("fit")
+        assert len(data.train_dataloader()) == made.trainer.max_steps * made.trainer.accumulate_grad_batches
+        build.pruning_module(made, base)
+    else:
+        with pytest.raises(ValueError, match="cannot be fetched from the hub"):
+            build.load_base(made.model)
+
+
+@pytest.mark.parametrize("data", [name for name in names("data") if name.startswith("embedded")])
+def test_every_embedded_domain_loads(data: str) -> None:
+    splits = build.load_splits(config(f"data={data}", "data.max_train=50").data, 0)
+    assert len(splits.train) == 50 and splits.validation and splits.test
+
+
+def test_real_legal_files_load(shared: Path) -> None:
+    path = shared / "data" / "legal"
+    made = config("data=jsonl", f"data.path={path / 'uscode_sections.jsonl'}", "data.max_test=30")
+    splits = build.load_splits(made.data, 0)
+    assert len(splits.train) > 2500 and len(splits.test) == 30
+    files = f"data.casehold_path={path / 'casehold_train.jsonl'}", f"data.billsum_path={path / 'billsum_200.jsonl'}"
+    tasks = {record.task for record in build.load_splits(config("data=legal", *files).data, 0).train}
+    assert tasks == {"casehold", "billsum"}
+
+
+def test_real_checkpoint_prunes_exactly(shared: Path) -> None:
+    """A checkpoint nobody here trained: masked equals removed."""
+    import torch
+
+    from atp.lora import merged_tensors
+    from atp.removal import max_logit_difference, remove
+    from atp.selection import select
+
+    made = config("model=local", f"model.path={shared / 'models' / 'stories260K'}")
+    base = build.load_base(made.model)
+    dense_config = base.config
+    module = build.pruning_module(made, base).eval()
+    masks_U = select(module.space, torch.randn(module.space.num_units), 0.5)
+    module.masked.set_masks(masks_U)
+    small = remove(merged_tensors(module.masked.peft_model), dense_config, module.space, masks_U)
+    ids = torch.randint(3, 512, (2, 40))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert max_logit_difference(module.masked, small, [batch]) < 1e-4
+
+
+def test_login_is_looked_up_without_asking(tmp_path: Path) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine api.wandb.ai login user password " + "0" * 40 + "\n")
+    netrc.chmod(0o600)
+    assert is_logged_in({"WANDB_API_KEY": "x"})
+    assert is_logged_in({"NETRC": str(netrc)})
+    assert not is_logged_in({"NETRC": str(netrc), "WANDB_BASE_URL": "https://wandb.example.org"})
+    assert not is_logged_in({"NETRC": str(tmp_path / "absent")})
+
+
+def test_resumed_parts_of_a_log_join_without_doubles(tmp_path: Path) -> None:
+    for part, rows in enumerate(([(0, "a"), (1, "b"), (2, "c")], [(1, "B"), (2, "C"), (3, "D")])):
+        folder = tmp_path / f"part_{part}"
+        folder.mkdir()
+        with (folder / "metrics.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("step", "train/loss"), *rows])
+    merge_csv(tmp_path, tmp_path / "train.csv")
+    with (tmp_path / "train.csv").open(newline="") as file:
+        assert [tuple(row.values()) for row in csv.DictReader(file)] == [("0", "a"), ("1", "B"), ("2", "C"), ("3", "D")]
