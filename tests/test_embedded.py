@@ -206,7 +206,7 @@ def test_prompt_and_continuation_have_the_same_tokens_apart_and_together(domain,
 def test_the_base_is_what_it_says(note):
     model = AutoModelForCausalLM.from_pretrained(base_dir(), local_files_only=True, dtype="auto")
     config = model.config
-    assert (config.model_type, model.dtype) == ("llama", torch.bfloat16)
+    assert (config.model_type, model.dtype) == ("llama", torch.float32)
     assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (192, 6, 512)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (6, 3, 32)
     assert (config.vocab_size, config.max_position_embeddings, config.tie_word_embeddings) == (2048, 512, True)

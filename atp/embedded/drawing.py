@@ -131,7 +131,7 @@ def person(draw: Draw) -> tuple[str, str, str, str]:
 
 
 def company(draw: Draw) -> str:
-    """Return a company name such as `Alder Freight Inc.`."""
+    """Return a company name such as `Aldren Freight Inc.`."""
     return f"{draw.pick(ROOTS)} {draw.pick(TRADES)} {draw.pick(FORMS)}"
 
 

@@ -22,7 +22,7 @@ from atp.embedded.drawing import (
     listed,
     sentence,
     wording,
-)  # fmt: skip
+)
 
 _WORDS = wording("finance")
 _LINES, _RISKS, _UP, _DOWN = _WORDS["lines"], _WORDS["risks"], _WORDS["up"], _WORDS["down"]
@@ -130,7 +130,7 @@ def _table(draw: Draw, number: int) -> tuple[Record, tuple[str, ...]]:
     moved = "rose" if now > before else "fell"
     completion = (
         f"In the {_QUARTERS[quarter - 1]} quarter of {year}, {line} of {firm} {moved} from ${before} million "
-        f"to ${now} million, while {second} was ${other} million."
+        f"to ${now} million, while {second} came to ${other} million."
     )
     return {"prompt": "\n".join(rows) + "\nIn words:\n", "completion": completion}, (line, second, str(quarter))
 

@@ -2,7 +2,7 @@
 
 What it is: four tasks in the manner of biomedical benchmarks, in sentences of this project's own.
 Where it sits: drawing -> health -> corpus. The words are in `wording/health.toml`.
-What it does NOT know: splits, tokens, other domains. Nothing here is medical advice; most drugs do not exist.
+What it does NOT know: splits, tokens, other domains. Nothing here is medical advice, and the drugs are invented.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _abstract(draw: Draw, number: int) -> tuple[Record, tuple[str, ...]]:
         "Side effects were mild.", "Age did not matter.", "", f"Costs rose by {draw.whole(2, 9)} percent.",
         f"{sentence(draw.pick(COUNTS))} patients withdrew.",
     ))  # fmt: skip
-    prompt = f"{methods} {sentence(result)}. {aside}".rstrip() + f"\nDoes {therapy} {effect} in {group}?\n"
+    prompt = f"{methods} {sentence(result)}. {aside}".rstrip() + f"\nCan {therapy} {effect} in {group}?\n"
     return {"prompt": prompt, "choices": list(_ANSWERS), "label": label}, (therapy, group)
 
 

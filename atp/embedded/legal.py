@@ -21,11 +21,12 @@ from atp.embedded.drawing import (
     numbered,
     sentence,
     wording,
-)  # fmt: skip
+)
 
 _WORDS = wording("legal")
 _CONTRACTS, _CLAUSES, _ROLES, _AGENCIES = _WORDS["contracts"], _WORDS["clauses"], _WORDS["roles"], _WORDS["agencies"]
 CLAUSE_TYPES = tuple(_CLAUSES)
+_LONG_BILL = 190  # characters of its sections, beyond which a bill gets no further section
 
 
 def _statute(draw: Draw, number: int) -> tuple[Record, tuple[str, ...]]:
@@ -110,7 +111,17 @@ def _holding(draw: Draw, number: int) -> tuple[Record, tuple[str, ...]]:
         f"{one}, {article(claimant)}, brought a suit against {article(respondent)}.",
         f"The case was brought by {one}, {article(claimant)}, against {article(respondent)} in {draw.pick(STATES)}.",
     ))  # fmt: skip
-    told = f"{opening} {facts[0]}. {facts[1]}. {sentence(end)}.".format(c=claimant, r=respondent, n=draw.pick(COUNTS))
+    parts = [opening, f"{facts[0]}.", f"{facts[1]}.", f"{sentence(end)}."]
+    if draw.chance(0.5):
+        parts.insert(draw.whole(1, 3), draw.pick(_WORDS["backgrounds"]))
+    slots = {
+        "c": claimant,
+        "r": respondent,
+        "n": draw.pick(COUNTS),
+        "i": draw.pick(STATES),
+        "y": draw.whole(1941, 1959),
+    }
+    told = " ".join(parts).format(**slots)
     prompt = f"{one} v. {two} ({draw.whole(1961, 2024)}). {told}\nHolding:\n"
     choices = _candidates(draw, parties, doctrine[0], condition[1], won)
     label = (number // 2) % len(choices)
@@ -146,19 +157,25 @@ def _bill(draw: Draw, number: int) -> tuple[Record, tuple[str, ...]]:
     year, first = draw.whole(2021, 2039), draw.whole(2, 95)
     last, amount = year + draw.whole(2, 9), f"${first} million"
     title = f"{name} Act of {year}"
-    consulted = draw.other(_AGENCIES, [officer, department])[0]
-    finding = draw.pick(_WORDS["findings"]).format(p=purpose, g=receivers, y=year - draw.whole(2, 15))
     body = [f"This Act may be cited as the {title}."]
     if draw.chance(0.5):
+        finding = draw.pick(_WORDS["findings"]).format(p=purpose, g=receivers, y=year - draw.whole(2, 15))
         body.append(f"Congress finds that {finding}.")
     body.append(f"The {officer} shall make grants to {receivers} to {purpose}.")
-    extras = (
-        f"In making grants, the {officer} shall consult the {consulted}.",
-        f"Not later than {draw.whole(2, 9) * 30} days after a grant is made, the {officer} shall report to Congress.",
-        f"A grant may not exceed {dollars(draw, 100_000, 900_000, 100_000)}, "
-        f"and {receivers} shall pay {draw.pick((10, 20, 25, 30))} percent of the cost.",
-    )  # fmt: skip
-    body += draw.some(extras, draw.whole(0, 1))
+    slots = {
+        "o": officer,
+        "c": draw.other(_AGENCIES, [officer, department])[0],
+        "d": 30 * draw.whole(2, 9),
+        "m": dollars(draw, 100_000, 900_000, 100_000),
+        "g": receivers,
+        "q": draw.pick((5, 10, 20, 25, 30)),
+        "n": draw.pick(COUNTS),
+        "p": purpose,
+        "y": year - draw.whole(2, 15),
+    }
+    for text in draw.some(_WORDS["bill_sections"], draw.whole(0, 2)):
+        if len(" ".join(body)) < _LONG_BILL:
+            body.append(text.format(**slots))
     body.append(f"There are authorized to be appropriated ${first},000,000 for each year through {last}.")
     lines = "\n".join(f"SEC. {i + 1}. {text}" for i, text in enumerate(body))
     prompt = f"{'H.R.' if number % 2 else 'S.'} {draw.whole(101, 990)}. A BILL to {purpose}.\n{lines}\nSummary:\n"

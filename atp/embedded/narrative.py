@@ -19,9 +19,10 @@ def _told(draw: Draw, plot_number: int) -> tuple[str, dict[str, str]]:
     (name, (she, her, him), trade, pet), (friend, (_, _, friend_him), craft, _) = draw.some(_CAST, 2)
     beats = _PLOTS[plot_number]["beats"]
     thing, place, weather = draw.pick(_WORDS["things"]), draw.pick(_PLACES), draw.pick(_WORDS["weathers"])
+    the_pet = "the " + pet.split(" ", 1)[1]
     slots = {
         "n": name, "h": she, "s": her, "o": him, "t": trade, "f": friend, "g": craft, "o2": friend_him, "e": thing,
-        "p": place, "w": weather, "k": draw.pick(COUNTS), "a": pet,
+        "p": place, "w": weather, "k": draw.pick(COUNTS), "a": pet, "a_": the_pet,
     }  # fmt: skip
     opening = draw.pick((
         "{n} the {t} lived near {p} with {a}.", "It was a {w} {time}. {n} the {t} set out with {a}.",
@@ -31,7 +32,7 @@ def _told(draw: Draw, plot_number: int) -> tuple[str, dict[str, str]]:
     parts = [opening.format(**slots, time=draw.pick(_WORDS["times"]), at=article(trade))]
     parts += [sentence(draw.pick(beat).format(**slots)) + "." for beat in beats]
     if draw.chance(0.25):
-        parts.insert(draw.whole(2, 4), f"{sentence(pet.replace('a ', 'the ', 1).replace('an ', 'the ', 1))} looked on.")
+        parts.insert(draw.whole(2, 4), f"{sentence(the_pet)} looked on.")
     return " ".join(parts), slots
 
 
@@ -80,7 +81,7 @@ def _title(draw: Draw, number: int) -> tuple[Record, tuple[str, ...]]:
 
 
 def _capitals(title: str) -> str:
-    small = {"the", "a", "of", "to", "at", "for", "who"}
+    small = {"the", "a", "of", "to", "at", "for", "in", "who"}
     words = title.split()
     return " ".join(w if w in small and i else sentence(w) for i, w in enumerate(words))
 

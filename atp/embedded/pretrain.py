@@ -4,6 +4,9 @@ What it is: `python -m atp.embedded.pretrain`, a plain PyTorch loop.
 Where it sits: corpus, tokenizer, figures -> pretrain -> the files that `atp.embedded.base_dir` names.
 What it does NOT know: pruning, LoRA, Hydra.
 
+On a machine that others use too, set GOMP_SPINCOUNT=10000: with PyTorch's default its threads burn their time waiting
+for one another.
+
 All four domains are mixed equally. Every token of a record counts, and those after a prompt count more, because a short
 answer would otherwise be lost among the tokens of its prompt. Batches hold records of like length, so that
 padding stays small; no training record is seen twice. Shapes: B batch, T tokens.
@@ -60,11 +63,11 @@ class Settings:
         threads: CPU threads of PyTorch; 0 leaves its own choice.
     """
 
-    steps: int = 4000
+    steps: int = 5400
     minutes: float | None = None
     seed: int = 0
-    learning_rate: float = 3e-3
-    batch_tokens: int = 4096
+    learning_rate: float = 2e-3
+    batch_tokens: int = 2048
     threads: int = 0
 
     def __post_init__(self) -> None:
@@ -268,15 +271,18 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict
 
 
 def save(trainer: Trainer, output: Path) -> dict[str, Any]:
-    """Write the model in bfloat16, tokenizer and `pretraining.json`, and return what the latter holds.
+    """Write the model in float32, tokenizer and `pretraining.json`, and return what the latter holds.
 
-    The figures are those of the rounded weights, computed in float32.
+    Weights are rounded to bfloat16 precision first, so that the base is the same function in either type; the figures
+    are those of the rounded weights.
     """
-    model = trainer.model.to(torch.bfloat16)
+    model = trainer.model.to(torch.bfloat16).float()
     output.mkdir(parents=True, exist_ok=True)
-    model.generation_config = GenerationConfig.from_model_config(model.config)
+    special = {name: getattr(trainer.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**special)
     model.save_pretrained(output)
     trainer.tokenizer.save_pretrained(output)
+    _name_tokenizer_class(output / "tokenizer_config.json")
     note = {
         "command": trainer.settings.command(),
         "settings": asdict(trainer.settings),
@@ -285,13 +291,20 @@ def save(trainer: Trainer, output: Path) -> dict[str, Any]:
         **asdict(trainer.done),
         "tokens_per_second": round(trainer.done.tokens / trainer.done.seconds),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "figures": measure(model.float(), trainer.tokenizer),
+        "figures": measure(model, trainer.tokenizer),
         "measured_records": _MEASURED,
     }
     partial = output / "pretraining.json.partial"
     partial.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, output / "pretraining.json")
     return note
+
+
+def _name_tokenizer_class(path: Path) -> None:
+    """Name the tokenizer's class as every version of transformers knows it; version 5 writes its own new name."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
