@@ -188,7 +188,7 @@ class Projection(Budget):
     def shift(self, sparsity_of: Callable[[float], float], target: float) -> float:
         """The shift, by bisection."""
         low, high = -self.reach, self.reach
-        for _ in range(60):
+        for _ in range(40):
             middle = (low + high) / 2
             gap = sparsity_of(middle) - target
             if abs(gap) <= self.tolerance:
