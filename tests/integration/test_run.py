@@ -91,7 +91,7 @@ def test_the_export_generates_without_atp(finished: tuple[Path, str]) -> None:
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"path = {str(run / 'pruned')!r}\n"
         "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)\n"
-        "tokens = AutoTokenizer.from_pretrained(path)('A BILL to', return_tensors='pt')\n"
+        "tokens = AutoTokenizer.from_pretrained(path, trust_remote_code=True)('A BILL to', return_tensors='pt')\n"
         "print(model.generate(**tokens, max_new_tokens=8, do_sample=False)[0].tolist())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=run, capture_output=True, text=True, timeout=300)
@@ -148,7 +148,7 @@ def test_interrupt_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> 
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
-    assert "go on with: resume=stopped" in output
+    assert f"go on with: resume={tmp_path / 'stopped'}" in output
     assert "Traceback" not in output
     step = torch.load(checkpoint, weights_only=True)["global_step"]
     assert f"stopped after step {step} of joint" in output
