@@ -205,6 +205,8 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
         multiplier_lr=prune.multiplier_lr,
         shape=prune.shape,
         min_units=min_units(prune),
+        compaction=prune.compact,
+        restore_ridge=prune.restore.ridge,
         distill=config.optim.distill,
         **_tuning(config),
     )

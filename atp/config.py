@@ -86,6 +86,14 @@ class WarmStartConfig:
 
 
 @dataclass
+class RestoreConfig:
+    """Least-squares restoration of o_proj and down_proj at the cut."""
+
+    batches: int = option(0, "calibration batches; 0 for none")
+    ridge: float = option(1e-3, "pull towards the present weights, relative to the inputs' mean square")
+
+
+@dataclass
 class PruneConfig:
     """What is pruned and how the decision is learnt: generator x sampler x budget."""
 
@@ -100,6 +108,10 @@ class PruneConfig:
     budget: dict[str, Any] = option({}, "what drives sparsity to the target (config group prune/budget)")
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    restore: RestoreConfig = field(default_factory=RestoreConfig)
+    compact: bool = option(
+        True, "cut the live model once masks are frozen: later steps cost what the small model costs"
+    )
     generator_lr: float = option(0.01, "peak learning rate of the generator")
     multiplier_lr: float = option(1.0, "ascent rate of Lagrange multipliers; ignored by budgets without any")
 

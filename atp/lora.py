@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from atp.space import PruningSpace, Side
+from atp.space import PruningSpace, Side, Weight
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The seven linears of a LLaMA block, the default targets."""
@@ -74,6 +74,29 @@ def add_lora(
     return peft_model
 
 
+class Projection:
+    """One linear with its adapter, where it has one.
+
+    Args:
+        name: Its name in the base model.
+        module: The module in the wrapped model.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.module = module
+        base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        self.weight: Tensor = base.weight
+        infix = ".base_layer" if isinstance(module, LoraLayer) else ""
+        self.name = f"peft_model.{_PREFIX}{name}{infix}.weight"
+
+    def effective_weight(self) -> Tensor:
+        """Base weight plus adapter, float32, [out, in]."""
+        weight = self.weight.detach().float()
+        if isinstance(self.module, LoraLayer):
+            weight = weight + self.module.get_delta_weight("default").float()  # type: ignore[operator]
+        return weight
+
+
 class MaskedModel(nn.Module):
     """A PEFT model whose forward pass is multiplied by the current masks.
 
@@ -87,6 +110,7 @@ class MaskedModel(nn.Module):
         self.peft_model = peft_model
         self.space = space
         self._masks: dict[Side, Tensor] = {}
+        self.is_compact = False
         for site in space.sites:
             module = peft_model.get_submodule(_PREFIX + site.module)
             module.register_forward_pre_hook(self._hook(site.side))
@@ -103,15 +127,49 @@ class MaskedModel(nn.Module):
     def set_masks(self, masks_U: Tensor | None) -> None:
         """Masks for the forward passes to come, [U] in [0, 1]; None runs the unmasked model.
 
-        Gradients flow to ``masks_U`` when it requires them, so masks must be set anew for every backward pass.
+        Gradients flow to ``masks_U`` when it requires them, so masks must be set anew for every backward pass. A
+        compact model's masks are fixed; for it this does nothing.
         """
+        if self.is_compact:
+            return
         by_axis = self.space.split(masks_U) if masks_U is not None else None
         sides = {site.side for site in self.space.sites}
         self._masks = {side: side.expand(by_axis) for side in sides} if by_axis is not None else {}
 
+    def fix_masks(self, masks_U: Tensor, live_U: Tensor) -> None:
+        """Note that the weights were cut to ``live_U`` and fit the module structure to it.
+
+        Masks stay only where a live unit is masked out; everywhere else nothing is multiplied any more.
+
+        Args:
+            masks_U: Final masks, 0 or 1, [U].
+            live_U: Units whose weights are still there, 0 or 1, [U].
+        """
+        masks, live = self.space.split(masks_U.cpu()), self.space.split(live_U.cpu())
+        self._masks = {}
+        for site in self.space.sites:
+            left = site.side.expand(masks)[site.side.expand(live) > 0]
+            if not left.all():
+                device = self.peft_model.get_submodule(_PREFIX + site.module).weight.device
+                self._masks[site.side] = left.to(device)  # type: ignore[arg-type]
+        for weight in self.space.weights:
+            _refit(self.peft_model.get_submodule(_PREFIX + weight.module))
+        self.space.refit_groups(lambda name: self.peft_model.get_submodule(_PREFIX + name), live)
+        self.is_compact = True
+
+    def projection(self, name: str) -> Projection:
+        """A linear by its name in the base model."""
+        return Projection(name, self.peft_model.get_submodule(_PREFIX + name))
+
     @contextmanager
     def unmasked(self) -> Iterator[None]:
-        """Run the model without masks inside the block."""
+        """Run the model without masks inside the block.
+
+        Raises:
+            RuntimeError: The model was cut to its masks; the dense one is gone.
+        """
+        if self.is_compact:
+            raise RuntimeError("the live model was cut to its masks; set prune.compact=false to keep the dense one")
         masks, self._masks = self._masks, {}
         try:
             yield
@@ -127,6 +185,49 @@ class MaskedModel(nn.Module):
     def forward(self, **batch: Tensor) -> Any:
         """The wrapped causal LM's output."""
         return self.peft_model(**batch)
+
+
+def owned_parameters(
+    peft_model: PeftModel, weight: Weight
+) -> Iterator[tuple[str, nn.Parameter, Side | None, Side | None]]:
+    """Every parameter of a linear, base and adapter, with the sides of its dimensions.
+
+    Yields:
+        Name, parameter, and the side of its rows and its columns; None where a dimension is never cut (the rank) or
+        does not exist.
+    """
+    module = peft_model.get_submodule(_PREFIX + weight.module)
+    for name, parameter in module.named_parameters():
+        kind = name.removeprefix("base_layer.")
+        if kind == "weight":
+            yield name, parameter, weight.rows, weight.columns
+        elif kind == "bias" or kind.startswith("lora_B."):
+            yield name, parameter, weight.rows, None
+        elif kind.startswith("lora_A."):
+            yield name, parameter, None, weight.columns
+        else:
+            raise ValueError(f"{weight.module}.{name}: no rule for cutting this adapter parameter; prune.compact=false")
+
+
+def adapter_sides(space: PruningSpace) -> dict[str, tuple[Side | None, Side | None]]:
+    """Sides of the dimensions of what a checkpoint may hold of a linear, by the ending of the parameter's name."""
+    sides: dict[str, tuple[Side | None, Side | None]] = {}
+    for weight in space.weights:
+        sides[f"{weight.module}.lora_A.default.weight"] = (None, weight.columns)
+        sides[f"{weight.module}.lora_B.default.weight"] = (weight.rows, None)
+        sides[f"{weight.module}.base_layer.weight"] = (weight.rows, weight.columns)
+    return sides
+
+
+def _refit(module: nn.Module) -> None:
+    """Make the widths that linears and adapters state agree with their weights."""
+    for linear in module.modules():
+        if not isinstance(linear, nn.Linear):
+            continue
+        linear.out_features, linear.in_features = linear.weight.shape
+    if isinstance(module, LoraLayer):
+        base: Any = module.get_base_layer()
+        module.out_features, module.in_features = base.weight.shape
 
 
 @torch.no_grad()

@@ -13,17 +13,20 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
+from atp.compaction import compact, rewrap
 from atp.generator import Generator
 from atp.lora import MaskedModel, trainable_parameters
 from atp.objective import Budget, Phase, SparsitySchedule, distillation_loss
+from atp.restoration import restore
 from atp.sampler import Sampler
 from atp.selection import select
 
@@ -203,12 +206,17 @@ class PruningModule(TuningModule):
         multiplier_lr: Rate at which Lagrange multipliers ascend.
         shape: ``per_layer`` or ``uniform``, see :func:`atp.selection.select`.
         min_units: Units every layer keeps, by kind.
+        compaction: Cut the live model to the final masks at the freeze; the remaining steps then cost what the small
+            model costs. Not possible with ``distill``, whose teacher is the dense base.
+        restore_ridge: Ridge of the least-squares restoration at the freeze, which happens when ``calibration`` is set
+            to something that gives batches.
         **tuning: Arguments of :class:`TuningModule`.
     """
 
     final_masks_U: Tensor
     final_scores_U: Tensor
     is_frozen: Tensor
+    is_compact: Tensor
 
     def __init__(
         self,
@@ -222,6 +230,8 @@ class PruningModule(TuningModule):
         multiplier_lr: float = 1.0,
         shape: str = "per_layer",
         min_units: Mapping[str, int] | None = None,
+        compaction: bool = False,
+        restore_ridge: float = 1e-3,
         **tuning: Any,
     ) -> None:
         super().__init__(model, **tuning)
@@ -230,9 +240,16 @@ class PruningModule(TuningModule):
         self.generator, self.sampler, self.budget, self.schedule = generator, sampler, budget, schedule
         self.generator_lr, self.multiplier_lr = generator_lr, multiplier_lr
         self.shape, self.min_units = shape, min_units
+        if compaction and self.distill:
+            log.warning("prune.compact is ignored: optim.distill needs the dense base as its teacher")
+        self.compaction = compaction and not self.distill
+        self.restore_ridge = restore_ridge
+        self.calibration: Callable[[], Iterable[Batch]] | None = None
+        self._restored: list[str] = []
         self.register_buffer("final_masks_U", torch.ones(self.space.num_units))
         self.register_buffer("final_scores_U", torch.ones(self.space.num_units))
         self.register_buffer("is_frozen", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("is_compact", torch.zeros((), dtype=torch.bool))
         self.sampled_U: Tensor | None = None
 
     @property
@@ -245,6 +262,11 @@ class PruningModule(TuningModule):
         super().on_train_batch_start(batch, batch_idx)
         if self.phase is Phase.FROZEN and not self.is_frozen:
             self.freeze_masks()
+            if self.calibration is not None:
+                self._restored = restore(self.masked, self.final_masks_U, self.calibration, ridge=self.restore_ridge)
+            if self.compaction:
+                self.compact(self.trainer.optimizers)
+                rewrap(self.trainer.strategy)
 
     def freeze_masks(self) -> None:
         """Fix the deterministic architecture that meets the target; from here on only adapters train."""
@@ -261,6 +283,20 @@ class PruningModule(TuningModule):
             sparsity,
             self.schedule.target,
         )
+
+    def compact(self, optimizers: Iterable[Optimizer] = ()) -> None:
+        """Cut the live model, and the moments of its optimisers, to the final masks."""
+        compact(self.masked, self.final_masks_U, optimizers)
+        self.is_compact.fill_(True)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give a compact checkpoint the shapes it was written with before anything is loaded."""
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint["state_dict"]
+        self._restored = [k.removeprefix("model.") for k in state if ".base_layer." in k]
+        if bool(state["is_compact"]) and not self.is_compact:
+            self.final_masks_U.copy_(state["final_masks_U"])
+            self.compact()
 
     @torch.no_grad()
     def logits(self) -> Tensor:
@@ -366,5 +402,6 @@ class PruningModule(TuningModule):
         return self._cosine(step, self.schedule.freeze_step if group == "generator" else self.total_steps)
 
     def _own_state(self) -> set[str]:
-        buffers = {"final_masks_U", "final_scores_U", "is_frozen"}
+        buffers = {"final_masks_U", "final_scores_U", "is_frozen", "is_compact"}
+        buffers |= {f"model.{name}" for name in self._restored}
         return super()._own_state() | buffers | {f"generator.{name}" for name, _ in self.generator.named_buffers()}

@@ -21,9 +21,9 @@ Shape suffixes: U units, D hidden, N query heads, K KV heads, H head dim, F FFN 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -272,6 +272,22 @@ class PruningSpace:
             axis = layer.axes.get("channels")
             total = total + (masks[axis.name].sum() if axis else layer.ffn_width)
         return total
+
+    def refit_groups(self, module_named: Callable[[str], nn.Module], live: Mapping[str, Tensor]) -> None:
+        """Tell attention modules how many query heads per KV head are left after their weights were cut.
+
+        Args:
+            module_named: Finds a module of the base model by name.
+            live: Masks of what is left, by axis name.
+        """
+        for layer in self.layers:
+            axis = layer.axes.get("query_heads")
+            if axis is None:
+                continue
+            queries_KG = live[axis.name].view(layer.num_kv_heads, layer.group_size)
+            left = queries_KG[live[layer.axes["heads"].name] > 0] if "heads" in layer.axes else queries_KG
+            attention: Any = module_named(f"{layer.prefix}.self_attn")
+            attention.num_key_value_groups = int(left.sum(1).max())
 
 
 def _head_side(layer: LayerSpace, *, key_value: bool = False) -> Side:

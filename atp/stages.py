@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from atp import build
 from atp.architecture import is_stock
 from atp.callbacks import MaskHistory, ProgressReport, RunCheckpoint, Throughput
+from atp.compaction import expanded_state
 from atp.config import TrainConfig
 from atp.evaluate.measure import compare_speed, count_parameters, file_mib, macs_per_token, peak_memory, weights_mib
 from atp.evaluate.quality import evaluate, samples
@@ -79,6 +80,8 @@ class Stages:
         module = build.pruning_module(self.config, self.dense())
         if not self.directory.checkpoint("joint").is_file():
             self._warm_start(module)
+        if self.config.prune.restore.batches > 0:
+            module.calibration = self._calibration
         with peak_memory(self.device) as peak:
             self._fit("joint", module)
         return {"train_peak_mib": peak.mib, "train_peak_kind": peak.kind}
@@ -92,6 +95,11 @@ class Stages:
         batches = itertools.islice(self.data.train_dataloader(), settings.batches)
         importance_U = fisher_importance(module.masked.to(self.device), to_device(batches, self.device))
         module.generator.warm_start(settings.gain * standardise(self.space, importance_U.cpu()))
+
+    def _calibration(self) -> Iterator[dict[str, Tensor]]:
+        """The batches that restoration is fitted on."""
+        batches = itertools.islice(self.data.train_dataloader(), self.config.prune.restore.batches)
+        return to_device(batches, self.device)
 
     def remove_and_export(self) -> dict[str, Any]:
         """Cut the pruned units for good, write ``pruned/``, and compare masked, removed and reloaded model."""
@@ -269,8 +277,12 @@ class Stages:
 
     def _load(self, name: str, module: TuningModule) -> None:
         state = torch.load(self.directory.checkpoint(name), map_location="cpu", weights_only=True)
-        module.on_load_checkpoint(state)
-        module.load_state_dict(state["state_dict"], strict=False)
+        tensors = state["state_dict"]
+        if bool(tensors.get("is_compact", False)):  # back to the dense layout, so that removal can start from the base
+            tensors = dict(expanded_state(tensors, self.space, tensors["final_masks_U"]))
+            tensors["is_compact"] = torch.zeros((), dtype=torch.bool)
+        module.on_load_checkpoint({**state, "state_dict": tensors})
+        module.load_state_dict(tensors, strict=False)
 
     def _write_masks(self, masks_U: Tensor, scores_U: Tensor) -> None:
         axes = {name: [int(x) for x in values] for name, values in self.space.split(masks_U).items()}

@@ -15,6 +15,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
     {"config_help": (), "architecture": (), "data": ()},
     {"generator": (), "sampler": (), "lora": (), "selection": (), "evaluate": (), "report": ()},
     {"objective": (), "removal": (), "importance": (), "export": ()},
+    {"compaction": (), "restoration": ()},
     {"module": ()},
     {"callbacks": (), "loggers": ()},
     {"build": (), "results": ()},

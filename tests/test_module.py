@@ -120,15 +120,24 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
         assert torch.equal(value, second[name]), name
 
 
+def make_repaired_module(method: str, **options: Any) -> PruningModule:
+    """With restoration and compaction at the freeze."""
+    module = make_module(method, compaction=True, **options)
+    module.calibration = lambda: itertools.islice(make_loader(), 3)
+    return module
+
+
+@pytest.mark.parametrize("make", [make_module, make_repaired_module], ids=["masked", "compact"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stop", [1, 4, 6, 8], ids=["warm-up", "pruning", "at-freeze", "frozen"])
-def test_resume_equals_uninterrupted_to_the_last_bit(method: str, stop: int, tmp_path: Path) -> None:
-    whole = make_module(method)
+@pytest.mark.parametrize("stop", [1, 4, 5, 6, 8], ids=["warm-up", "pruning", "before-freeze", "at-freeze", "frozen"])
+def test_resume_equals_uninterrupted_to_the_last_bit(make: Any, method: str, stop: int, tmp_path: Path) -> None:
+    whole = make(method)
     fit(whole, tmp_path / "whole.ckpt")
-    interrupted = make_module(method)
+    assert bool(whole.is_compact) is (make is make_repaired_module)
+    interrupted = make(method)
     assert fit(interrupted, tmp_path / "part.ckpt", StopAt(stop)).interrupted
     assert interrupted.global_step == stop + 1
-    resumed = make_module(method, seed=99)  # other initial values: everything that matters must come from the file
+    resumed = make(method, seed=99)  # other initial values: everything that matters must come from the file
     fit(resumed, tmp_path / "part.ckpt", resume=True)
     assert resumed.global_step == STEPS
     assert_same(trained_state(whole), trained_state(resumed))
@@ -268,6 +277,12 @@ def test_distillation_teacher_is_the_dense_base_and_never_trains(tmp_path: Path)
     teacher = tiny_model(seed=5, vocabulary=2048)
     tuned = TuningModule(add_lora(tiny_model(vocabulary=2048), r=2), total_steps=STEPS, distill=0.5, teacher=teacher)
     assert not [name for name in tuned.state_dict() if "teacher" in name]
+
+
+def test_compaction_is_given_up_for_a_dense_teacher(caplog: pytest.LogCaptureFixture) -> None:
+    module = make_module(compaction=True, distill=0.5)
+    assert not module.compaction
+    assert "prune.compact is ignored" in caplog.text
 
 
 def test_plain_tuning_lowers_the_loss(tmp_path: Path) -> None:
