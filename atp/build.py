@@ -11,6 +11,7 @@ import difflib
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from atp import embedded, modeling_atp
 from atp.architecture import family
-from atp.config import DataConfig, ModelConfig, PruneConfig, TrainConfig
+from atp.baselines import BASELINES, CALIBRATION_BATCHES, check_baselines
+from atp.config import DataConfig, ModelConfig, PruneConfig, ScheduleConfig, TrainConfig, WarmStartConfig
 from atp.data.batches import PruningDataModule
 from atp.data.records import Splits, limit
 from atp.data.sources import load_embedded, load_jsonl, load_legal_hub
@@ -169,7 +171,7 @@ def data_module(
 
 def pruning_space(config: PruneConfig, model: PreTrainedModel) -> PruningSpace:
     """The space of a model, with the target checked to be reachable in it."""
-    space = PruningSpace.from_model(model, config.space)
+    space = PruningSpace.from_model(model, config.space, config.protect_layers)
     check_reachable(space, config.sparsity, min_units(config))
     return space
 
@@ -216,6 +218,27 @@ def tuning_module(config: TrainConfig, model: PreTrainedModel, teacher: PreTrain
     """Plain LoRA over a model, distilled as the pruned model is where a teacher is given."""
     distill = config.optim.distill if teacher is not None else 0.0
     return TuningModule(_with_lora(config, model), distill=distill, teacher=teacher, **_tuning(config))
+
+
+def two_stage(config: TrainConfig, name: str) -> TrainConfig:
+    """The run's configuration with its method replaced by the two-stage baseline of that name.
+
+    Raises:
+        ValueError: An unknown baseline.
+    """
+    check_baselines([name])
+    baseline = BASELINES[name]
+    prune = replace(
+        config.prune,
+        name=name,
+        shape=baseline.shape,
+        generator={"_target_": "atp.generator.FixedScores"},
+        sampler={"_target_": "atp.sampler.Threshold"},
+        budget={"_target_": "atp.objective.Projection"},
+        warm_start=WarmStartConfig(batches=CALIBRATION_BATCHES, criterion=baseline.criterion, ranking=baseline.ranking),
+        schedule=ScheduleConfig(warmup=0.0, ramp=0.0, freeze_at=0.0),
+    )
+    return replace(config, prune=prune)
 
 
 def _with_lora(config: TrainConfig, model: PreTrainedModel) -> Any:

@@ -79,9 +79,13 @@ class ScheduleConfig:
 
 @dataclass
 class WarmStartConfig:
-    """Start scores from the importance of the dense model's units, measured on training batches."""
+    """Scores from the importance of the dense model's units: a start for learnt ones, the verdict for fixed ones."""
 
     batches: int = option(0, "training batches to measure it on; 0 starts from the generator's own initialisation")
+    criterion: str = option("fisher", "importance: fisher, taylor, wanda, fluctuation, magnitude or random")
+    ranking: str = option(
+        "layer", "compare units by: layer (standardised log), zscore (standardised) or global (raw, across layers)"
+    )
     gain: float = option(1.0, "standard deviation of the starting logits within a layer")
 
 
@@ -101,6 +105,7 @@ class PruneConfig:
     sparsity: float = option(0.5, "fraction of decoder-block parameters to remove, in (0, 1)")
     space: list[str] = option(["heads", "channels"], "unit kinds: heads, query_heads, channels")
     shape: str = option("per_layer", "per_layer, or uniform: equal widths in every layer")
+    protect_layers: list[int] = option([], "layers of which nothing is pruned; negative ones count from the end")
     min_heads: int = option(1, "KV heads every layer keeps; 0 lets attention blocks vanish")
     min_channels: int = option(1, "FFN channels every layer keeps; 0 lets FFN blocks vanish")
     generator: dict[str, Any] = option({}, "how scores are made (config group prune/generator)")
@@ -163,7 +168,9 @@ class EvaluateConfig:
     max_generate: int = option(64, "completions to generate per task for ROUGE")
     reference: bool = option(True, "also tune the dense model with LoRA on the same data and steps")
     baselines: list[str] = option(
-        [], "prune at once, then tune: random, uniform (magnitude within layers at equal widths)"
+        [],
+        "prune at once, then tune: taylor, taylor_global, wanda, fluctuation, magnitude, uniform (magnitude within "
+        "layers at equal widths), random, random_uniform",
     )
     samples: int = option(4, "generated samples kept for the report")
     speed: bool = option(True, "measure prefill and decode latency of dense and pruned")

@@ -103,51 +103,55 @@ class TransformerGenerator(Generator):
         return torch.cat([head(features_LE[i]) for head, i in zip(self.heads, self.axis_layers, strict=True)])
 
 
-class RandomScores(Generator):
-    """Scores drawn once and never trained: the random baseline.
+class GradientScores(Generator):
+    """LoRAPrune's scores: a running mean of the importance seen while training, as ranks within layer and kind.
+
+    The share of a unit's own layer and kind that matters less than it does, so that one threshold cuts every layer and
+    kind by the same share. Nothing here trains; :meth:`observe` is fed after every backward pass.
 
     Args:
         space: The pruning space.
-        seed: Seed of the draw, so that it does not depend on what ran before.
+        decay: Share of the running mean that each step keeps; 0.9 in LoRAPrune's code.
+    """
+
+    mean_U: Tensor
+
+    def __init__(self, space: PruningSpace, decay: float = 0.9) -> None:
+        super().__init__()
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"prune.generator.decay is {decay}; it must lie in [0, 1)")
+        self.decay = decay
+        self.sizes = [axis.size for axis in space.axes]
+        self.register_buffer("mean_U", torch.zeros(space.num_units))
+
+    @torch.no_grad()
+    def observe(self, importance_U: Tensor) -> None:
+        """Take a step's importance [U] into the running mean."""
+        self.mean_U.mul_(self.decay).add_(importance_U.to(self.mean_U), alpha=1.0 - self.decay)
+
+    def forward(self) -> Tensor:
+        """Ranks in (-0.5, 0.5), [U]."""
+        ranks = [(v.argsort(stable=True).argsort() + 0.5) / v.numel() - 0.5 for v in self.mean_U.split(self.sizes)]
+        return torch.cat(ranks)
+
+
+class FixedScores(Generator):
+    """Scores that never train: two-stage pruning, judged once by :mod:`atp.criteria` and cut before the first step.
+
+    Args:
+        space: The pruning space.
     """
 
     scores_U: Tensor
 
-    def __init__(self, space: PruningSpace, seed: int = 0) -> None:
+    def __init__(self, space: PruningSpace) -> None:
         super().__init__()
-        draw = torch.Generator().manual_seed(seed)
-        self.register_buffer("scores_U", torch.rand(space.num_units, generator=draw))
+        self.register_buffer("scores_U", torch.zeros(space.num_units))
 
     def forward(self) -> Tensor:
-        """The drawn scores, [U]."""
+        """The scores, [U]."""
         return self.scores_U
 
-
-class MagnitudeScores(Generator):
-    """Root mean square of the weights that each unit owns, computed once: the classic one-shot baseline.
-
-    Args:
-        space: The pruning space.
-        state: Dense weights by parameter name, as in the base model's ``state_dict``.
-    """
-
-    scores_U: Tensor
-
-    def __init__(self, space: PruningSpace, state: dict[str, Tensor]) -> None:
-        super().__init__()
-        sums_by_axis = {a.name: torch.zeros(a.size, dtype=torch.double) for a in space.axes}
-        numbers = {name: value.clone() for name, value in sums_by_axis.items()}
-        for weight in space.weights:
-            squared = state[f"{weight.module}.weight"].detach().double().square()
-            for side, sums in ((weight.rows, squared.sum(1)), (weight.columns, squared.sum(0))):
-                per_entry = weight.rows.size * weight.columns.size / side.size
-                for factor in side.factors:
-                    by_unit = sums.view(factor.tile, factor.axis.size, factor.repeat)
-                    sums_by_axis[factor.axis.name] += by_unit.sum((0, 2))
-                    numbers[factor.axis.name] += per_entry * factor.tile * factor.repeat
-        scores_U = torch.cat([(sums_by_axis[a.name] / numbers[a.name]).sqrt() for a in space.axes])
-        self.register_buffer("scores_U", scores_U.float())
-
-    def forward(self) -> Tensor:
-        """The magnitudes, [U]."""
-        return self.scores_U
+    def warm_start(self, scores_U: Tensor) -> None:
+        """Take over the scores, [U]."""
+        self.scores_U.copy_(scores_U)

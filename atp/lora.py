@@ -124,6 +124,23 @@ class MaskedModel(nn.Module):
 
         return multiply
 
+    def linear(self, module: str) -> nn.Module:
+        """The (wrapped) linear of the base model's name ``module``."""
+        return self.peft_model.get_submodule(_PREFIX + module)
+
+    def base_weight(self, module: str) -> nn.Parameter:
+        """The frozen base weight [rows, columns] of the linear ``module``."""
+        linear: Any = self.linear(module)
+        return getattr(linear, "base_layer", linear).weight
+
+    def adapter(self, module: str) -> tuple[nn.Parameter, nn.Parameter, float] | None:
+        """The adapter of the linear ``module``: A [r, columns], B [rows, r] and their scale; None without one."""
+        linear: Any = self.linear(module)
+        if not isinstance(linear, LoraLayer):
+            return None
+        factors: Any = linear
+        return factors.lora_A["default"].weight, factors.lora_B["default"].weight, factors.scaling["default"]
+
     def set_masks(self, masks_U: Tensor | None) -> None:
         """Masks for the forward passes to come, [U] in [0, 1]; None runs the unmasked model.
 

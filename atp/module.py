@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from atp.compaction import compact, rewrap
-from atp.generator import Generator
+from atp.criteria import lora_gradient
+from atp.generator import Generator, GradientScores
 from atp.lora import MaskedModel, trainable_parameters
 from atp.objective import Budget, Phase, SparsitySchedule, distillation_loss
 from atp.restoration import restore
@@ -332,6 +333,11 @@ class PruningModule(TuningModule):
         with self.masked.base_only():
             output = self.masked(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return output.logits
+
+    def on_after_backward(self) -> None:
+        """Feed generators that score by the adapters' gradients."""
+        if isinstance(self.generator, GradientScores) and not self.is_frozen:
+            self.generator.observe(lora_gradient(self.masked))
 
     def _apply_masks(self) -> Tensor:
         """Set this step's masks; return the budget term."""

@@ -229,6 +229,7 @@ def _greedy(layers: list[_LayerChoice], budget: float) -> None:
 
 def _uniform(layers: list[_LayerChoice], sparsity: float, budget: float) -> None:
     """Equal counts in every layer, head counts nearest to the kept fraction, channels to meet the budget."""
+    layers = [layer for layer in layers if layer.scores]
     first = layers[0]
     if len({(x.layer.num_kv_heads, x.layer.group_size, x.layer.ffn_width) for x in layers}) > 1:
         raise ValueError(

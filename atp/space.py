@@ -109,10 +109,11 @@ class Weight:
 
 @dataclass(frozen=True)
 class Site:
-    """Multiplying the input of ``module`` by the mask of ``side`` removes the side's units from the function."""
+    """Multiplying the input (or output) of ``module`` by the mask of ``side`` removes the side's units."""
 
     module: str
     side: Side
+    on: str = "input"
 
 
 @dataclass(frozen=True)
@@ -191,16 +192,19 @@ class PruningSpace:
         self.total_parameters = sum(w.rows.size * w.columns.size + w.has_bias * w.rows.size for w in self.weights)
 
     @classmethod
-    def from_model(cls, model: nn.Module, kinds: Iterable[str] = ("heads", "channels")) -> PruningSpace:
+    def from_model(
+        cls, model: nn.Module, kinds: Iterable[str] = ("heads", "channels"), protect: Iterable[int] = ()
+    ) -> PruningSpace:
         """Describe a Hugging Face causal LM, dense or already pruned.
 
         Args:
             model: A model of one of :data:`FAMILIES`, not yet wrapped by PEFT.
             kinds: Unit kinds to prune. ``query_heads`` needs grouped-query attention: every group keeps the same
                 number.
+            protect: Layers of which nothing is pruned; negative indices count from the end.
 
         Raises:
-            ValueError: Unknown family or kind, or no unit to prune.
+            ValueError: Unknown family or kind, a protected layer that is not there, or no unit to prune.
         """
         model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
         if model_type.removeprefix("atp_") not in FAMILIES:
@@ -213,9 +217,11 @@ class PruningSpace:
                 raise ValueError(f"prune.space holds {kind!r}; known kinds: {', '.join(KINDS)}")
         if hasattr(model, "peft_config"):
             raise ValueError("the model is wrapped by PEFT already; describe its space before adding adapters")
+        layers = list(model.get_submodule("model.layers").children())
+        protected = _protected(protect, len(layers))
         builder = _Builder(wanted)
-        for index, layer in enumerate(model.get_submodule("model.layers").children()):
-            builder.add_layer(index, f"model.layers.{index}", layer)
+        for index, layer in enumerate(layers):
+            builder.add_layer(index, f"model.layers.{index}", layer, prunable=index not in protected)
         space = cls(builder.layers, builder.axes, builder.weights, builder.sites)
         if not space.num_units:
             raise ValueError(f"prune.space is {list(wanted)}, which gives this {model_type} model no unit to prune")
@@ -290,6 +296,17 @@ class PruningSpace:
             attention.num_key_value_groups = int(left.sum(1).max())
 
 
+def _protected(protect: Iterable[int], num_layers: int) -> set[int]:
+    indices = list(protect)
+    for index in indices:
+        if not -num_layers <= index < num_layers:
+            raise ValueError(
+                f"prune.protect_layers holds {index}, but the model has {num_layers} layers; "
+                f"give indices from {-num_layers} to {num_layers - 1}"
+            )
+    return {index % num_layers for index in indices}
+
+
 def _head_side(layer: LayerSpace, *, key_value: bool = False) -> Side:
     """Side along the attention width: query heads (rows of q, columns of o), or KV heads (rows of k and v)."""
     factors = []
@@ -336,7 +353,7 @@ class _Builder:
         self.sites: list[Site] = []
         self._offset = 0
 
-    def add_layer(self, index: int, prefix: str, layer: nn.Module) -> None:
+    def add_layer(self, index: int, prefix: str, layer: nn.Module, *, prunable: bool = True) -> None:
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
         q_proj, k_proj, down_proj = (linears.get(n) for n in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"))
         head_dim = cast(int, layer.get_submodule("self_attn").head_dim) if q_proj is not None else 0
@@ -344,11 +361,12 @@ class _Builder:
         num_kv_heads = k_proj.out_features // head_dim if k_proj is not None else 0
         ffn_width = down_proj.in_features if down_proj is not None else 0
         axes: dict[str, Axis] = {}
-        if num_kv_heads and "heads" in self.kinds:
+        kinds = self.kinds if prunable else ()
+        if num_kv_heads and "heads" in kinds:
             axes["heads"] = self._axis(index, "heads", num_kv_heads)
-        if num_heads > num_kv_heads and "query_heads" in self.kinds:
+        if num_heads > num_kv_heads and "query_heads" in kinds:
             axes["query_heads"] = self._axis(index, "query_heads", num_heads)
-        if ffn_width and "channels" in self.kinds:
+        if ffn_width and "channels" in kinds:
             axes["channels"] = self._axis(index, "channels", ffn_width)
         biased = [kind for kind, name in _OUTPUTS.items() if name in linears and linears[name].bias is not None]
         costs = _costs(linears, num_heads, num_kv_heads, ffn_width)

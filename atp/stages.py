@@ -27,19 +27,18 @@ from atp import build
 from atp.architecture import is_stock
 from atp.callbacks import MaskHistory, ProgressReport, RunCheckpoint, Throughput
 from atp.compaction import expanded_state
-from atp.config import TrainConfig
+from atp.config import TrainConfig, WarmStartConfig
+from atp.criteria import importance, rank
 from atp.evaluate.measure import compare_speed, count_parameters, file_mib, macs_per_token, peak_memory, weights_mib
 from atp.evaluate.quality import evaluate, samples
 from atp.export.huggingface import export_hf
 from atp.export.loading import load_exported
-from atp.generator import MagnitudeScores, RandomScores
-from atp.importance import fisher_importance, standardise
+from atp.generator import FixedScores
 from atp.loggers import close_loggers, csv_logger, merge_csv
 from atp.lora import merge_in_place, merged_tensors
 from atp.module import PruningModule, TuningModule
 from atp.removal import max_logit_difference, remove, widths_after
 from atp.rundir import RunDirectory, write_json
-from atp.selection import select
 from atp.space import KINDS, PruningSpace
 
 log = logging.getLogger(__name__)
@@ -79,22 +78,24 @@ class Stages:
         """Train masks and adapters together; leaves ``checkpoints/joint.ckpt``."""
         module = build.pruning_module(self.config, self.dense())
         if not self.directory.checkpoint("joint").is_file():
-            self._warm_start(module)
+            self._warm_start(module, self.config.prune.warm_start)
         if self.config.prune.restore.batches > 0:
             module.calibration = self._calibration
         with peak_memory(self.device) as peak:
             self._fit("joint", module)
         return {"train_peak_mib": peak.mib, "train_peak_kind": peak.kind}
 
-    def _warm_start(self, module: PruningModule) -> None:
+    def _warm_start(self, module: PruningModule, settings: WarmStartConfig) -> None:
         """Let the generator begin with the importance of the dense model's units."""
-        settings = self.config.prune.warm_start
         if settings.batches < 1:
+            if isinstance(module.generator, FixedScores):
+                raise ValueError("prune.warm_start.batches is 0, but fixed scores come from importance; set it above 0")
             return
         self.data.setup("fit")
-        batches = itertools.islice(self.data.train_dataloader(), settings.batches)
-        importance_U = fisher_importance(module.masked.to(self.device), to_device(batches, self.device))
-        module.generator.warm_start(settings.gain * standardise(self.space, importance_U.cpu()))
+        batches = to_device(itertools.islice(self.data.train_dataloader(), settings.batches), self.device)
+        masked = module.masked.to(self.device)
+        importance_U = importance(settings.criterion, masked, batches, self.config.seed).cpu()
+        module.generator.warm_start(settings.gain * rank(settings.ranking, self.space, importance_U))
 
     def _calibration(self) -> Iterator[dict[str, Tensor]]:
         """The batches that restoration is fitted on."""
@@ -156,15 +157,13 @@ class Stages:
         return self.tune(name, self._cut_at_once(name), teacher)
 
     def _cut_at_once(self, name: str) -> PreTrainedModel:
-        """The dense model pruned to the same budget before any training."""
-        dense = self.dense()
-        sparsity, least = self.config.prune.sparsity, build.min_units(self.config.prune)
-        if name == "random":
-            masks_U = select(self.space, RandomScores(self.space, self.config.seed)(), sparsity, min_units=least)
-        else:
-            scores_U = MagnitudeScores(self.space, dense.state_dict())()
-            masks_U = select(self.space, scores_U, sparsity, shape="uniform", min_units=least)
-        return remove(dense.state_dict().items(), self.base_config, self.space, masks_U)
+        """The dense model pruned to the same budget before any training, restored as the run's own model is."""
+        config = build.two_stage(self.config, name)
+        module = build.pruning_module(config, self.dense())
+        self._warm_start(module, config.prune.warm_start)
+        module.freeze_masks()
+        masks_U = module.final_masks_U.cpu()
+        return remove(merged_tensors(module.masked.peft_model), self.base_config, self.space, masks_U)
 
     def evaluate_model(self, model: PreTrainedModel) -> dict[str, Any]:
         """Quality on the test records."""
