@@ -28,11 +28,18 @@ from atp.architecture import family
 from atp.baselines import BASELINES, CALIBRATION_BATCHES, check_baselines
 from atp.config import DataConfig, ModelConfig, PruneConfig, ScheduleConfig, TrainConfig, WarmStartConfig
 from atp.data.batches import PruningDataModule
-from atp.data.records import Splits, limit
-from atp.data.sources import load_embedded, load_jsonl, load_legal_hub
+from atp.data.check import faults
+from atp.data.columns import record_parser
+from atp.data.files import paths_of
+from atp.data.overlap import check_overlap
+from atp.data.records import Record, Splits, few_shot, limit
+from atp.data.sources import load_domain, load_embedded, load_files
+from atp.data.streaming import StreamedRecords
+from atp.data.tasks import NORMALISATIONS, find_task, load_tasks, nearest
 from atp.lora import MaskedModel, add_lora
 from atp.module import PruningModule, TuningModule
 from atp.objective import SparsitySchedule
+from atp.prompt import Prompt, from_text
 from atp.selection import check_reachable
 from atp.space import PruningSpace
 
@@ -123,39 +130,163 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
     Raises:
         ValueError: An unknown source, or whatever the source complains of.
     """
+    shares = {"validation_fraction": config.validation_fraction, "test_fraction": config.test_fraction}
     if config.source == "embedded":
         splits = load_embedded(
             config.domain, train=config.max_train, validation=config.max_validation, test=config.max_test
         )
-    elif config.source == "jsonl":
+        splits = check_overlap(_only(splits, config.tasks), config.near_duplicates)
+    elif config.source == "files":
         if not config.path:
-            raise ValueError("data.path is not set; give a JSONL file: data=jsonl data.path=<file>")
-        splits = load_jsonl(
+            raise ValueError("data.path is not set; give your file or folder: data=files data.path=<file>")
+        splits = load_files(
             config.path,
             seed=seed,
             validation_path=config.validation_path,
             test_path=config.test_path,
-            validation_fraction=config.validation_fraction,
-            test_fraction=config.test_fraction,
             fields=config.fields or None,
+            near_duplicates=config.near_duplicates,
+            stream=config.stream,
             name=config.name,
+            **shares,
         )
-    elif config.source == "legal":
-        splits = load_legal_hub(seed=seed, casehold_path=config.casehold_path, billsum_path=config.billsum_path)
+    elif config.source == "tasks":
+        splits = load_domain(
+            config.tasks,
+            seed=seed,
+            path=config.path,
+            tasks_file=config.tasks_file,
+            max_train=config.max_train,
+            max_validation=config.max_validation,
+            max_test=config.max_test,
+            near_duplicates=config.near_duplicates,
+            name=config.name,
+            **shares,
+        )
     else:
-        raise ValueError(f"data.source is {config.source!r}; known: embedded, jsonl, legal")
-    return Splits(
-        limit(splits.train, config.max_train, seed),
-        limit(splits.validation, config.max_validation, seed),
-        limit(splits.test, config.max_test, seed),
-        splits.name,
+        raise ValueError(f"data.source is {config.source!r}; known: embedded, files, tasks")
+    if config.stream and config.source != "files":
+        log.warning("data.stream is ignored: only data=files can be streamed")
+    return _limited(splits, config, seed)
+
+
+def data_faults(config: DataConfig) -> tuple[list[str], int]:
+    """What is wrong with the rows of the user's own files, each with its place, and how many are good."""
+    if config.source != "files" or not config.path:
+        return [], 0
+    files = [
+        file for value in (config.path, config.validation_path, config.test_path) if value for file in paths_of(value)
+    ]
+    return faults(files, record_parser(config.fields or None))
+
+
+def _only(splits: Splits, tasks: Mapping[str, Any]) -> Splits:
+    """The records of some of the embedded tasks."""
+    if not tasks:
+        return splits
+    there = list(dict.fromkeys(record.task for record in splits.train))
+    for task in tasks:
+        if task not in there:
+            raise ValueError(f"data.tasks: {splits.name} has no task {task!r}; {nearest(task, there)}")
+    train, validation, test = (
+        [record for record in some if record.task in tasks] for some in (splits.train, splits.validation, splits.test)
     )
+    return replace(splits, train=train, validation=validation, test=test)
+
+
+def _limited(splits: Splits, config: DataConfig, seed: int) -> Splits:
+    train = splits.train
+    if isinstance(train, StreamedRecords):
+        if config.shots is not None:
+            raise ValueError("data.shots and data.stream exclude each other; leave one of them out")
+        train = train.limited(config.max_train)
+    else:
+        train = few_shot(limit(list(train), config.max_train, seed), config.shots, seed)
+    return replace(
+        splits,
+        train=train,
+        validation=limit(splits.validation, config.max_validation, seed),
+        test=limit(splits.test, config.max_test, seed),
+    )
+
+
+def load_prompt(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """The prompt of a run, with the instructions of its tasks and, where there is one, the tokenizer's chat template.
+
+    Raises:
+        ValueError: A file that cannot be read, a template that is not valid, or an unknown ``prompt.chat``.
+    """
+    settings = config.prompt
+    parts = {"system": settings.system, "template": settings.template}
+    if settings.path:
+        path = Path(settings.path).expanduser()
+        try:
+            parts = from_text(path.read_text(encoding="utf-8"), f"prompt.path={path}")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"prompt.path={path}: cannot be read ({error})") from None
+    elif settings.name == "file":
+        raise ValueError("prompt.path is not set; give your template: prompt=<file>")
+    known = {name: task.instruction for name, task in load_tasks(config.data.tasks_file).items() if task.instruction}
+    known |= {
+        name: find_task(name, load_tasks(config.data.tasks_file)).instruction
+        for name in config.data.tasks
+        if "/" in name
+    }
+    prompt = Prompt(
+        settings.name,
+        **parts,
+        instructions={**known, **settings.instructions},
+        train=settings.train,
+        inference=settings.inference,
+    )
+    if settings.chat not in ("auto", "always", "never"):
+        raise ValueError(f"prompt.chat is {settings.chat!r}; known: auto, always, never")
+    template = getattr(tokenizer, "chat_template", None)
+    if settings.chat == "always" and not isinstance(template, str):
+        raise ValueError("prompt.chat=always, but the tokenizer has no chat template; use prompt.chat=auto or never")
+    wanted = settings.chat == "always" or (settings.chat == "auto" and not prompt.is_empty)
+    return replace(prompt, chat=template) if wanted and isinstance(template, str) else prompt
+
+
+def load_scored(config: TrainConfig, name: str, most: int) -> list[Record]:
+    """Test records of an embedded domain or task (``health``, ``health/answer``) or of a known task.
+
+    Raises:
+        ValueError: There is no such domain or task; the nearest names are offered.
+    """
+    domain, _, task = name.partition("/")
+    if domain in embedded.DOMAINS:
+        records = load_embedded(domain, train=1, validation=1, test=None if task else most).test
+        there = sorted({record.task for record in records})
+        if task and task not in there:
+            raise ValueError(f"{name}: the embedded domain {domain} has no task {task!r}; {nearest(task, there)}")
+        return [record for record in records if not task or record.task == task][:most]
+    known = load_tasks(config.data.tasks_file)
+    if name.partition("/")[0] not in known:
+        raise ValueError(f"there is no task or embedded domain {name!r}; {nearest(name, [*embedded.DOMAINS, *known])}")
+    path = config.evaluate.path if config.evaluate.path is not None else config.data.path
+    return load_domain({name: None}, seed=config.seed, path=path, tasks_file=config.data.tasks_file, max_test=most).test
+
+
+def normalisation(config: TrainConfig) -> dict[str, str] | str:
+    """How choices' log-likelihoods are compared: one way for all, or each task's own."""
+    way = config.evaluate.normalise
+    if way == "task":
+        return {name: task.normalise for name, task in load_tasks(config.data.tasks_file).items()}
+    if way not in NORMALISATIONS:
+        raise ValueError(f"evaluate.normalise is {way!r}; known: task, {', '.join(NORMALISATIONS)}")
+    return way
 
 
 def data_module(
     config: TrainConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase, context: int
 ) -> PruningDataModule:
     """Batches for the whole run."""
+    if config.data.packing and config.model.attn_implementation != "sdpa":
+        raise ValueError(
+            f"data.packing needs model.attn_implementation=sdpa, got {config.model.attn_implementation!r}: packed "
+            "records are kept apart by a mask that only it reads"
+        )
     return PruningDataModule(
         splits,
         tokenizer,
@@ -166,6 +297,7 @@ def data_module(
         loss_on=config.data.loss_on,
         num_workers=config.data.num_workers,
         model_context=context,
+        packing=config.data.packing,
     )
 
 

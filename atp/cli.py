@@ -35,6 +35,7 @@ from atp.rundir import find_run, saved_overrides
 log = logging.getLogger(__name__)
 
 USER_ERROR = 2
+_OPEN_MAPPINGS = ("data.fields", "data.tasks", "data.path", "evaluate.path", "prompt.instructions")
 INTERRUPTED = 130
 
 
@@ -52,9 +53,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "--help" in arguments or "-h" in arguments:
         sys.stdout.write(help_text())
         return
+    checks_data = "--check" in arguments
     try:
-        arguments = _with_resume(arguments)
+        arguments = _readable(_with_resume([a for a in arguments if a != "--check"]))
         _check(arguments)
+        if checks_data:
+            raise SystemExit(_check_data(arguments))
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(USER_ERROR) from None
@@ -109,7 +113,7 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir(), version_base="1.3"):
-            return compose("train", overrides=list(overrides))
+            return compose("train", overrides=_readable(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from error
 
@@ -180,6 +184,33 @@ def _check(arguments: Sequence[str]) -> None:
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         raise ValueError(f"{sorted(missing)[0]} is not set; add {sorted(missing)[0]}=<value>")
+
+
+def _check_data(overrides: Sequence[str]) -> int:
+    """``--check``: show what a model would see of the data, train nothing; 2 if any row is bad."""
+    from atp.pipeline import check_data
+
+    return USER_ERROR if check_data(compose_config(overrides)) else 0
+
+
+def _readable(arguments: Sequence[str]) -> list[str]:
+    """Replace ``prompt=<file>`` by the group's ``file`` with that path, and let open mappings take new keys."""
+    presets = {path.stem for path in (Path(config_dir()) / "prompt").glob("*.yaml")}
+    found: list[str] = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        chosen = value.strip("'\"")
+        if key in _OPEN_MAPPINGS and value:
+            found.append(f"++{argument}")
+        elif key != "prompt" or chosen in presets or "," in chosen:
+            found.append(argument)
+        elif Path(chosen).expanduser().is_file():
+            found += ["prompt=file", f"prompt.path='{Path(chosen).expanduser().resolve()}'"]
+        elif "/" in chosen or "." in chosen:
+            raise ValueError(f"prompt={chosen}: there is no such file; give one, or {', '.join(sorted(presets))}")
+        else:
+            found.append(argument)
+    return found
 
 
 def _with_resume(arguments: list[str]) -> list[str]:

@@ -48,14 +48,18 @@ class DataConfig:
     """Training, validation and test data."""
 
     name: str = option("embedded_legal", "short name for reports")
-    source: str = option("embedded", "embedded, jsonl, or legal (CaseHOLD + BillSum)")
+    source: str = option("embedded", "embedded, files (your own), or tasks (from the hub or local files)")
     domain: str = option("legal", "embedded: legal, health, finance or narrative")
-    path: Any = option(None, "jsonl: training file, or a list of files")
-    validation_path: str | None = option(None, "jsonl: validation file; unset carves a share off the training data")
-    test_path: str | None = option(None, "jsonl: test file; unset carves a share off the training data")
-    fields: dict[str, str] = option({}, "jsonl: our field name -> the file's, e.g. {text: body}")
-    casehold_path: str | None = option(None, "legal: local JSONL file instead of the hub")
-    billsum_path: str | None = option(None, "legal: local JSONL file instead of the hub")
+    path: Any = option(None, "files: file, folder or list to train on; tasks: folder of local files, or task: file")
+    validation_path: Any = option(None, "files: validation file; unset carves a share off the training data")
+    test_path: Any = option(None, "files: test file; unset carves a share off the training data")
+    fields: dict[str, Any] = option({}, "files: our field name -> column or Jinja template, e.g. {text: body}")
+    tasks: dict[str, Any] = option({}, "tasks: name -> weight in the mix, null for all; embedded: tasks to keep")
+    tasks_file: str | None = option(None, "TOML file that describes tasks of your own (see atp/data/tasks.toml)")
+    shots: int | None = option(None, "few-shot: at most this many training records per task")
+    near_duplicates: str = option("drop", "near duplicates of held-out records in training: drop, report or ignore")
+    stream: bool = option(False, "files: read training records at every pass, for data larger than memory")
+    packing: bool = option(False, "put several short training records into one sequence (attn_implementation=sdpa)")
     validation_fraction: float = option(0.05, "share carved off for validation where no file is given")
     test_fraction: float = option(0.05, "share carved off for the test where no file is given")
     max_train: int | None = option(None, "use at most this many training records")
@@ -65,6 +69,20 @@ class DataConfig:
     batch_size: int = option(16, "sequences per forward pass")
     loss_on: str = option("auto", "auto (completions where there is a prompt), completion, or all")
     num_workers: int = option(0, "loader processes")
+
+
+@dataclass
+class PromptConfig:
+    """What stands around each record's prompt."""
+
+    name: str = option("none", "short name for reports")
+    path: str | None = option(None, "prompt=file: a Jinja template with {{ prompt }}, or a text to stand before")
+    system: str = option("", "Jinja template of what stands before; the system turn of a chat template")
+    template: str = option("{{ prompt }}", "Jinja template of the rest")
+    instructions: dict[str, str] = option({}, "task -> what {{ instruction }} stands for; 'default' for other tasks")
+    train: bool = option(True, "use it in training and validation")
+    inference: bool = option(True, "use it in evaluation and generation")
+    chat: str = option("auto", "chat template of the tokenizer: auto (if there is one and a prompt), always, never")
 
 
 @dataclass
@@ -173,6 +191,18 @@ class EvaluateConfig:
         "layers at equal widths), random, random_uniform",
     )
     samples: int = option(4, "generated samples kept for the report")
+    normalise: str = option("task", "choices' log-likelihoods: task (as each task says), tokens, characters or none")
+    stride: int | None = option(None, "tokens by which windows of long texts move; unset moves by whole windows")
+    bootstrap: int = option(1000, "resamples of the 95% intervals and paired comparisons; 0 for none")
+    forgetting: list[str] = option(
+        ["legal", "health", "finance", "narrative"],
+        "what pruning forgot: perplexity on these embedded domains or tasks besides the target",
+    )
+    max_forgetting: int = option(40, "records of each of them")
+    tasks: list[str] = option([], "further tasks to score, embedded (health/qa) or known (boolq), trained on or not")
+    path: Any = option(None, "local files of evaluate.tasks and evaluate.forgetting; as data.path")
+    harness: bool = option(False, "score evaluate.tasks with lm-evaluation-harness (pip install 'atp[harness]')")
+    harness_path: str | None = option(None, "folder of further task files of the harness")
     speed: bool = option(True, "measure prefill and decode latency of dense and pruned")
     speed_prompt_tokens: int = option(128, "prompt length of the speed measurement")
     speed_new_tokens: int = option(32, "decoded tokens of the speed measurement")
@@ -200,6 +230,7 @@ class TrainConfig:
     experiment: Any = option(None, "config group: a complete preset")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -19,6 +19,7 @@ ATP: prune and tune a LLaMA-family model in one stage.
   python train.py experiment=legal_50pct prune.sparsity=0.3      change anything by its dotted name
   python train.py model=local model.path=DIR data=jsonl data.path=FILE name=mine
   python train.py -m experiment=legal_50pct prune.sparsity=0.2,0.3,0.5      a sweep
+  python train.py data=files data.path=FILE --check              what a model would see of your data
   python train.py resume=last                                    go on with an interrupted run
   python train.py experiment=legal_50pct --cfg job               print the composed configuration
   python train.py --hydra-help                                   Hydra's own flags

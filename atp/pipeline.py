@@ -24,11 +24,14 @@ from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from atp import build
 from atp.architecture import layer_widths
 from atp.baselines import check_baselines
 from atp.config import TrainConfig
+from atp.data import check
 from atp.export.card import load_lines
 from atp.report.comparison import comparison_table
+from atp.report.evidence import evidence_tables
 from atp.report.page import write_report
 from atp.results import assemble, metric, write_card
 from atp.rundir import RunDirectory, provenance
@@ -68,13 +71,41 @@ def run(cfg: DictConfig, run_dir: Path, *, overrides: list[str]) -> float | None
     if not (run_dir / "report.html").is_file():
         write_report(run_dir)
     metrics = directory.read_metrics()
-    console.print(comparison_table(metrics))
+    console.print(comparison_table(metrics), *evidence_tables(metrics), sep="\n")
     console.print(
         f"run directory: {run_dir}", f"report:        {run_dir / 'report.html'}", "", sep="\n", highlight=False
     )
     lines = load_lines(str(run_dir / "pruned"), stock=metrics["export"]["stock"])
     console.print(lines, highlight=False, markup=False, soft_wrap=True)
     return metric(metrics, config.optimized_metric)
+
+
+def check_data(cfg: DictConfig) -> int:
+    """Print what a model would see of a configuration's data, and what is wrong with the user's own files.
+
+    Args:
+        cfg: The composed configuration.
+
+    Returns:
+        How many rows are bad.
+
+    Raises:
+        ValueError: A user's mistake other than bad rows.
+    """
+    cfg.pop("run_dir", None)  # it is named after a Hydra job, and there is none
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, TrainConfig)
+    console = Console()
+    faults, good = build.data_faults(config.data)
+    for fault in faults[: check.MOST_FAULTS]:
+        console.print(fault, style="red", highlight=False, markup=False, soft_wrap=True)
+    if faults:
+        console.print(f"{len(faults)} bad rows, {good} good ones; mend or remove the bad ones", style="bold red")
+        return len(faults)
+    tokenizer = build.load_tokenizer(config.model)
+    splits = build.load_prompt(config, tokenizer).on_splits(build.load_splits(config.data, config.seed), tokenizer)
+    check.report(splits, tokenizer, max_length=config.data.max_length, loss_on=config.data.loss_on, console=console)
+    return 0
 
 
 def _execute(stages: Stages, config: TrainConfig, directory: RunDirectory, origin: dict[str, Any]) -> None:
@@ -96,6 +127,8 @@ def _execute(stages: Stages, config: TrainConfig, directory: RunDirectory, origi
         config=config,
         origin=origin,
         data={"name": stages.splits.name, **stages.splits.counts()},
+        overlap=stages.splits.overlap,
+        prompt=stages.prompt.plain(),
         dense_parameters=stages.dense_parameters,
         dense_blocks=stages.space.total_parameters,
         dense_widths=[asdict(widths) for widths in layer_widths(stages.base_config)],

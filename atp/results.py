@@ -14,6 +14,7 @@ from typing import Any
 from atp.architecture import LayerWidths
 from atp.baselines import BASELINES
 from atp.config import TrainConfig
+from atp.evaluate.intervals import Items, paired
 from atp.evaluate.quality import recovery
 from atp.export.card import base_license, model_card
 
@@ -31,6 +32,8 @@ def assemble(
     dense_blocks: int,
     dense_widths: list[dict[str, int]],
     device: str,
+    prompt: Mapping[str, Any] | None = None,
+    overlap: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of ``metrics.json``.
 
@@ -43,6 +46,8 @@ def assemble(
         dense_blocks: Its decoder-block parameters (embeddings, lm_head and norms excluded).
         dense_widths: Its widths per layer.
         device: Where the run computed.
+        prompt: What stood around the records' prompts (``Prompt.plain``).
+        overlap: What the checks across splits found (``Splits.overlap``).
     """
     export, cost = results["export"], results["cost"]
     values = {name: results[name]["values"] for name in MODELS if name in results}
@@ -81,6 +86,8 @@ def assemble(
         "macs": cost["macs"],
         "memory": {"train_peak_mib": results["fit"]["train_peak_mib"], **cost["memory"]},
         "files": cost["files"],
+        "prompt": {**(prompt or {}), **cost.get("prompt", {})},
+        "overlap": dict(overlap or {}),
         "widths": export["widths"],
         "dense_widths": dense_widths,
     }
@@ -97,7 +104,37 @@ def assemble(
         }
     if "speed" in cost:
         metrics["speed"] = cost["speed"]
-    return metrics
+    return metrics | _certainty(results, config) | _beyond_the_target(results)
+
+
+def _certainty(results: Mapping[str, dict[str, Any]], config: TrainConfig) -> dict[str, Any]:
+    """Intervals of every model, and the pruned model (and baselines) against dense and dense + LoRA, item by item."""
+    models = [name for name in MODELS if name in results]
+    resamples = config.evaluate.bootstrap
+    compared: dict[str, Any] = {}
+    for against in ("dense", "dense_lora"):
+        for of in (name for name in models if name not in ("dense", against) and against in results):
+            pairs = {
+                name: paired(
+                    Items.from_plain(items), Items.from_plain(results[against]["items"][name]), resamples=resamples
+                )
+                for name, items in results[of].get("items", {}).items()
+                if name in results[against].get("items", {})
+            }
+            compared[f"{of}_vs_{against}"] = {name: pair for name, pair in pairs.items() if pair is not None}
+    found = {name: results[name].get("intervals", {}) for name in models}
+    return {"intervals": found, "paired": {name: pairs for name, pairs in compared.items() if pairs}}
+
+
+def _beyond_the_target(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What was scored besides the target domain, by model: perplexities, further tasks, the harness' figures."""
+    found = {}
+    for key in ("forgetting", "tasks", "harness"):
+        by_model = {name: results[name][key] for name in MODELS if results.get(name, {}).get(key)}
+        if by_model:
+            found[key] = by_model
+    counts = results["pruned"].get("task_counts")
+    return found | ({"task_counts": counts} if counts else {})
 
 
 def write_card(folder: Path, metrics: Mapping[str, Any]) -> None:
@@ -120,10 +157,18 @@ def write_card(folder: Path, metrics: Mapping[str, Any]) -> None:
         dense_parameters=metrics["parameters"]["dense"],
         metrics={name: metrics["eval"][name] for name in ("dense", "dense_lora", "pruned") if name in metrics["eval"]},
         recovery=metrics.get("recovery"),
+        prompt=_prompt_text(metrics.get("prompt") or {}),
     )
     temporary = folder / "README.md.tmp"
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, folder / "README.md")
+
+
+def _prompt_text(prompt: Mapping[str, Any]) -> str | None:
+    """What stood before or around prompts at inference, for the card; None for nothing."""
+    if not prompt.get("inference") or not (prompt.get("system") or prompt.get("template") != "{{ prompt }}"):
+        return None
+    return "\n\n".join(part for part in (prompt.get("system"), prompt.get("template")) if part)
 
 
 def metric(metrics: Mapping[str, Any], path: str) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from atp.callbacks import MaskHistory, ProgressReport, RunCheckpoint, Throughput
 from atp.compaction import expanded_state
 from atp.config import TrainConfig, WarmStartConfig
 from atp.criteria import importance, rank
+from atp.data.records import Record, as_completion
+from atp.evaluate import harness
 from atp.evaluate.measure import compare_speed, count_parameters, file_mib, macs_per_token, peak_memory, weights_mib
-from atp.evaluate.quality import evaluate, samples
+from atp.evaluate.quality import Metrics, evaluate, samples
 from atp.export.huggingface import export_hf
 from atp.export.loading import load_exported
 from atp.generator import FixedScores
@@ -42,6 +44,10 @@ from atp.rundir import RunDirectory, write_json
 from atp.space import KINDS, PruningSpace
 
 log = logging.getLogger(__name__)
+
+
+PROMPT_FILE = "prompt.json"
+_PROMPTS_COUNTED = 200
 
 
 class RunInterrupted(Exception):
@@ -67,7 +73,11 @@ class Stages:
             torch.set_num_threads(config.threads)
         log.info("run directory: %s", directory.path)
         self.tokenizer = build.load_tokenizer(config.model)
-        self.splits = build.load_splits(config.data, config.seed)
+        self.prompt = build.load_prompt(config, self.tokenizer)
+        plain = build.load_splits(config.data, config.seed)
+        self.prompt_cost = self.prompt.cost(plain.test[:_PROMPTS_COUNTED], self.tokenizer, config.data.max_length)
+        self.splits = self.prompt.on_splits(plain, self.tokenizer)
+        write_json(directory.path / PROMPT_FILE, self.prompt.plain())
         dense = self.dense()
         self.base_config, self.generation_config = dense.config, dense.generation_config
         self.data = build.data_module(config, self.splits, self.tokenizer, dense.config.max_position_embeddings)
@@ -128,6 +138,8 @@ class Stages:
             dtype=build.DTYPES[self.config.export.dtype] if self.config.export.dtype else None,
             max_shard_size=self.config.export.max_shard_size,
         )
+        if not self.prompt.is_empty:
+            write_json(path / PROMPT_FILE, self.prompt.plain())
         removed_vs_reloaded = max_logit_difference(removed, self.pruned(), batches)
         return {
             "max_abs_logit_diff": max(masked_vs_removed, removed_vs_reloaded),
@@ -166,19 +178,64 @@ class Stages:
         return remove(merged_tensors(module.masked.peft_model), self.base_config, self.space, masks_U)
 
     def evaluate_model(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Quality on the test records."""
+        """Quality on the test records, on further tasks, and on what is not the target domain."""
         settings = self.config.evaluate
-        metrics = evaluate(
+        metrics = self._score(model, self.splits.test, settings.max_generate)
+        result: dict[str, Any] = {
+            "values": metrics.values,
+            "counts": metrics.counts,
+            "intervals": metrics.intervals(settings.bootstrap),
+            "items": {name: items.plain() for name, items in metrics.items.items()},
+        }
+        own = self.config.data.domain if self.config.data.source == "embedded" else None
+        result["forgetting"] = {
+            name: self._perplexity(model, name).values
+            for name in settings.forgetting
+            if name not in (own, *self.config.data.tasks)
+        }
+        if settings.tasks and settings.harness:
+            result["harness"] = harness.score(
+                model, self.tokenizer, settings.tasks, folder=settings.harness_path, batch_size=settings.batch_size
+            )
+        elif settings.tasks:
+            scored = {name: self._further(model, name) for name in settings.tasks}
+            result["tasks"] = {name: values for name, (values, _) in scored.items()}
+            result["task_counts"] = {name: counts for name, (_, counts) in scored.items()}
+        return result
+
+    def _score(self, model: PreTrainedModel, records: Sequence[Record], max_generate: int | None) -> Metrics:
+        settings = self.config.evaluate
+        return evaluate(
             self._placed(model),
             self.tokenizer,
-            self.splits.test,
+            records,
             max_length=self.config.data.max_length,
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
-            max_generate=settings.max_generate,
+            max_generate=max_generate,
+            normalise=build.normalisation(self.config),
+            stride=settings.stride,
             device=self.device,
         )
-        return {"values": metrics.values, "counts": metrics.counts}
+
+    def _further(self, model: PreTrainedModel, name: str) -> tuple[dict[str, float], dict[str, int]]:
+        """Metrics of one further task, without the task's name in them, and what they are over."""
+        records = build.load_scored(self.config, name, self.config.data.max_test or 400)
+        if self.prompt.inference:
+            records = [self.prompt.on(record, self.tokenizer) for record in records]
+        metrics = self._score(model, records, self.config.evaluate.max_generate)
+        values = {key.rsplit("/", 1)[-1]: value for key, value in metrics.values.items()}
+        return values, {key.rsplit("/", 1)[-1]: count for key, count in metrics.counts.items()}
+
+    def _perplexity(self, model: PreTrainedModel, name: str) -> Metrics:
+        """Perplexity on records of another domain, without a prompt; of choices, on the right one."""
+        records = [
+            as_completion(record)
+            for record in build.load_scored(self.config, name, self.config.evaluate.max_forgetting)
+        ]
+        metrics = self._score(model, records, 0)
+        kept = ("perplexity", "bits_per_byte")
+        return Metrics({k: metrics.values[k] for k in kept}, {k: metrics.counts[k] for k in kept})
 
     def write_samples(self) -> dict[str, Any]:
         """Continue a few test prompts with dense and pruned model; leaves ``samples.json``."""
@@ -225,6 +282,12 @@ class Stages:
         source = Path(build.model_source(self.config.model))
         if source.is_dir():
             result["files"]["dense_mib"] = file_mib(source)
+        shared = int(self.prompt_cost["shared_prefix_tokens"])
+        result["prompt"] = {**self.prompt_cost}
+        if settings.speed and shared:
+            timed = compare_speed(dense, pruned, prompt_tokens=shared, new_tokens=1, repeats=settings.speed_repeats)
+            for name in ("dense", "pruned"):
+                result["prompt"][f"{name}_prefix_latency_ms"] = timed[name]["prefill_latency_ms"]
         if settings.speed:
             result["speed"] = compare_speed(
                 dense,

@@ -63,7 +63,7 @@ def test_hub_without_network_says_the_way_out() -> None:
 def test_unknown_dtype_and_source() -> None:
     with pytest.raises(ValueError, match=r"model.dtype is 'fp8'; known: float32"):
         build.load_base(config("model.dtype=fp8").model)
-    with pytest.raises(ValueError, match=r"data.source is 'sql'; known: embedded, jsonl, legal"):
+    with pytest.raises(ValueError, match=r"data.source is 'sql'; known: embedded, files, tasks"):
         build.load_splits(config("data.source=sql").data, 0)
 
 

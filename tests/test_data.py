@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from atp.data.batches import BatchOrder, PruningDataModule, ResumableLoader, encode
 from atp.data.encoding import IGNORED, Encoder
 from atp.data.records import ChoiceRecord, CompletionRecord, Splits, TextRecord
-from atp.data.sources import load_jsonl
+from atp.data.sources import load_files
 
 CORPUS = ["the court holds that the party may recover damages", "a bill to amend the act and for other purposes"] * 9
 
@@ -391,7 +392,8 @@ def test_the_batch_of_a_failed_step_comes_again(tmp_path: Path) -> None:
 
 def test_real_records_and_tokenizer(shared: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories3M")
-    splits = load_jsonl(shared / "data" / "legal" / "uscode_sections.jsonl", seed=0, max_train=300)
+    splits = load_files(shared / "data" / "legal" / "uscode_sections.jsonl", seed=0)
+    splits = replace(splits, train=list(splits.train)[:300])
     module = PruningDataModule(
         splits, tokenizer, max_length=512, batch_size=8, num_batches=10, seed=0, model_context=512
     )

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "atp"
 LEVELS: list[dict[str, tuple[str, ...]]] = [
     {"config": (), "embedded": (), "space": (), "modeling_atp": (), "rundir": (), "baselines": ()},
     {"config_help": (), "architecture": (), "data": ()},
+    {"prompt": ()},
     {"generator": (), "sampler": (), "lora": (), "selection": (), "evaluate": (), "report": ()},
     {"objective": (), "removal": (), "importance": (), "criteria": ("importance",), "export": ()},
     {"compaction": (), "restoration": ()},

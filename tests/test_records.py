@@ -6,6 +6,7 @@ import json
 import logging
 import string
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,9 @@ from atp.data.records import (
     content_key,
     limit,
     parse_record,
-    read_jsonl,
     separate,
 )
-from atp.data.sources import load_embedded, load_jsonl, load_legal_hub
+from atp.data.sources import load_domain, load_embedded, load_files, read_records
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -100,8 +100,12 @@ def test_reading_a_file(tmp_path: Path) -> None:
         b'\xef\xbb\xbf{"body": "one", "kind": "x"}\n\n{"body": "two", "kind": "y"}\n{"body": "three", "kind": "y"}'
     )
     fields = {"text": "body", "task": "kind"}
-    assert read_jsonl(file, fields=fields) == [TextRecord("one", "x"), TextRecord("two", "y"), TextRecord("three", "y")]
-    assert len(read_jsonl(str(file), fields=fields, max_records=2)) == 2
+    assert read_records(file, fields=fields) == [
+        TextRecord("one", "x"),
+        TextRecord("two", "y"),
+        TextRecord("three", "y"),
+    ]
+    assert len(read_records(str(file), fields=fields, most=2)) == 2
 
 
 @pytest.mark.parametrize(
@@ -119,19 +123,19 @@ def test_a_bad_file_is_refused_with_file_and_line(tmp_path: Path, content: bytes
     file = tmp_path / "a.jsonl"
     file.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_jsonl(file)
+        read_records(file)
 
 
 def test_a_missing_file_or_column_says_what_to_set(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing\.jsonl does not exist .*set data\.path"):
-        read_jsonl(tmp_path / "nothing.jsonl")
-    with pytest.raises(ValueError, match=r"is a directory .*set data\.path"):
-        read_jsonl(tmp_path)
+        read_records(tmp_path / "nothing.jsonl")
+    with pytest.raises(ValueError, match=r"is a directory without \.txt"):
+        read_records(tmp_path)
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     with pytest.raises(ValueError, match=r"a\.jsonl:1: data\.fields names the columns \['body'\]"):
-        read_jsonl(file, fields={"text": "body"})
-    with pytest.raises(ValueError, match=r"data\.fields maps \['txt'\]"):
-        read_jsonl(file, fields={"txt": "text"})
+        read_records(file, fields={"text": "body"})
+    with pytest.raises(ValueError, match=r"data\.fields maps 'txt'.*did you mean text"):
+        read_records(file, fields={"txt": "text"})
 
 
 # ---- splits
@@ -209,10 +213,10 @@ def test_limit_is_a_seeded_subset_in_order() -> None:
 def test_jsonl_carves_what_has_no_file(tmp_path: Path) -> None:
     parts = [[{"text": f"text {i}"} for i in range(n, n + 50)] for n in (0, 50)]
     files = [write_jsonl(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate(parts)]
-    splits = load_jsonl(files, seed=0, validation_fraction=0.1, test_fraction=0.2, max_train=40)
-    assert splits.counts() == {"train": 40, "validation": 10, "test": 20}
-    assert disjoint(splits) and splits.name == "jsonl"
-    assert load_jsonl(files, seed=0, validation_fraction=0.1, test_fraction=0.2, max_train=40) == splits
+    splits = load_files(files, seed=0, validation_fraction=0.1, test_fraction=0.2, near_duplicates="ignore")
+    assert splits.counts() == {"train": 70, "validation": 10, "test": 20}
+    assert disjoint(splits) and splits.name == "files"
+    assert load_files(files, seed=0, validation_fraction=0.1, test_fraction=0.2) == splits
 
 
 def test_jsonl_with_files_of_its_own_drops_and_counts_what_leaks(tmp_path: Path, caplog) -> None:
@@ -220,7 +224,7 @@ def test_jsonl_with_files_of_its_own_drops_and_counts_what_leaks(tmp_path: Path,
     validation = write_jsonl(tmp_path / "val.jsonl", [{"text": f"Text  {i}"} for i in range(15, 25)])
     test = write_jsonl(tmp_path / "test.jsonl", [{"text": f"text {i}"} for i in range(23, 30)])
     with caplog.at_level(logging.WARNING):
-        splits = load_jsonl(train, seed=0, validation_path=validation, test_path=test)
+        splits = load_files(train, seed=0, validation_path=validation, test_path=test)
     assert splits.counts() == {"train": 15, "validation": 8, "test": 7} and disjoint(splits)
     assert "left out 5 training and 2 validation records" in caplog.text
 
@@ -228,9 +232,9 @@ def test_jsonl_with_files_of_its_own_drops_and_counts_what_leaks(tmp_path: Path,
 def test_jsonl_of_too_few_records_says_so(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "same"}] * 10)
     with pytest.raises(ValueError, match=r"1 distinct records are too few .*data\.validation_path"):
-        load_jsonl(file, seed=0)
+        load_files(file, seed=0)
     with pytest.raises(ValueError, match="empty list"):
-        load_jsonl([], seed=0)
+        load_files([], seed=0)
 
 
 # ---- the embedded corpus
@@ -261,17 +265,21 @@ def test_the_real_embedded_corpus_parses_in_every_domain() -> None:
 # ---- CaseHOLD and BillSum
 
 
+LEGAL = {"casehold": None, "billsum": None}
+
+
 @pytest.fixture
 def legal_files(tmp_path: Path) -> dict[str, Path]:
     return {
-        "casehold_path": write_jsonl(tmp_path / "c.jsonl", [casehold_row(i, str(i % 5)) for i in range(60)]),
-        "billsum_path": write_jsonl(tmp_path / "b.jsonl", [billsum_row(i, "source") for i in range(40)]),
+        "casehold": write_jsonl(tmp_path / "c.jsonl", [casehold_row(i, str(i % 5)) for i in range(60)]),
+        "billsum": write_jsonl(tmp_path / "b.jsonl", [billsum_row(i, "source") for i in range(40)]),
     }
 
 
 def test_legal_set_from_local_files(legal_files: dict[str, Path], tmp_path: Path) -> None:
     test = write_jsonl(tmp_path / "ct.jsonl", [casehold_row(i) for i in range(55, 65)])
-    splits = load_legal_hub(seed=0, casehold_test_path=test, **legal_files)
+    path = {"casehold": {"train": legal_files["casehold"], "test": test}, "billsum": legal_files["billsum"]}
+    splits = load_domain(LEGAL, seed=0, path=path, near_duplicates="ignore", name="legal")
     assert disjoint(splits) and splits.name == "legal"
     cases = [record for record in splits.train if isinstance(record, ChoiceRecord)]
     bills = [record for record in splits.train if isinstance(record, CompletionRecord)]
@@ -281,21 +289,35 @@ def test_legal_set_from_local_files(legal_files: dict[str, Path], tmp_path: Path
     assert cases[0].label == number % 5 and f"See Case {number} (<HOLDING>)." in cases[0].prompt
     assert cases[0].choices[3] == f" holding that {number} is 3"
     assert bills[0].completion.startswith(" Cites bill") and "SECTION 1. Bill" in bills[0].prompt
-    only = load_legal_hub(seed=0, billsum_train=0, **legal_files)
-    assert {record.task for record in only.train} == {"casehold"}
+
+
+def test_weights_set_the_mix(legal_files: dict[str, Path]) -> None:
+    def mixed(**kwargs) -> Counter:
+        splits = load_domain(
+            {"casehold": 1, "billsum": 3}, seed=0, path=legal_files, near_duplicates="ignore", **kwargs
+        )
+        return Counter(record.task for record in splits.train)
+
+    everything = mixed()
+    assert everything["billsum"] == 36 and everything["casehold"] == 12
+    assert mixed(max_train=8) == {"casehold": 2, "billsum": 6}
 
 
 def test_legal_set_refuses_other_columns_and_nothing(legal_files: dict[str, Path], tmp_path: Path) -> None:
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}])
-    with pytest.raises(ValueError, match=r"bad\.jsonl:1: needs the columns .*citing_prompt.*got \['text'\]"):
-        load_legal_hub(seed=0, **(legal_files | {"casehold_path": bad}))
-    with pytest.raises(ValueError, match=r"bad\.jsonl:1: needs the columns \['text', 'summary'\]"):
-        load_legal_hub(seed=0, **(legal_files | {"billsum_path": bad}))
+    with pytest.raises(ValueError, match=r"bad\.jsonl:1: prompt of casehold: 'citing_prompt' is undefined.*\['text'\]"):
+        load_domain(LEGAL, seed=0, path=legal_files | {"casehold": bad})
+    with pytest.raises(ValueError, match=r"bad\.jsonl:1: target of billsum: 'summary' is undefined"):
+        load_domain(LEGAL, seed=0, path=legal_files | {"billsum": bad})
     wrong = write_jsonl(tmp_path / "wrong.jsonl", [casehold_row(0, "five")])
-    with pytest.raises(ValueError, match=r"wrong\.jsonl:1: label must be an integer"):
-        load_legal_hub(seed=0, **(legal_files | {"casehold_path": wrong}))
-    with pytest.raises(ValueError, match="nothing is left to train on"):
-        load_legal_hub(seed=0, casehold_train=0, billsum_train=0)
+    with pytest.raises(ValueError, match=r"wrong\.jsonl:1: label 'five' is none of the 5 choices"):
+        load_domain(LEGAL, seed=0, path=legal_files | {"casehold": wrong})
+    with pytest.raises(ValueError, match=r"data\.tasks is empty"):
+        load_domain({}, seed=0)
+    with pytest.raises(ValueError, match="did you mean casehold"):
+        load_domain({"casehol": None}, seed=0)
+    with pytest.raises(ValueError, match="several tasks"):
+        load_domain(LEGAL, seed=0, path=bad)
 
 
 def test_legal_set_from_the_hub_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,35 +335,43 @@ def test_legal_set_from_the_hub_layout(tmp_path: Path, monkeypatch: pytest.Monke
         table.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
     asked: list[tuple] = []
 
-    def load(repo: str, *, data_dir: str | None, revision: str, cache_dir: str) -> object:
-        asked.append((repo, data_dir, revision))
-        return real(str(tmp_path / repo), data_dir=data_dir, cache_dir=cache_dir)
+    def load(repo: str, *, revision: str, data_dir: str | None = None, name: str | None = None) -> object:
+        asked.append((repo, data_dir, name, revision))
+        return real(str(tmp_path / repo), data_dir=data_dir, name=name, cache_dir=str(tmp_path / "cache"))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    splits = load_legal_hub(
-        seed=0, casehold_train=50, max_validation=10, max_test=15, billsum_revision="v1", cache_dir=str(tmp_path / "c")
+    splits = load_domain(
+        LEGAL, seed=0, max_train=95, max_validation=20, max_test=30, near_duplicates="ignore", name="legal"
     )
-    assert asked == [("casehold/casehold", "all", "refs/convert/parquet"), ("FiscalNote/billsum", None, "v1")]
+    assert asked == [
+        ("casehold/casehold", "all", None, "refs/convert/parquet"),
+        ("FiscalNote/billsum", None, None, "main"),
+    ]
     by_task = {
         task: [sum(record.task == task for record in part) for part in (splits.train, splits.validation, splits.test)]
         for task in ("casehold", "billsum")
     }
-    assert by_task == {"casehold": [50, 10, 15], "billsum": [95, 5, 15]} and disjoint(splits)
+    assert by_task == {"casehold": [49, 10, 15], "billsum": [46, 5, 15]} and disjoint(splits)
 
 
 @pytest.mark.parametrize(
-    "fault", [ConnectionError("no route"), RuntimeError("Dataset scripts are no longer supported")]
+    ("fault", "hint"),
+    [
+        (ConnectionError("no route"), "go online"),
+        (RuntimeError("Dataset scripts are no longer supported"), "go online"),
+        (PermissionError("Dataset 'x' is a gated dataset on the Hub"), "accept its terms at https://huggingface.co"),
+    ],
 )
-def test_an_unreachable_hub_gives_one_message_with_the_way_out(fault: Exception, monkeypatch) -> None:
+def test_an_unreachable_hub_gives_one_message_with_the_way_out(fault: Exception, hint: str, monkeypatch) -> None:
     datasets = pytest.importorskip("datasets")
 
     def load(*args: object, **kwargs: object) -> None:
         raise fault
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(ValueError, match=r"cannot fetch casehold/casehold .*data=jsonl data\.path=<file>") as error:
-        load_legal_hub(seed=0)
-    assert str(fault) in str(error.value)
+    with pytest.raises(ValueError, match=r"cannot fetch casehold/casehold .*data=files data\.path=<file>") as error:
+        load_domain(LEGAL, seed=0)
+    assert str(fault) in str(error.value) and hint in str(error.value)
 
 
 def test_a_few_bad_hub_rows_are_left_out_and_many_are_an_error(monkeypatch, caplog) -> None:
@@ -350,21 +380,22 @@ def test_a_few_bad_hub_rows_are_left_out_and_many_are_an_error(monkeypatch, capl
     rows = {"train": good, "validation": good[:5], "test": [casehold_row(i) for i in range(300, 320)]}
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
     rows["train"][7]["holding_2"] = None
+    only = {"casehold": None}
     with caplog.at_level(logging.WARNING):
-        splits = load_legal_hub(seed=0, billsum_train=0)
+        splits = load_domain(only, seed=0, near_duplicates="ignore")
     assert "left out 1 of 300 rows" in caplog.text and len(splits.train) == 294
     for row in rows["train"][:50]:
         row["holding_2"] = None
-    with pytest.raises(ValueError, match="casehold/casehold/train row 0: holding_2 must be a string"):
-        load_legal_hub(seed=0, billsum_train=0)
-    del rows["train"]
-    with pytest.raises(ValueError, match="none named train"):
-        load_legal_hub(seed=0, billsum_train=0)
+    with pytest.raises(ValueError, match=r"casehold/casehold/train row 0: choices\[2\] is empty"):
+        load_domain(only, seed=0)
+    rows.clear()
+    with pytest.raises(ValueError, match="but none of"):
+        load_domain(only, seed=0)
 
 
 def test_nothing_of_the_network_is_touched_for_local_files(legal_files: dict[str, Path], monkeypatch) -> None:
     monkeypatch.setattr(sources, "_read_hub", lambda *args: pytest.fail("asked the hub"))
-    assert load_legal_hub(seed=0, **legal_files).train
+    assert load_domain(LEGAL, seed=0, path=legal_files).train
 
 
 # ---- real files
@@ -376,7 +407,7 @@ def test_nothing_of_the_network_is_touched_for_local_files(legal_files: dict[str
 def test_real_text_loads_as_it_is(file: str, count: int) -> None:
     if not (SHARED / file).is_file():
         pytest.skip(f"{SHARED / file} is not here")
-    splits = load_jsonl(SHARED / file, seed=0)
+    splits = load_files(SHARED / file, seed=0, near_duplicates="report")
     assert sum(splits.counts().values()) == count and disjoint(splits)
     assert splits.counts()["test"] == round(
         0.05 * len({content_key(r) for r in [*splits.train, *splits.validation, *splits.test]})
@@ -387,12 +418,7 @@ def test_real_legal_sets_load() -> None:
     folder = SHARED / "legal"
     if not (folder / "casehold_train.jsonl").is_file():
         pytest.skip(f"{folder} is not here")
-    splits = load_legal_hub(
-        seed=0,
-        casehold_path=folder / "casehold_train.jsonl",
-        casehold_test_path=folder / "casehold_test.jsonl",
-        billsum_path=folder / "billsum_200.jsonl",
-    )
+    splits = load_domain(LEGAL, seed=0, path=folder, near_duplicates="report")
     assert disjoint(splits)
     assert sum(record.task == "casehold" for record in splits.test) == 200
     assert sum(record.task == "casehold" for record in splits.train) == 1900

@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from atp.data.encoding import Encoder, Example, pad
+from atp.data.packing import PackedExample, block_mask, pack
 from atp.data.records import Record, Splits
+from atp.data.streaming import StreamedRecords, TokenStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +59,7 @@ class BatchOrder:
         self.seed = seed
         self.batches_per_pass = -(-len(lengths) // batch_size)
         self._lengths = np.asarray(lengths)
+        self.tokens = int(self._lengths.sum())
         self._planned: tuple[int, list[np.ndarray]] | None = None
 
     def __getitem__(self, index: int) -> list[int]:
@@ -99,7 +102,7 @@ class ResumableLoader:
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Example] | Sequence[PackedExample],
         order: BatchOrder,
         *,
         num_batches: int,
@@ -165,7 +168,7 @@ class ResumableLoader:
             "seed": self._order.seed,
             "batch_size": self._order.batch_size,
             "examples": len(self._examples),
-            "tokens": sum(len(example.input_ids) for example in self._examples),
+            "tokens": self._order.tokens,
             "processes": self._world_size,
         }
 
@@ -174,7 +177,8 @@ class PruningDataModule(lightning.LightningDataModule):
     """Batches of one data set for one run.
 
     Batches are dicts of int64 tensors [B, T]: ``input_ids`` and ``attention_mask``, padded on the right to the longest
-    of the batch, and unshifted ``labels`` with -100 where nothing is learnt.
+    of the batch, and unshifted ``labels`` with -100 where nothing is learnt. Packed training batches hold a boolean
+    ``attention_mask`` [B, 1, T, T] instead (:func:`atp.data.packing.block_mask`); validation is never packed.
 
     Args:
         splits: Records to train on and to validate on.
@@ -187,9 +191,11 @@ class PruningDataModule(lightning.LightningDataModule):
         num_workers: Processes that make batches; 0 is right unless batches are slow to make.
         model_context: Most tokens the model takes; None does not check.
         max_validation_examples: Most examples of validation, chosen by the seed.
+        packing: Put several short training examples into one sequence.
 
     Raises:
-        ValueError: A number is out of range, ``max_length`` exceeds the model's context, or a split is empty.
+        ValueError: A number is out of range, ``max_length`` exceeds the model's context, a split is empty, or packing
+            is asked for with a stream.
     """
 
     def __init__(
@@ -205,6 +211,7 @@ class PruningDataModule(lightning.LightningDataModule):
         num_workers: int = 0,
         model_context: int | None = None,
         max_validation_examples: int = 256,
+        packing: bool = False,
     ) -> None:
         super().__init__()
         sizes = {
@@ -225,6 +232,9 @@ class PruningDataModule(lightning.LightningDataModule):
                 raise ValueError(
                     f"the {name} split of {splits.name!r} is empty; give more records or another data.path"
                 )
+        if packing and isinstance(splits.train, StreamedRecords):
+            raise ValueError("data.packing and data.stream exclude each other; leave one of them out")
+        self.packing = packing
         self.splits = splits
         self.encoder = Encoder(tokenizer, max_length)
         self.batch_size = batch_size
@@ -233,21 +243,20 @@ class PruningDataModule(lightning.LightningDataModule):
         self.loss_on = loss_on
         self.num_workers = num_workers
         self.max_validation_examples = max_validation_examples
-        self._train: list[Example] = []
+        self._train: Sequence[Example] | Sequence[PackedExample] = []
         self._validation: list[Example] = []
 
     def setup(self, stage: str | None = None) -> None:
         """Tokenise both splits, once, and log :meth:`describe`."""
         if self._train:
             return
-        train = [example for found in self.encoder.encode(self.splits.train, self.loss_on) for example in found]
-        self._train_truncated = dict(self.encoder.truncated)
+        train = self._encode_train()
         rng = np.random.default_rng(self.seed)
         picked = rng.permutation(len(self.splits.validation))[: self.max_validation_examples]
         records = [self.splits.validation[i] for i in sorted(picked)]
         validation = [example for found in self.encoder.encode(records, self.loss_on) for example in found]
         validation = validation[: self.max_validation_examples]
-        self._train = [example for example in train if example.loss_tokens > 0]
+        self._train = train
         if not self._train:
             raise ValueError(f"no record of {self.splits.name!r} holds a token to learn: all are a single token long")
         self._validation = sorted(
@@ -255,10 +264,21 @@ class PruningDataModule(lightning.LightningDataModule):
         )
         log.info("data %s: %s", self.splits.name, self.describe())
 
+    def _encode_train(self) -> Sequence[Example] | Sequence[PackedExample]:
+        train = self.splits.train
+        if isinstance(train, StreamedRecords):
+            store = TokenStore(train, self.encoder, self.loss_on)
+            self._train_truncated = dict(self.encoder.truncated)
+            return store
+        found = self.encoder.encode(list(train), self.loss_on)
+        self._train_truncated = dict(self.encoder.truncated)
+        examples = [example for some in found for example in some if example.loss_tokens > 0]
+        return pack(examples, self.encoder.max_length) if self.packing else examples
+
     def train_dataloader(self) -> ResumableLoader:
         """Return the loader of the whole run, which counts as one epoch."""
         self.setup()
-        lengths = [len(example.input_ids) for example in self._train]
+        lengths = _lengths(self._train)
         trainer = self.trainer
         return ResumableLoader(
             self._train,
@@ -285,7 +305,7 @@ class PruningDataModule(lightning.LightningDataModule):
             the first pass that are padding.
         """
         self.setup()
-        lengths = np.array([len(example.input_ids) for example in self._train])
+        lengths = np.array(_lengths(self._train))
         order = BatchOrder(lengths.tolist(), self.batch_size, self.seed)
         batches = [lengths[order[i]] for i in range(min(self.num_batches, order.batches_per_pass))]
         positions = sum(int(batch.max()) * len(batch) for batch in batches)
@@ -342,5 +362,13 @@ class _Collate:
     def __init__(self, pad_id: int) -> None:
         self._pad_id = pad_id
 
-    def __call__(self, examples: Sequence[Example]) -> Batch:
-        return {name: torch.from_numpy(array) for name, array in pad(examples, self._pad_id).items()}
+    def __call__(self, examples: Sequence[Example | PackedExample]) -> Batch:
+        arrays = pad(examples, self._pad_id)
+        packed = [example for example in examples if isinstance(example, PackedExample)]
+        if packed:
+            arrays["attention_mask"] = block_mask(packed, arrays["input_ids"].shape[1])
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _lengths(examples: Sequence[Example] | Sequence[PackedExample]) -> list[int]:
+    return examples.lengths if isinstance(examples, TokenStore) else [len(one.input_ids) for one in examples]

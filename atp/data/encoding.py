@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -86,6 +86,8 @@ class Encoder:
         tokenizer: A tokenizer of transformers.
         max_length: Most tokens of a sequence, special ones included.
         close: Whether whole texts and completions end in an end-of-sequence token: to learn it, not to score text.
+        stride: Tokens by which windows of running text move on: a window repeats what came before as context. None
+            repeats only the token before it.
 
     Attributes:
         truncated: How many ``prompts``, ``completions`` and ``texts`` (cut into windows) did not fit so far.
@@ -94,9 +96,16 @@ class Encoder:
         ValueError: ``max_length`` is too small to hold a prompt and a completion.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, close: bool = True) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, close: bool = True, stride: int | None = None
+    ) -> None:
         if max_length < 8:
             raise ValueError(f"data.max_length={max_length} is too short to hold a prompt and a completion; use >= 8")
+        if stride is not None and not 1 <= stride <= max_length - 2:
+            raise ValueError(
+                f"evaluate.stride={stride} must lie between 1 and data.max_length - 2 = {max_length - 2}, or be null"
+            )
+        self.stride = stride
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncated: Counter[str] = Counter(prompts=0, completions=0, texts=0)
@@ -212,9 +221,10 @@ class Encoder:
         """Cut running text; ``ids`` holds its end of sequence."""
         stream = self._bos + ids
         windows = [Example(np.array(stream[: self.max_length], dtype=np.int32), 0, len(text.encode()))]
-        lead = len(self._bos) + 1
+        repeated = 1 if self.stride is None else max(1, self.max_length - len(self._bos) - self.stride)
+        lead = len(self._bos) + repeated
         for start in range(self.max_length, len(stream), self.max_length - lead):
-            window = self._bos + stream[start - 1 : start + self.max_length - lead]
+            window = self._bos + stream[start - repeated : start + self.max_length - lead]
             windows.append(Example(np.array(window, dtype=np.int32), lead, 0))
         self.truncated["texts"] += len(windows) > 1
         return windows
@@ -269,7 +279,19 @@ def _answer(record: CompletionRecord | ChoiceRecord) -> str:
     return record.choices[record.label] if isinstance(record, ChoiceRecord) else record.completion
 
 
-def pad(examples: Sequence[Example], pad_id: int) -> dict[str, np.ndarray]:
+class Sequenced(Protocol):
+    """What can be padded into a batch: an example, or several packed into one."""
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        """Token ids, int32 [T]."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Unshifted labels, int64 [T]."""
+
+
+def pad(examples: Sequence[Sequenced], pad_id: int) -> dict[str, np.ndarray]:
     """Pad examples on the right to the longest of them.
 
     Returns:

@@ -1,20 +1,17 @@
 """Records: what a training or test item is, how a raw one is checked, and splits that share no content.
 
-A record is plain text, a prompt with its completion, or a prompt with choices. This module types them, reads them from
-JSONL, and splits them by content. It sits first in the flow: :mod:`atp.data.sources` -> records ->
-:mod:`atp.data.encoding` -> :mod:`atp.data` and :mod:`atp.evaluate`. It knows nothing of tokens, models, torch or the
-network.
+A record is plain text, a prompt with its completion, or a prompt with choices. This module types them and splits them
+by content. It sits first in the flow: :mod:`atp.data.sources` -> records -> :mod:`atp.data.encoding` ->
+:mod:`atp.data` and :mod:`atp.evaluate`. It knows nothing of files, tokens, models, torch or the network.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -55,12 +52,18 @@ Record = TextRecord | CompletionRecord | ChoiceRecord
 
 @dataclass(frozen=True)
 class Splits:
-    """Records of one data set in three parts."""
+    """Records of one data set in three parts.
 
-    train: list[Record]
+    Attributes:
+        train: A list, or what reads the records anew at each iteration where they may not fit in memory.
+        overlap: What the checks across splits found (:mod:`atp.data.overlap`).
+    """
+
+    train: Collection[Record]
     validation: list[Record]
     test: list[Record]
     name: str
+    overlap: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def counts(self) -> dict[str, int]:
         """Return the number of records per split."""
@@ -97,47 +100,6 @@ def parse_record(raw: object, where: str) -> Record:
     if "text" in raw:
         return TextRecord(text_of(raw, "text", where), **named)
     raise ValueError(f"{where}: no valid record, got the keys {sorted(map(str, raw))}; valid shapes: {SHAPES}")
-
-
-def read_jsonl(
-    path: PathLike,
-    *,
-    max_records: int | None = None,
-    fields: Mapping[str, str] | None = None,
-    parse: Callable[[Any, str], Record] = parse_record,
-) -> list[Record]:
-    """Read a JSONL file of records; blank lines are skipped.
-
-    Args:
-        path: The file.
-        max_records: Read the first so many only.
-        fields: Where the file names its columns otherwise: record key to column, e.g. ``{"text": "body"}``.
-        parse: Makes a record of a line's value and its ``file:line``, where lines have a shape of their own.
-
-    Returns:
-        The records in file order.
-
-    Raises:
-        ValueError: The file is missing or holds no record, or a line is malformed (named as ``file:line``).
-    """
-    file = Path(path)
-    if not file.is_file():
-        found = "is a directory" if file.is_dir() else "does not exist"
-        raise ValueError(f"{file} {found} (looked from {Path.cwd()}); set data.path to a JSONL file of {SHAPES}")
-    unknown = set(fields or {}) - {"text", "prompt", "completion", "choices", "label", "task"}
-    if unknown:
-        raise ValueError(f"data.fields maps {sorted(unknown)}, which no record has; valid shapes: {SHAPES}, and task")
-    records: list[Record] = []
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if max_records is not None and len(records) >= max_records:
-                break
-            if line.strip():
-                where = f"{file}:{number}"
-                records.append(parse(_rename(_decode(line, where, first=number == 1), fields, where), where))
-    if not records:
-        raise ValueError(f"{file} holds no records; each line must be one JSON object, {SHAPES}")
-    return records
 
 
 def carve(
@@ -194,7 +156,8 @@ def separate(splits: Splits) -> Splits:
         log.warning(
             "%s: left out %d training and %d validation records that a later split also holds", splits.name, *dropped
         )
-    return Splits(train, validation, splits.test, splits.name)
+    counts = {"train": dropped[0], "validation": dropped[1]}
+    return replace(splits, train=train, validation=validation, overlap={**splits.overlap, "exact_dropped": counts})
 
 
 def limit(records: Sequence[Record], most: int | None, seed: int) -> list[Record]:
@@ -205,6 +168,36 @@ def limit(records: Sequence[Record], most: int | None, seed: int) -> list[Record
         return list(records)
     order = sorted(range(len(records)), key=lambda i: (_rank(content_key(records[i]), seed), i))
     return [records[i] for i in sorted(order[:most])]
+
+
+def as_completion(record: Record) -> Record:
+    """Return a record whose right choice is its completion; others as they are."""
+    if not isinstance(record, ChoiceRecord):
+        return record
+    return CompletionRecord(record.prompt, record.choices[record.label], record.task)
+
+
+def few_shot(records: Sequence[Record], shots: int | None, seed: int) -> list[Record]:
+    """Return at most ``shots`` records of each task, those of choices spread over the labels; None keeps all.
+
+    Which ones depends on the seed and their content alone; the order stays the given one.
+    """
+    if shots is None:
+        return list(records)
+    if shots < 1:
+        raise ValueError(f"data.shots is {shots}; give at least 1, or null to keep all records")
+    ranked = sorted(range(len(records)), key=lambda i: (_rank(content_key(records[i]), seed), i))
+    seen: dict[tuple[str, int], int] = {}
+    turns = []
+    for i in ranked:
+        record = records[i]
+        group = (record.task, record.label if isinstance(record, ChoiceRecord) else 0)
+        seen[group] = seen.get(group, 0) + 1
+        turns.append((seen[group], i))
+    taken: dict[str, list[int]] = {}
+    for _, i in sorted(turns, key=lambda turn: turn[0]):
+        taken.setdefault(records[i].task, []).append(i)
+    return [records[i] for i in sorted(i for some in taken.values() for i in some[:shots])]
 
 
 def content_key(record: Record) -> str:
@@ -241,26 +234,6 @@ def _label(value: object, choices: int, where: str) -> int:
     if not 0 <= value < choices:
         raise ValueError(f"{where}: label {value} is out of range for {choices} choices (0 to {choices - 1})")
     return value
-
-
-def _decode(line: bytes, where: str, *, first: bool) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig" if first else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where}: not valid JSON ({error.msg}, character {error.pos + 1}); a line must be one JSON object"
-        ) from None
-
-
-def _rename(raw: Any, fields: Mapping[str, str] | None, where: str) -> Any:
-    if not fields or not isinstance(raw, Mapping):
-        return raw
-    missing = sorted(column for column in fields.values() if column not in raw)
-    if missing:
-        raise ValueError(f"{where}: data.fields names the columns {missing}; the record has {sorted(map(str, raw))}")
-    return {**raw, **{key: raw[column] for key, column in fields.items()}}
 
 
 def _rank(key: str, seed: int) -> str:

@@ -1,48 +1,41 @@
 """Sources: where records come from, and how a source becomes splits.
 
-Three sources: JSONL files, the embedded corpus, and the two legal sets of the ATP paper (from the Hugging Face hub or
-from local copies). It sits before :mod:`atp.data`: source -> :class:`atp.data.records.Splits`. It knows nothing of
-tokens, models or torch, and reaches the network only in :func:`load_legal_hub`, and there only for sets without a local
-file.
+Three sources: the user's own files, the embedded corpus, and tasks (:mod:`atp.data.tasks`) from local files or the
+Hugging Face hub. It sits before :mod:`atp.data`: source -> :class:`atp.data.records.Splits`. It knows nothing of
+tokens, models or torch, and reaches the network only for tasks that have no local files.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from atp.data.records import (
-    CompletionRecord,
-    PathLike,
-    Record,
-    Splits,
-    carve,
-    kind,
-    limit,
-    parse_record,
-    read_jsonl,
-    separate,
-    text_of,
-)
+from atp.data.columns import record_parser
+from atp.data.files import Row, paths_of, rows
+from atp.data.overlap import check_overlap
+from atp.data.records import PathLike, Record, Splits, TextRecord, carve, limit, parse_record, separate
+from atp.data.streaming import StreamedRecords, stream_splits
+from atp.data.tasks import Task, find_task, load_tasks
 
 log = logging.getLogger(__name__)
 
 Paths = PathLike | Sequence[PathLike]
-Parse = Callable[[Any, str], Record]
 
-# Completions begin with a space, so that they tokenise as they would in running text.
-CASEHOLD_PROMPT = (
-    "Excerpt from a court opinion. It cites a case, and <HOLDING> stands where the holding of that case was stated.\n\n"
-    "{citing_prompt}\n\nThe holding of the cited case:"
-)
-BILLSUM_PROMPT = "Text of a bill, to be summarised for the public.\n\n{text}\n\nSummary of the bill:"
-
+SPLIT_NAMES = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "heldout"),
+}
 _HELD_OUT_SHARE = 0.05
 _BAD_ROWS_SHARE = 0.01
 
 
-def load_jsonl(
+def load_files(
     path: Paths,
     *,
     seed: int,
@@ -50,25 +43,23 @@ def load_jsonl(
     test_path: Paths | None = None,
     validation_fraction: float = _HELD_OUT_SHARE,
     test_fraction: float = _HELD_OUT_SHARE,
-    fields: Mapping[str, str] | None = None,
-    max_train: int | None = None,
-    max_validation: int | None = None,
-    max_test: int | None = None,
-    name: str = "jsonl",
+    fields: Mapping[str, Any] | None = None,
+    near_duplicates: str = "drop",
+    stream: bool = False,
+    name: str = "files",
 ) -> Splits:
-    """Read splits from JSONL files, and carve off by content what has no file of its own.
+    """Read splits from the user's files, and carve off by content what has no file of its own.
 
     Args:
-        path: File or files to train on.
-        seed: Which carving (:func:`atp.data.records.carve`) and which subset (:func:`atp.data.records.limit`).
-        validation_path: File or files; None carves ``validation_fraction`` off.
-        test_path: File or files; None carves ``test_fraction`` off.
+        path: File, folder or several of them to train on: JSONL, JSON, CSV, TSV, Parquet, text or Markdown.
+        seed: Which carving (:func:`atp.data.records.carve`).
+        validation_path: As ``path``; None carves ``validation_fraction`` off.
+        test_path: As ``path``; None carves ``test_fraction`` off.
         validation_fraction: Share of the distinct contents of ``path``, in (0, 1).
         test_fraction: Share of the distinct contents of ``path``, in (0, 1).
-        fields: Record key to column, where columns are named otherwise (:func:`atp.data.records.read_jsonl`).
-        max_train: Most records to keep in the split; None keeps all.
-        max_validation: As ``max_train``.
-        max_test: As ``max_train``.
+        fields: Record key to column or Jinja template (:func:`atp.data.columns.record_parser`).
+        near_duplicates: ``drop``, ``report`` or ``ignore`` (:func:`atp.data.overlap.check_overlap`).
+        stream: Read training records anew at every pass instead of holding them in memory.
         name: Name of the data set.
 
     Returns:
@@ -77,16 +68,31 @@ def load_jsonl(
     Raises:
         ValueError: A bad file, a fraction out of range, or too few distinct records to carve from.
     """
-    files = {"train": path, "validation": validation_path, "test": test_path}
-    read = {split: _read_files(paths, parse_record, fields) for split, paths in files.items() if paths is not None}
+    parse = record_parser(fields)
     shares = {"validation": validation_fraction, "test": test_fraction}
-    whole = _complete(read, shares, seed=seed, where=str(path), name=name)
-    return Splits(
-        limit(whole.train, max_train, seed),
-        limit(whole.validation, max_validation, seed),
-        limit(whole.test, max_test, seed),
-        name,
-    )
+    given = {"train": path, "validation": validation_path, "test": test_path}
+    files = {
+        split: paths_of(paths, "data.path" if split == "train" else f"data.{split}_path")
+        for split, paths in given.items()
+        if paths is not None
+    }
+    if stream:
+        held_out = {split: _read(some, parse) for split, some in files.items() if split != "train"}
+        return stream_splits(
+            StreamedRecords(files["train"], parse),
+            held_out,
+            shares,
+            seed=seed,
+            near_duplicates=near_duplicates,
+            name=name,
+        )
+    read = {split: _read(some, parse) for split, some in files.items()}
+    return check_overlap(_complete(read, shares, seed=seed, where=str(path), name=name), near_duplicates)
+
+
+def read_records(path: Paths, *, fields: Mapping[str, Any] | None = None, most: int | None = None) -> list[Record]:
+    """Read the records of files in file order, at most ``most``; ValueError names what is wrong with ``file:line``."""
+    return _read(paths_of(path), record_parser(fields), most)
 
 
 def load_embedded(
@@ -112,155 +118,257 @@ def load_embedded(
         raise ValueError(f"data.domain={domain!r} is not in the embedded corpus; choose one of {embedded.DOMAINS}")
 
     def read(split: str, count: int | None) -> list[Record]:
-        rows = embedded.records(domain, split, count)
-        return [parse_record(raw, f"embedded {domain}/{split} record {i}") for i, raw in enumerate(rows)]
+        raw_records = embedded.records(domain, split, count)
+        return [parse_record(raw, f"embedded {domain}/{split} record {i}") for i, raw in enumerate(raw_records)]
 
     return separate(
         Splits(read("train", train), read("validation", validation), read("test", test), name=f"embedded_{domain}")
     )
 
 
-def load_legal_hub(
+def load_domain(
+    weights: Mapping[str, float | None],
     *,
     seed: int,
-    casehold_train: int = 13000,
-    billsum_train: int = 2000,
-    max_validation: int = 250,
-    max_test: int = 200,
-    casehold_revision: str = "refs/convert/parquet",
-    billsum_revision: str = "main",
-    casehold_path: Paths | None = None,
-    casehold_test_path: Paths | None = None,
-    billsum_path: Paths | None = None,
-    billsum_test_path: Paths | None = None,
-    cache_dir: str | None = None,
+    path: Any = None,
+    tasks_file: PathLike | None = None,
+    validation_fraction: float = _HELD_OUT_SHARE,
+    test_fraction: float = _HELD_OUT_SHARE,
+    max_train: int | None = None,
+    max_validation: int | None = None,
+    max_test: int | None = None,
+    near_duplicates: str = "drop",
+    name: str = "tasks",
 ) -> Splits:
-    """Return the legal set of ATP: CaseHOLD as choices (task ``casehold``), BillSum as completions (task ``billsum``).
-
-    Sizes follow ATP (arXiv 2412.14426, the authors' code: 13,000 + 2,000 to train on, 200 + 200 to test). Unlike there,
-    nothing of the test sets is learnt from. The hub's CaseHOLD is read from its Parquet conversion, because its main
-    branch needs a loading script, which ``datasets`` no longer runs. What has no validation or test split of its own
-    (BillSum's validation; local files) is carved off the training records.
+    """Combine tasks to one data set.
 
     Args:
+        weights: Task to its share of the training records, on any scale; None or 0 for all, which then goes for all.
         seed: Which subset and which carving.
-        casehold_train: Most CaseHOLD records to train on; 0 leaves CaseHOLD out altogether.
-        billsum_train: Most BillSum records to train on; 0 leaves BillSum out altogether.
-        max_validation: Most validation records of each.
-        max_test: Most test records of each.
-        casehold_revision: Branch, tag or commit of ``casehold/casehold`` with a folder ``all`` of Parquet files.
-        billsum_revision: Branch, tag or commit of ``FiscalNote/billsum``.
-        casehold_path: Local JSONL in place of the hub (citing_prompt, holding_0 to holding_4, label).
-        casehold_test_path: Local JSONL to test on, beside ``casehold_path``.
-        billsum_path: Local JSONL in place of the hub (text or source; summary).
-        billsum_test_path: Local JSONL to test on, beside ``billsum_path``.
-        cache_dir: Where ``datasets`` keeps its files; None takes its default.
+        path: Local files in place of the hub (:func:`task_files`); None takes the hub for all.
+        tasks_file: TOML file with tasks of the user's own.
+        validation_fraction: Share carved off the training records where a task has no validation records.
+        test_fraction: As ``validation_fraction``.
+        max_train: Most training records, in the proportion of the weights; None for as many as the weights allow.
+        max_validation: Most validation records, equally many of each task.
+        max_test: As ``max_validation``.
+        near_duplicates: ``drop``, ``report`` or ``ignore`` (:func:`atp.data.overlap.check_overlap`).
+        name: Name of the data set.
 
     Returns:
-        Splits that share no content, named ``legal``.
+        Splits that share no content, each record with its task's name.
 
     Raises:
-        ValueError: A set cannot be fetched, a row lacks the expected columns, or both sets are left out.
+        ValueError: No task or an unknown one, or whatever a task's source complains of.
     """
-    if casehold_train == 0 and billsum_train == 0:
-        raise ValueError("data.casehold_train and data.billsum_train are both 0: nothing is left to train on")
-    legal = Splits([], [], [], name="legal")
-    sources = (
-        ("casehold/casehold", "all", casehold_revision, casehold_path, casehold_test_path, _casehold, casehold_train),
-        ("FiscalNote/billsum", None, billsum_revision, billsum_path, billsum_test_path, _billsum, billsum_train),
-    )
-    for repo, folder, revision, path, test_path, parse, size in sources:
-        if size == 0:
-            continue
-        if path is None:
-            read = _read_hub(repo, folder, revision, cache_dir, parse)
-        else:
-            local = {"train": path, "test": test_path}
-            read = {split: _read_files(paths, parse) for split, paths in local.items() if paths is not None}
-        shares = {"validation": _HELD_OUT_SHARE, "test": _HELD_OUT_SHARE}
-        part = _complete(read, shares, seed=seed, where=str(path or repo), name=repo)
-        legal.train.extend(limit(part.train, size, seed))
-        legal.validation.extend(limit(part.validation, max_validation, seed))
-        legal.test.extend(limit(part.test, max_test, seed))
-    return legal
+    if not weights:
+        raise ValueError("data.tasks is empty; name at least one task, e.g. data.tasks={casehold: 1}")
+    if any(weight is not None and weight < 0 for weight in weights.values()):
+        raise ValueError(f"data.tasks={dict(weights)}: a weight cannot be negative")
+    known = load_tasks(tasks_file)
+    shares = {"validation": validation_fraction, "test": test_fraction}
+    parts = {}
+    for task_name in weights:
+        task = find_task(task_name, known)
+        read = read_task(task, path, alone=len(weights) == 1)
+        parts[task_name] = _complete(read, shares, seed=seed, where=task_name, name=task_name)
+    sizes = _sizes({task: len(part.train) for task, part in parts.items()}, weights, max_train)
+    each = {most: None if most is None else max(1, most // len(parts)) for most in (max_validation, max_test)}
+    dropped: dict[str, int] = {"train": 0, "validation": 0}
+    joined = Splits([], [], [], name)
+    for task_name, part in parts.items():
+        assert isinstance(joined.train, list) and isinstance(part.train, list)
+        joined.train.extend(limit(part.train, sizes[task_name], seed))
+        joined.validation.extend(limit(part.validation, each[max_validation], seed))
+        joined.test.extend(limit(part.test, each[max_test], seed))
+        for split in dropped:
+            dropped[split] += part.overlap["exact_dropped"][split]
+    return check_overlap(replace(joined, overlap={"exact_dropped": dropped}), near_duplicates)
+
+
+def read_task(task: Task, path: Any = None, *, alone: bool = True) -> dict[str, list[Record]]:
+    """Read the records of a task by split, from local files or from the hub.
+
+    Args:
+        task: The task.
+        path: A folder, file, or mapping (:func:`task_files`); None takes the hub.
+        alone: Whether ``path`` may name a file or folder of just this task.
+
+    Raises:
+        ValueError: There is nothing to read, a row is bad, or the hub cannot be reached or refuses.
+    """
+    found = None if path is None else task_files(task, path, alone=alone)
+    if found is None:
+        if task.credentialed or not task.hub:
+            why = "may be had only by agreement" if task.credentialed else "is not on the hub"
+            raise ValueError(
+                f"{task.name} {why} (source: {task.source}); set data.path to your own copy: a folder with "
+                f"{' or '.join(_stems(task, 'train'))}.jsonl, or data.path={{{task.name}: <file>}}"
+            )
+        return _read_hub(task)
+    raw = {
+        split: list(itertools.chain.from_iterable(rows(p, header=_header(task, p)) for p in some))
+        for split, some in found.items()
+    }
+    bound = task.with_options_of(row for some in raw.values() for row, _ in some)
+    return {split: _joined(bound, [bound.record(row, where) for row, where in some]) for split, some in raw.items()}
+
+
+def task_files(task: Task, path: Any, *, alone: bool = True) -> dict[str, list[Path]] | None:
+    """Return a task's local files by split.
+
+    Args:
+        task: The task.
+        path: A mapping of task (or of split) to file, files or such a mapping; or a folder, in and below which files
+            are found by name (``<task>_train.jsonl``); or a file, for a single task.
+        alone: Whether a file or list of files belongs to this task.
+
+    Returns:
+        Files by split, or None if a mapping leaves the task out, which then comes from the hub.
+
+    Raises:
+        ValueError: There is no such file, or none of the task's in the folder.
+    """
+    if isinstance(path, Mapping):
+        if set(path) <= set(SPLIT_NAMES):
+            return {split: paths_of(some) for split, some in path.items()}
+        return task_files(task, path[task.name]) if path.get(task.name) is not None else None
+    given = paths_of(path)
+    if len(given) > 1 or not given[0].is_dir():
+        if not alone:
+            raise ValueError(
+                f"data.path={path} is a file, but there are several tasks; give a folder, or "
+                f"data.path={{{task.name}: <file>}}"
+            )
+        return {"train": given}
+    files = [file for file in sorted(given[0].rglob("*")) if file.is_file()]
+    found: dict[str, list[Path]] = {}
+    for split in SPLIT_NAMES:
+        for stem in _stems(task, split):
+            pattern = re.compile(re.escape(stem) + r"([_.-]v?\d+)?", re.IGNORECASE)
+            matching = [file for file in files if pattern.fullmatch(_stem(file, stem))]
+            if matching:
+                found[split] = matching[:1]
+                break
+    if not found:
+        stems = [stem for split in SPLIT_NAMES for stem in _stems(task, split)]
+        raise ValueError(
+            f"data.path={path} holds no file of {task.name}; looked below it for {', '.join(dict.fromkeys(stems))} "
+            f"with any known suffix; rename yours, or name it: data.path={{{task.name}: <file>}}"
+        )
+    return found
+
+
+def _stem(file: Path, stem: str) -> str:
+    """The name to compare: with its folder where the wanted one has a folder."""
+    return f"{file.parent.name}/{file.stem}" if "/" in stem else file.stem
+
+
+def _stems(task: Task, split: str) -> list[str]:
+    own = list(task.files.get(split, []))
+    base = task.name.partition("/")[2] or task.name
+    named = [f"{base}_{alias}" for alias in SPLIT_NAMES[split]]
+    foldered = [f"{base}/{alias}" for alias in SPLIT_NAMES[split]]
+    return own or [*named, *foldered, *([base] if split == "train" else [])]
+
+
+def _header(task: Task, path: Path) -> Sequence[str] | None:
+    """The task's column names, unless the file's first line holds them."""
+    if task.header is None or path.suffix.lower() not in (".csv", ".tsv"):
+        return None
+    first = path.open(encoding="utf-8-sig").readline().casefold()
+    return None if all(column.casefold() in first for column in task.header) else task.header
+
+
+def _joined(task: Task, records: list[Record]) -> list[Record]:
+    if not task.concatenate:
+        return records
+    text = "\n\n".join(record.text.strip("\n") for record in records if isinstance(record, TextRecord))
+    return [TextRecord(text, task.name)]
+
+
+def _sizes(counts: Mapping[str, int], weights: Mapping[str, float | None], most: int | None) -> dict[str, int]:
+    """How many training records of each task: as many as the weights allow, at most ``most`` together."""
+    if all(not weight for weight in weights.values()):
+        total = sum(counts.values())
+        share = {task: count / total for task, count in counts.items()}
+    else:
+        positive = {task: float(weight or 0) for task, weight in weights.items()}
+        if not all(positive.values()):
+            raise ValueError(f"data.tasks={dict(weights)}: give every task a weight, or none of them")
+        share = {task: weight / sum(positive.values()) for task, weight in positive.items()}
+        total = int(min(counts[task] / share[task] for task in counts))
+    total = total if most is None else min(total, most)
+    return {task: max(1, round(share[task] * total)) for task in counts}
 
 
 def _complete(
     read: Mapping[str, list[Record]], shares: Mapping[str, float], *, seed: int, where: str, name: str
 ) -> Splits:
     """Carve the splits that are not among ``read`` off its training records, and make all of them disjoint."""
+    if "train" not in read:
+        log.info("%s: there are no training records, only %s", where, ", ".join(read))
+        return separate(Splits([], read.get("validation", []), read.get("test", []), name))
     missing = {split: share for split, share in shares.items() if split not in read}
-    train, carved = carve(read["train"], missing, seed=seed, where=where)
+    train, carved = carve(read["train"], missing, seed=seed, where=where) if missing else (read["train"], {})
     parts = {**read, **carved}
     return separate(Splits(train, parts["validation"], parts["test"], name))
 
 
-def _read_files(paths: Paths, parse: Parse, fields: Mapping[str, str] | None = None) -> list[Record]:
-    files = [paths] if isinstance(paths, str) or not isinstance(paths, Sequence) else list(paths)
-    if not files:
-        raise ValueError("data.path is an empty list; name at least one JSONL file")
-    return [record for file in files for record in read_jsonl(file, fields=fields, parse=parse)]
+def _read(files: Iterable[Path], parse: Any, most: int | None = None) -> list[Record]:
+    found = [parse(row, where) for file in files for row, where in itertools.islice(rows(file), most)]
+    if not found:
+        raise ValueError(f"{', '.join(map(str, files))} holds no records; see the README for the shapes of a record")
+    return found[:most]
 
 
-def _read_hub(
-    repo: str, folder: str | None, revision: str, cache_dir: str | None, parse: Parse
-) -> dict[str, list[Record]]:
+def _read_hub(task: Task) -> dict[str, list[Record]]:
+    """Fetch a task from the Hugging Face hub, which the user asked for by naming it without local files."""
+    where = f"{task.hub}{f' ({task.subset})' if task.subset else ''}, revision {task.revision}"
+    converted = task.revision.startswith("refs/convert")
+    part = {"data_dir": task.subset} if converted else {"name": task.subset}
     try:
         from datasets import load_dataset
 
-        found = load_dataset(repo, data_dir=folder, revision=revision, cache_dir=cache_dir)
-        rows = {split: list(found[split]) for split in ("train", "validation", "test") if split in found}
+        found = load_dataset(task.hub, revision=task.revision, **part)
+        wanted = {split: task.splits.get(split, split) for split in SPLIT_NAMES}
+        raw = {split: list(found[theirs]) for split, theirs in wanted.items() if theirs in found}
     # Whatever the client raises (offline, gated, gone, moved, a script, a broken cache), the way out is the same.
     except Exception as error:
+        gated = "gated" in f"{type(error).__name__} {error}".lower()
+        hint = (
+            f"It is gated: accept its terms at https://huggingface.co/datasets/{task.hub} and log in with "
+            "`hf auth login`"
+            if gated
+            else "If it should be reachable, go online or log in"
+        )
         raise ValueError(
-            f"cannot fetch {repo} (revision {revision}) from the Hugging Face hub: {type(error).__name__}: {error}. "
-            "If it should be reachable, go online or log in; otherwise use your own file with data=jsonl "
-            "data.path=<file>, local copies with data.casehold_path and data.billsum_path, or data=embedded_legal, "
-            "which needs no network"
+            f"cannot fetch {where} from the Hugging Face hub: {type(error).__name__}: {error}. {hint}; otherwise use "
+            f"local copies of the same columns with data.path=<folder or file>, your own file with data=files "
+            "data.path=<file>, or data=embedded_legal, which needs no network"
         ) from error
-    if "train" not in rows:
-        raise ValueError(f"{repo} (revision {revision}) has the splits {sorted(found)} but none named train")
-    return {split: _usable(some, parse, f"{repo}/{split}") for split, some in rows.items()}
+    if not raw:
+        raise ValueError(f"{where} has the splits {sorted(found)} but none of {sorted(wanted.values())}")
+    bound = task.with_options_of(row for some in raw.values() for row in some)
+    return {
+        split: _joined(bound, _usable(bound, [(row, f"{task.hub}/{split} row {i}") for i, row in enumerate(some)]))
+        for split, some in raw.items()
+    }
 
 
-def _usable(rows: Sequence[Any], parse: Parse, where: str) -> list[Record]:
+def _usable(task: Task, found: Sequence[Row]) -> list[Record]:
     """Parse rows that the user cannot mend: leave a few bad ones out, and say so; raise the first error on many."""
     records: list[Record] = []
     errors: list[ValueError] = []
-    for i, row in enumerate(rows):
+    for row, where in found:
+        if task.concatenate and isinstance(row, Mapping) and not str(row.get("text", "")).strip():
+            continue
         try:
-            records.append(parse(row, f"{where} row {i}"))
+            records.append(task.record(row, where))
         except ValueError as error:
             errors.append(error)
     if errors:
-        if len(errors) > _BAD_ROWS_SHARE * len(rows):
+        if len(errors) > _BAD_ROWS_SHARE * len(found):
             raise errors[0]
-        log.warning("%s: left out %d of %d rows; the first: %s", where, len(errors), len(rows), errors[0])
+        log.warning("%s: left out %d of %d rows; the first: %s", task.name, len(errors), len(found), errors[0])
     return records
-
-
-def _columns(row: Any, needed: Sequence[str], where: str) -> None:
-    if not isinstance(row, Mapping) or not set(needed) <= row.keys():
-        found = sorted(map(str, row)) if isinstance(row, Mapping) else kind(row)
-        raise ValueError(f"{where}: needs the columns {list(needed)}, got {found}")
-
-
-def _casehold(row: Any, where: str) -> Record:
-    """Make a row of CaseHOLD (Zheng et al. 2021, arXiv 2104.08671) a record; its label may be written as a string."""
-    _columns(row, ["citing_prompt", *(f"holding_{i}" for i in range(5)), "label"], where)
-    label = row["label"]
-    raw = {
-        "prompt": CASEHOLD_PROMPT.format(citing_prompt=text_of(row, "citing_prompt", where).strip()),
-        "choices": [" " + text_of(row, f"holding_{i}", where).strip() for i in range(5)],
-        "label": int(label) if isinstance(label, str) and label.isdecimal() else label,
-        "task": "casehold",
-    }
-    return parse_record(raw, where)
-
-
-def _billsum(row: Any, where: str) -> Record:
-    """Make a row of BillSum (Kornilova and Eidelman 2019, arXiv 1910.00523) a record; the bill is text or source."""
-    bill = "source" if isinstance(row, Mapping) and "text" not in row else "text"
-    _columns(row, [bill, "summary"], where)
-    prompt = BILLSUM_PROMPT.format(text=text_of(row, bill, where).strip())
-    return CompletionRecord(prompt, " " + text_of(row, "summary", where).strip(), task="billsum")

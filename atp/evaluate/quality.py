@@ -4,8 +4,10 @@ Perplexity over everything, accuracy and macro-F1 where there are choices, ROUGE
 any transformers causal LM, dense or pruned, and comes after training and export in the flow. It knows nothing of
 masks, budgets or how a model was made; size, speed and memory are in :mod:`atp.evaluate.measure`.
 
-Everything is deterministic: greedy decoding, batches sorted by length, no dropout. ATP and D-Pruner sample summaries,
-which makes ROUGE noisy; figures are therefore comparable within ATP, not with those papers.
+Every metric comes with the number of items, and with what each item gave, from which :mod:`atp.evaluate.intervals`
+makes intervals and paired comparisons. Everything is deterministic: greedy decoding, batches sorted by length, no
+dropout. ATP and D-Pruner sample summaries, which makes ROUGE noisy; figures are therefore comparable within ATP, not
+with those papers.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from torchmetrics.functional.text import rouge_score
 
 from atp.data.encoding import Encoder
-from atp.data.records import ChoiceRecord, CompletionRecord, Record
+from atp.data.records import ChoiceRecord, CompletionRecord, Record, TextRecord
+from atp.evaluate.intervals import RESAMPLES, Items, interval, score
 from atp.evaluate.scoring import choice_nats, evaluating, greedy, sequence_nats
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 HIGHER_IS_BETTER = ("accuracy", "macro_f1", *ROUGE)
 LOWER_IS_BETTER = ("perplexity", "bits_per_byte")
 
+FEW_RECORDS = 20
 _SAMPLE_WORDS = 32
 _T = TypeVar("_T")
 
@@ -47,15 +51,25 @@ class Metrics:
             ``<task>/accuracy``, ``<task>/macro_f1``, ``<task>/rouge1``, ``<task>/rouge2``, ``<task>/rougeL``. Accuracy,
             F1 and ROUGE lie in [0, 1].
         counts: Metric to what it is over: tokens for perplexity, bytes for bits per byte, records for the others.
+        items: Metric to what each item gave: records, or windows of text where there are fewer than
+            ``FEW_RECORDS`` records.
     """
 
     values: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    items: dict[str, Items] = field(default_factory=dict)
 
-    def put(self, name: str, value: float, count: int) -> None:
+    def put(self, name: str, value: float, count: int, items: Items | None = None) -> None:
         """Add a metric."""
         self.values[name] = value
         self.counts[name] = count
+        if items is not None:
+            self.items[name] = items
+
+    def intervals(self, resamples: int = RESAMPLES) -> dict[str, list[float]]:
+        """Return the 95% bootstrap interval of every metric that has at least two items."""
+        found = {name: interval(items, resamples=resamples) for name, items in self.items.items()}
+        return {name: list(bounds) for name, bounds in found.items() if bounds is not None}
 
 
 class Sample(NamedTuple):
@@ -68,21 +82,33 @@ class Sample(NamedTuple):
 
 @dataclass
 class _Tally:
-    """Negative log-likelihood in nats, and over how much."""
+    """Negative log-likelihood in nats, and over how much: per record, and per window of it."""
 
-    nats: float = 0.0
-    tokens: int = 0
-    text_bytes: int = 0
+    records: dict[int, list[float]] = field(default_factory=dict)
+    windows: list[tuple[float, float, float]] = field(default_factory=list)
 
-    def add(self, nats: float, tokens: int, text_bytes: int) -> None:
-        self.nats += nats
-        self.tokens += tokens
-        self.text_bytes += text_bytes
+    def add(self, record: int, nats: float, tokens: int, text_bytes: float) -> None:
+        """Add a window of the record at a position."""
+        row = self.records.setdefault(record, [0.0, 0.0, 0.0])
+        for column, amount in enumerate((nats, tokens, text_bytes)):
+            row[column] += amount
+        self.windows.append((nats, tokens, text_bytes))
 
-    @property
-    def perplexity(self) -> float:
-        mean = self.nats / max(1, self.tokens)
-        return math.inf if mean > 700 else math.exp(mean)
+    def update(self, other: _Tally) -> None:
+        """Add another tally, of other records."""
+        self.records.update(other.records)
+        self.windows.extend(other.windows)
+
+    def put(self, metrics: Metrics, prefix: str, *, bits: bool) -> None:
+        """Add perplexity and, if asked, bits per byte to the metrics."""
+        rows: Sequence[Sequence[float]] = [self.records[at] for at in sorted(self.records)]
+        rows = self.windows if len(rows) < FEW_RECORDS else rows
+        nats, tokens, text_bytes = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [])
+        perplexity = Items("perplexity", nats, tokens)
+        metrics.put(f"{prefix}perplexity", score(perplexity), int(sum(tokens)), perplexity)
+        if bits:
+            per_byte = Items("bits", nats, text_bytes)
+            metrics.put(f"{prefix}bits_per_byte", score(per_byte), round(sum(text_bytes)), per_byte)
 
 
 def evaluate(
@@ -94,6 +120,8 @@ def evaluate(
     batch_size: int,
     max_new_tokens: int = 96,
     max_generate: int | None = 64,
+    normalise: Mapping[str, str] | str = "tokens",
+    stride: int | None = None,
     device: torch.device | str | None = None,
 ) -> Metrics:
     """Score a model on records.
@@ -102,8 +130,9 @@ def evaluate(
       running texts. The end of a sequence, though learnt, is not scored: it is no text, and some base models were
       never taught one. Long texts are scored in windows of ``max_length``.
     * ``bits_per_byte``: the same sum in bits, over the UTF-8 bytes of the scored text; comparable across tokenizers.
-    * ``accuracy``, ``macro_f1``: picks the choice of highest log-likelihood given the prompt, per token of the choice
-      (CaseHOLD in D-Pruner's protocol, Zhang et al. 2024, arXiv 2405.06275; classes are the choices' positions).
+    * ``accuracy``, ``macro_f1``: picks the choice of highest log-likelihood given the prompt: per token of the choice
+      (CaseHOLD in D-Pruner's protocol, Zhang et al. 2024, arXiv 2405.06275), per character of it (``acc_norm`` of the
+      lm-evaluation-harness, where ARC and PIQA are reported so), or not normalised. Classes are choices' positions.
     * ``rouge*``: F-measure of greedy completions, lower case, without stemming (Lin 2004, W04-1013).
 
     Args:
@@ -114,6 +143,8 @@ def evaluate(
         batch_size: Sequences of a forward pass.
         max_new_tokens: Most tokens to generate per completion.
         max_generate: Most completions to generate per task, spread evenly over its records; None for all, 0 for none.
+        normalise: ``tokens``, ``characters`` or ``none``, for all tasks or by task (others then take ``tokens``).
+        stride: Tokens by which windows of long text move on, at most ``max_length``; None moves by whole windows.
         device: Where to put batches; None takes the device of the model.
 
     Returns:
@@ -126,8 +157,8 @@ def evaluate(
     if not records:
         raise ValueError("there are no records to evaluate on; give more data, or a data.test_path")
     _check_context(model, max_length)
-    encoder = Encoder(tokenizer, max_length, close=False)
-    run = _Run(model, encoder, batch_size, _device(model, device))
+    encoder = Encoder(tokenizer, max_length, close=False, stride=stride)
+    run = _Run(model, encoder, batch_size, _device(model, device), normalise)
     tallies: dict[str, _Tally] = {record.task: _Tally() for record in records}
     with evaluating(model):
         run.tally_sequences(records, tallies)
@@ -138,12 +169,12 @@ def evaluate(
         log.info("cut to max_length=%d while evaluating: %s", max_length, truncated)
     whole = _Tally()
     for tally in tallies.values():
-        whole.add(tally.nats, tally.tokens, tally.text_bytes)
+        whole.update(tally)
     metrics = Metrics()
-    metrics.put("perplexity", whole.perplexity, whole.tokens)
-    metrics.put("bits_per_byte", whole.nats / math.log(2) / max(1, whole.text_bytes), whole.text_bytes)
+    whole.put(metrics, "", bits=True)
+    running = {record.task for record in records if isinstance(record, TextRecord)}
     for task, tally in tallies.items():
-        metrics.put(f"{task}/perplexity", tally.perplexity, tally.tokens)
+        tally.put(metrics, f"{task}/", bits=task in running)
         if task in picks:
             _put_picks(metrics, task, picks[task])
         if task in texts:
@@ -231,33 +262,58 @@ def samples(
 class _Run:
     """A model, its encoder and how to run it: the steps of an evaluation."""
 
-    def __init__(self, model: PreTrainedModel, encoder: Encoder, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        encoder: Encoder,
+        batch_size: int,
+        device: torch.device,
+        normalise: Mapping[str, str] | str = "tokens",
+    ) -> None:
         self.model = model
         self.encoder = encoder
         self.batch_size = batch_size
         self.device = device
+        self.normalise = normalise
 
     def tally_sequences(self, records: Sequence[Record], tallies: Mapping[str, _Tally]) -> None:
         """Tally running text and completions."""
-        plain = [record for record in records if not isinstance(record, ChoiceRecord)]
-        found = zip(plain, self.encoder.encode(plain), strict=True)
-        owned = [(record.task, example) for record, examples in found for example in examples]
-        all_nats = sequence_nats(self.model, [example for _, example in owned], **self._how)
-        for (task, example), nats in zip(owned, all_nats, strict=True):
-            tallies[task].add(nats, example.loss_tokens, example.text_bytes)
+        plain = [(at, record) for at, record in enumerate(records) if not isinstance(record, ChoiceRecord)]
+        found = zip(plain, self.encoder.encode([record for _, record in plain]), strict=True)
+        owned = [(at, record.task, example) for (at, record), examples in found for example in examples]
+        bytes_of: dict[int, int] = {}
+        tokens_of: dict[int, int] = {}
+        for at, _, example in owned:
+            bytes_of[at] = bytes_of.get(at, 0) + example.text_bytes
+            tokens_of[at] = tokens_of.get(at, 0) + example.loss_tokens
+        all_nats = sequence_nats(self.model, [example for _, _, example in owned], **self._how)
+        for (at, task, example), nats in zip(owned, all_nats, strict=True):
+            share = example.loss_tokens / max(1, tokens_of[at])
+            tallies[task].add(at, nats, example.loss_tokens, bytes_of[at] * share)
 
     def pick(self, records: Sequence[Record], tallies: Mapping[str, _Tally]) -> dict[str, list[tuple[int, int, int]]]:
         """Tally right choices; return the picked choice, the right one and the number of choices, by task."""
-        asked = [record for record in records if isinstance(record, ChoiceRecord)]
-        items = self.encoder.choices(asked)
+        asked = [(at, record) for at, record in enumerate(records) if isinstance(record, ChoiceRecord)]
+        items = self.encoder.choices([record for _, record in asked])
         picks: dict[str, list[tuple[int, int, int]]] = {}
-        for record, item, nats in zip(asked, items, choice_nats(self.model, items, **self._how), strict=True):
-            means = [sum(one) / max(1, len(one)) for one in nats]
-            pick = min(range(len(means)), key=means.__getitem__)
-            picks.setdefault(record.task, []).append((pick, record.label, len(means)))
+        for (at, record), item, nats in zip(asked, items, choice_nats(self.model, items, **self._how), strict=True):
+            scores = [sum(one) / size for one, size in zip(nats, self._sizes(record, nats), strict=True)]
+            pick = min(range(len(scores)), key=scores.__getitem__)
+            picks.setdefault(record.task, []).append((pick, record.label, len(scores)))
             right = nats[record.label]
-            tallies[record.task].add(sum(right), len(right), item.text_bytes[record.label])
+            tallies[record.task].add(at, sum(right), len(right), item.text_bytes[record.label])
         return picks
+
+    def _sizes(self, record: ChoiceRecord, nats: Sequence[Sequence[float]]) -> list[int]:
+        """What the log-likelihoods of an item's choices are divided by."""
+        way = self.normalise if isinstance(self.normalise, str) else self.normalise.get(record.task, "tokens")
+        if way == "tokens":
+            return [max(1, len(one)) for one in nats]
+        if way == "characters":
+            return [max(1, len(choice.strip())) for choice in record.choices]
+        if way == "none":
+            return [1 for _ in nats]
+        raise ValueError(f"evaluate.normalise={way!r} is unknown; choose tokens, characters or none")
 
     def complete(
         self, records: Sequence[Record], max_new_tokens: int, max_generate: int | None
@@ -294,16 +350,18 @@ def _put_picks(metrics: Metrics, task: str, picks: Sequence[tuple[int, int, int]
     classes = max(choices for _, _, choices in picks)
     accuracy = multiclass_accuracy(picked, right, num_classes=classes, average="micro")
     macro_f1 = multiclass_f1_score(picked, right, num_classes=classes, average="macro")
-    metrics.put(f"{task}/accuracy", float(accuracy), len(picks))
-    metrics.put(f"{task}/macro_f1", float(macro_f1), len(picks))
+    hits = Items("mean", [float(pick == label) for pick, label, _ in picks])
+    classes_of = Items("macro_f1", [float(pick) for pick, _, _ in picks], [float(label) for _, label, _ in picks])
+    metrics.put(f"{task}/accuracy", float(accuracy), len(picks), hits)
+    metrics.put(f"{task}/macro_f1", float(macro_f1), len(picks), classes_of)
 
 
 def _put_rouge(metrics: Metrics, task: str, texts: Sequence[tuple[str, str]]) -> None:
-    generated, references = zip(*texts, strict=True)
     # Without rougeLsum and stemming, torchmetrics needs neither nltk nor a download.
-    scores = rouge_score(list(generated), list(references), rouge_keys=ROUGE)
+    scores = [rouge_score(generated, reference, rouge_keys=ROUGE) for generated, reference in texts]
     for name in ROUGE:
-        metrics.put(f"{task}/{name}", float(scores[f"{name}_fmeasure"]), len(texts))
+        items = Items("mean", [float(one[f"{name}_fmeasure"]) for one in scores])
+        metrics.put(f"{task}/{name}", score(items), len(texts), items)
 
 
 def _prompt_and_reference(record: Record) -> tuple[str, str]:

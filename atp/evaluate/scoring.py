@@ -1,14 +1,17 @@
 """Scoring: log-likelihoods and greedy continuations of token ids under any causal LM of transformers.
 
 The forward passes behind :mod:`atp.evaluate`: right-padded sequences, choices that share the reading of their prompt,
-and decoding with the KV cache. It sits between :mod:`atp.data.encoding` and the metrics. It knows nothing of text,
-tasks or metrics. Inputs are sorted by length into batches; results come in the order of the inputs.
+and decoding with the KV cache. What many sequences begin with, such as a prompt's system part or a task's template, is
+read once, and its keys and values are repeated for all of them. It sits between :mod:`atp.data.encoding` and the
+metrics. It knows nothing of text, tasks or metrics. Inputs are sorted by length into batches; results come in the order
+of the inputs.
 
 Shape suffixes: B batch, T tokens, V vocabulary, C choices of a batch.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +26,10 @@ from atp.data.encoding import IGNORED, Choices, Example, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_LEAST_SHARED = 16
+_FEWEST_SHARING = 4
 
 
 @contextmanager
@@ -43,18 +50,39 @@ def sequence_nats(
 ) -> list[float]:
     """Return each example's negative log-likelihood over its learnt tokens, in nats."""
     found = [0.0] * len(examples)
-    for batch in _batches([len(example.input_ids) for example in examples], batch_size):
-        arrays = pad([examples[i] for i in batch], pad_id)
-        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-        labels_BT = tensors.pop("labels")[:, 1:]
-        logits_BTV = model(**tensors, use_cache=False).logits[:, :-1]
-        learnt_BT = labels_BT != IGNORED
-        nats = functional.cross_entropy(logits_BTV[learnt_BT].float(), labels_BT[learnt_BT], reduction="none")
-        sums_B = torch.zeros(len(batch), dtype=torch.float64, device=device)
-        sums_B.index_add_(0, learnt_BT.nonzero()[:, 0], nats.double())
-        for i, total in zip(batch, sums_B.tolist(), strict=True):
-            found[i] = total
+    given = [example.input_ids[: example.context].tolist() for example in examples]
+    for group, shared in _groups(given):
+        prefix = _prefix(model, given[group[0]][:shared], device)
+        for batch in _batches([len(examples[i].input_ids) for i in group], batch_size):
+            chosen = [group[place] for place in batch]
+            totals = _sequence_batch(model, [examples[i] for i in chosen], prefix, shared, pad_id, device)
+            for i, total in zip(chosen, totals, strict=True):
+                found[i] = total
     return found
+
+
+def _sequence_batch(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    prefix: _State | None,
+    shared: int,
+    pad_id: int,
+    device: torch.device,
+) -> list[float]:
+    arrays = pad(examples, pad_id)
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    labels_BT = tensors.pop("labels")[:, shared + 1 :]
+    if prefix is None:
+        logits_BTV = model(**tensors, use_cache=False).logits[:, :-1]
+    else:
+        rest = {name: tensor[:, shared:] for name, tensor in tensors.items()}
+        state = prefix.repeated(len(examples))
+        logits_BTV = _read_on(model, state, rest["input_ids"], rest["attention_mask"]).logits_BTV[:, :-1]
+    learnt_BT = labels_BT != IGNORED
+    nats = functional.cross_entropy(logits_BTV[learnt_BT].float(), labels_BT[learnt_BT], reduction="none")
+    sums_B = torch.zeros(len(examples), dtype=torch.float64, device=device)
+    sums_B.index_add_(0, learnt_BT.nonzero()[:, 0], nats.double())
+    return sums_B.tolist()
 
 
 def choice_nats(
@@ -66,22 +94,31 @@ def choice_nats(
     those of one item.
     """
     found: list[list[list[float]]] = [[] for _ in items]
-    sizes = [len(item.prompt) + max(map(len, item.continuations)) for item in items]
-    for batch in _batches(sizes, batch_size, [len(item.continuations) for item in items]):
-        chosen = [items[i] for i in batch]
-        state = _read(model, [item.prompt for item in chosen], pad_id, device)
-        continuations = [ids for item in chosen for ids in item.continuations]
-        owners_C = torch.tensor([row for row, item in enumerate(chosen) for _ in item.continuations], device=device)
-        ids_CT, mask_CT = _right_padded(continuations, pad_id, device)
-        logits_CTV = state.logits_BTV[owners_C, -1:]
-        if ids_CT.shape[1] > 1:
-            onward = _read_on(model, state.select(owners_C), ids_CT[:, :-1], mask_CT[:, :-1])
-            logits_CTV = torch.cat([logits_CTV, onward.logits_BTV], dim=1)
-        nats_CT = functional.cross_entropy(logits_CTV.transpose(1, 2).float(), ids_CT, reduction="none").tolist()
-        rows = iter(zip(continuations, nats_CT, strict=True))
-        for i, item in zip(batch, chosen, strict=True):
-            found[i] = [nats[: len(ids)] for ids, nats in (next(rows) for _ in item.continuations)]
+    for group, shared in _groups([item.prompt for item in items]):
+        prefix = _prefix(model, items[group[0]].prompt[:shared], device)
+        sizes = [len(items[i].prompt) + max(map(len, items[i].continuations)) for i in group]
+        for batch in _batches(sizes, batch_size, [len(items[i].continuations) for i in group]):
+            chosen = [group[place] for place in batch]
+            nats = _choice_batch(model, [items[i] for i in chosen], prefix, pad_id, device)
+            for i, of_item in zip(chosen, nats, strict=True):
+                found[i] = of_item
     return found
+
+
+def _choice_batch(
+    model: PreTrainedModel, items: Sequence[Choices], prefix: _State | None, pad_id: int, device: torch.device
+) -> list[list[list[float]]]:
+    state = _read(model, [item.prompt for item in items], pad_id, device, prefix)
+    continuations = [ids for item in items for ids in item.continuations]
+    owners_C = torch.tensor([row for row, item in enumerate(items) for _ in item.continuations], device=device)
+    ids_CT, mask_CT = _right_padded(continuations, pad_id, device)
+    logits_CTV = state.logits_BTV[owners_C, -1:]
+    if ids_CT.shape[1] > 1:
+        onward = _read_on(model, state.select(owners_C), ids_CT[:, :-1], mask_CT[:, :-1])
+        logits_CTV = torch.cat([logits_CTV, onward.logits_BTV], dim=1)
+    nats_CT = functional.cross_entropy(logits_CTV.transpose(1, 2).float(), ids_CT, reduction="none").tolist()
+    rows = iter(zip(continuations, nats_CT, strict=True))
+    return [[nats[: len(ids)] for ids, nats in (next(rows) for _ in item.continuations)] for item in items]
 
 
 def greedy(
@@ -96,21 +133,38 @@ def greedy(
 ) -> list[list[int]]:
     """Return the most likely continuation of each prompt, token by token, up to a stop (left out) or the limit."""
     found: list[list[int]] = [[] for _ in prompts]
-    stops_S = torch.tensor(list(stops), device=device, dtype=torch.long)
-    for batch in _batches([len(prompt) for prompt in prompts], batch_size):
-        state = _read(model, [prompts[i] for i in batch], pad_id, device)
-        stopped_B = torch.zeros(len(batch), dtype=torch.bool, device=device)
-        steps: list[Tensor] = []
-        while True:
-            next_B = state.logits_BTV[:, -1].argmax(-1)
-            steps.append(next_B)
-            stopped_B |= torch.isin(next_B, stops_S)
-            if len(steps) == max_new_tokens or bool(stopped_B.all()):
-                break
-            state = _read_on(model, state, next_B[:, None], torch.ones_like(next_B[:, None]))
-        for i, ids in zip(batch, torch.stack(steps, dim=1).tolist(), strict=True):
-            found[i] = ids[: next((at for at, token in enumerate(ids) if token in stops), len(ids))]
+    for group, shared in _groups(prompts):
+        prefix = _prefix(model, prompts[group[0]][:shared], device)
+        for batch in _batches([len(prompts[i]) for i in group], batch_size):
+            chosen = [group[place] for place in batch]
+            rows = _greedy_batch(model, [prompts[i] for i in chosen], prefix, stops, max_new_tokens, pad_id, device)
+            for i, ids in zip(chosen, rows, strict=True):
+                found[i] = ids
     return found
+
+
+def _greedy_batch(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    prefix: _State | None,
+    stops: Sequence[int],
+    max_new_tokens: int,
+    pad_id: int,
+    device: torch.device,
+) -> list[list[int]]:
+    stops_S = torch.tensor(list(stops), device=device, dtype=torch.long)
+    state = _read(model, prompts, pad_id, device, prefix)
+    stopped_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    steps: list[Tensor] = []
+    while True:
+        next_B = state.logits_BTV[:, -1].argmax(-1)
+        steps.append(next_B)
+        stopped_B |= torch.isin(next_B, stops_S)
+        if len(steps) == max_new_tokens or bool(stopped_B.all()):
+            break
+        state = _read_on(model, state, next_B[:, None], torch.ones_like(next_B[:, None]))
+    rows = torch.stack(steps, dim=1).tolist()
+    return [ids[: next((at for at, token in enumerate(ids) if token in stops), len(ids))] for ids in rows]
 
 
 @dataclass(frozen=True)
@@ -134,23 +188,64 @@ class _State:
         self.cache.batch_select_indices(rows_C)
         return _State(self.logits_BTV[rows_C], self.cache, self.mask_BT[rows_C], self.lengths_B[rows_C])
 
+    def repeated(self, times: int) -> _State:
+        """Return a single row's state so many times, in a cache of its own."""
+        rows_B = torch.zeros(times, dtype=torch.long, device=self.mask_BT.device)
+        return _State(self.logits_BTV, copy.deepcopy(self.cache), self.mask_BT, self.lengths_B).select(rows_B)
 
-def _read(model: PreTrainedModel, prompts: Sequence[list[int]], pad_id: int, device: torch.device) -> _State:
-    """Read prompts, padded on the left, so that all of them end at the same place."""
-    longest = max(map(len, prompts))
-    ids_BT = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in prompts], device=device)
-    lengths_B = torch.tensor([len(ids) for ids in prompts], device=device)
+
+def _groups(sequences: Sequence[list[int]]) -> list[tuple[list[int], int]]:
+    """Group sequences by how they begin; each group with how many tokens all of it share, short of a whole sequence.
+
+    Sequences that begin like few others make one group that shares nothing.
+    """
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, ids in enumerate(sequences):
+        alike.setdefault(tuple(ids[:_LEAST_SHARED]) if len(ids) > _LEAST_SHARED else (), []).append(i)
+    groups: list[tuple[list[int], int]] = []
+    alone: list[int] = []
+    for start, members in alike.items():
+        if not start or len(members) < _FEWEST_SHARING:
+            alone.extend(members)
+            continue
+        first, last = (pick(sequences[i] for i in members) for pick in (min, max))
+        most = min(len(sequences[i]) for i in members) - 1
+        same = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
+        groups.append((members, min(same, most)))
+    return [*groups, *([(sorted(alone), 0)] if alone else [])]
+
+
+def _prefix(model: PreTrainedModel, ids: list[int], device: torch.device) -> _State | None:
+    """Read what a group of sequences begins with."""
+    return _read(model, [ids], 0, device) if ids else None
+
+
+def _read(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    pad_id: int,
+    device: torch.device,
+    prefix: _State | None = None,
+) -> _State:
+    """Read prompts, padded on the left, so that all of them end at the same place; what they share, from its state."""
+    shared = 0 if prefix is None else int(prefix.lengths_B[0])
+    rest = [ids[shared:] for ids in prompts]
+    longest = max(map(len, rest))
+    ids_BT = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in rest], device=device)
+    lengths_B = torch.tensor([len(ids) for ids in rest], device=device)
     mask_BT = (torch.arange(longest, device=device) >= (longest - lengths_B)[:, None]).long()
+    if prefix is not None:
+        return _read_on(model, prefix.repeated(len(prompts)), ids_BT, mask_BT, keep=1)
     options: dict[str, Any] = {"logits_to_keep": 1, "position_ids": (mask_BT.cumsum(-1) - 1).clamp(min=0)}
     out = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=True, **_accepted(model, options))
     return _State(out.logits[:, -1:], out.past_key_values, mask_BT, lengths_B)
 
 
-def _read_on(model: PreTrainedModel, state: _State, ids_BT: Tensor, mask_BT: Tensor) -> _State:
-    """Read further tokens; padding, if any, is on the right."""
+def _read_on(model: PreTrainedModel, state: _State, ids_BT: Tensor, mask_BT: Tensor, keep: int = 0) -> _State:
+    """Read further tokens, padded on either side; the logits of the last ``keep``, or of all for 0."""
     mask = torch.cat([state.mask_BT, mask_BT], dim=1)
-    positions_BT = state.lengths_B[:, None] + torch.arange(ids_BT.shape[1], device=ids_BT.device)
-    options = _accepted(model, {"position_ids": positions_BT})
+    positions_BT = state.lengths_B[:, None] + (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    options = _accepted(model, {"position_ids": positions_BT, "logits_to_keep": keep})
     out = model(input_ids=ids_BT, attention_mask=mask, past_key_values=state.cache, use_cache=True, **options)
     return _State(out.logits, out.past_key_values, mask, state.lengths_B + mask_BT.sum(-1))
 

@@ -53,6 +53,7 @@ def model_card(
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     recovery: Mapping[str, float] | None = None,
     limitations: Sequence[str] = (),
+    prompt: str | None = None,
 ) -> str:
     """Writes the model card.
 
@@ -76,6 +77,7 @@ def model_card(
         metrics: Model (dense, dense_lora, pruned, ...) -> metric -> value.
         recovery: Metric -> percent of the dense + LoRA model's value.
         limitations: Sentences added to the general limitations.
+        prompt: What stood before or around prompts when it was evaluated, and should when it is used.
 
     Returns:
         Markdown with a YAML header.
@@ -87,6 +89,7 @@ def model_card(
         _widths_table(widths, dense_widths),
         _metrics_table(metrics or {}, recovery or {}),
         _loading(architecture, stock),
+        _prompt(prompt),
         "## Limitations\n\n" + "\n".join(f"- {line}" for line in (*limitations, *GENERAL_LIMITATIONS)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -227,6 +230,16 @@ def _loading(architecture: str, stock: bool) -> str:
         "```",
     ]
     return "\n".join(["## How to load", "", why, "", *lines])
+
+
+def _prompt(prompt: str | None) -> str:
+    if not prompt:
+        return ""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", prompt)), default=0))
+    told = (
+        "The figures above were measured with this around each prompt (a Jinja template; `prompt.json` holds it all):"
+    )
+    return f"## Prompt\n\n{told}\n\n{fence}\n{prompt}\n{fence}"
 
 
 def load_lines(path: str | Path, stock: bool) -> str:

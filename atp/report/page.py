@@ -28,6 +28,7 @@ from atp.report.comparison import (
     metric_names,
     model_label,
 )
+from atp.report.evidence import evidence
 from atp.report.panel import Panel
 from atp.report.record import Curve, RunReport, number
 
@@ -85,6 +86,7 @@ def write_report(run_dir: Path | str) -> Path:
         headlines=headlines(report.metrics),
         models=evaluated_models(report.metrics),
         rows=comparison_rows(report.metrics),
+        evidence=evidence(report.metrics),
         panels=panels,
         layers=_layer_rows(report.metrics),
         certainty=_certainty(report),

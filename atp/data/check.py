@@ -1,0 +1,154 @@
+"""The check: what a model would see of a data set, before any training.
+
+Counts, lengths, what is cut, duplicates, overlap, every bad row with its place, and a few records as they will be
+learnt, given tokens dim and learnt ones in colour. It sits at the end of the data path, beside :mod:`atp.data.batches`.
+It knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from atp.data.encoding import Encoder, Example
+from atp.data.files import rows
+from atp.data.overlap import duplicates
+from atp.data.records import Record, Splits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BINS = 10
+MOST_FAULTS = 20
+_BAR = 40
+_SHOWN_TOKENS = 160
+
+
+def faults(files: Iterable[Path], parse: Callable[[Any, str], Record]) -> tuple[list[str], int]:
+    """Return what is wrong with the rows of files, each with its place, and how many rows are good.
+
+    A file that cannot be read on ends with its fault.
+    """
+    found: list[str] = []
+    good = 0
+    for file in files:
+        try:
+            for row, where in rows(file):
+                try:
+                    parse(row, where)
+                    good += 1
+                except ValueError as error:
+                    found.append(str(error))
+        except ValueError as error:
+            found.append(str(error))
+    return found, good
+
+
+def report(
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    loss_on: str = "auto",
+    examples: int = 5,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Print what a model would see of the data.
+
+    Args:
+        splits: The data, with prompts around their records as training has them.
+        tokenizer: The model's tokenizer.
+        max_length: Most tokens of a sequence.
+        loss_on: ``auto``, ``completion`` or ``all``.
+        examples: How many training records to show.
+        console: Where to print; None takes the standard output.
+
+    Returns:
+        The figures: ``records``, ``tasks``, ``tokens``, ``loss_tokens``, ``lengths`` (tokens of each training example),
+        ``truncated``, ``duplicates`` and ``overlap``.
+    """
+    console = console or Console()
+    train = list(splits.train)
+    encoder = Encoder(tokenizer, max_length)
+    encoded = encoder.encode(train, loss_on)
+    lengths = [len(example.input_ids) for found in encoded for example in found]
+    figures = {
+        "records": splits.counts(),
+        "tasks": dict(Counter(record.task for record in train)),
+        "tokens": sum(lengths),
+        "loss_tokens": sum(example.loss_tokens for found in encoded for example in found),
+        "lengths": lengths,
+        "truncated": dict(encoder.truncated),
+        "duplicates": {name: duplicates(getattr(splits, name)) for name in ("train", "validation", "test")},
+        "overlap": splits.overlap,
+    }
+    console.print(_counts(splits.name, figures, max_length))
+    console.print(histogram(lengths, max_length))
+    for number, (record, found) in enumerate(_spread(list(zip(train, encoded, strict=True)), examples), start=1):
+        console.print(Text(f"\nexample {number} of the task {record.task}", style="bold"))
+        console.print(coloured(found[0], tokenizer), soft_wrap=True)
+    console.print(Text("\ngiven tokens are dim, learnt ones underlined in green", style="italic"))
+    return figures
+
+
+def histogram(lengths: Sequence[int], max_length: int) -> Table:
+    """Return the lengths of sequences as bars."""
+    counts, edges = np.histogram(lengths, bins=BINS, range=(0, max_length))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("tokens", justify="right")
+    table.add_column("sequences", justify="right")
+    table.add_column("")
+    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+        table.add_row(f"{low:.0f} to {high:.0f}", f"{count:,}", "#" * round(_BAR * count / max(1, counts.max())))
+    return table
+
+
+def coloured(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Return the text of a sequence with its loss mask as colour; a long one loses its middle."""
+    ids, given = example.input_ids.tolist(), max(1, example.context)
+    cut = max(0, len(ids) - _SHOWN_TOKENS)
+    keep = _SHOWN_TOKENS // 2
+    text = Text()
+    for learnt, part in ((False, ids[:given]), (True, ids[given:])):
+        style = "green underline" if learnt else "dim"
+        if cut and len(part) > 2 * keep:
+            text.append(str(tokenizer.decode(part[:keep])), style)
+            text.append(f" ... {len(part) - 2 * keep} tokens ... ", "italic")
+            text.append(str(tokenizer.decode(part[-keep:])), style)
+        else:
+            text.append(str(tokenizer.decode(part)), style)
+    return text
+
+
+def _counts(name: str, figures: Mapping[str, Any], max_length: int) -> Table:
+    truncated, overlap = figures["truncated"], figures["overlap"]
+    table = Table(title=Text(f"{name}, as a model would see it"), box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    facts = {
+        **{f"{split} records": f"{count:,}" for split, count in figures["records"].items()},
+        **{f"training records of {task}": f"{count:,}" for task, count in figures["tasks"].items()},
+        "training tokens": f"{figures['tokens']:,}",
+        "of them learnt": f"{figures['loss_tokens']:,}",
+        f"prompts cut to {max_length} tokens": f"{truncated['prompts']:,}",
+        "completions cut": f"{truncated['completions']:,}",
+        "texts cut into windows": f"{truncated['texts']:,}",
+        **{f"repeated within {split}": f"{count:,}" for split, count in figures["duplicates"].items()},
+        **{f"dropped from {split}, in a later split": str(n) for split, n in overlap.get("exact_dropped", {}).items()},
+        **{f"near duplicates, {pair.replace('_', ' and ')}": str(n) for pair, n in overlap.get("near", {}).items()},
+    }
+    for key, value in facts.items():
+        table.add_row(key, value)
+    return table
+
+
+def _spread(found: Sequence[Any], count: int) -> list[Any]:
+    return list(found) if len(found) <= count else [found[i * len(found) // count] for i in range(count)]

@@ -1,0 +1,87 @@
+"""The harness: EleutherAI's lm-evaluation-harness on any model in memory, as an optional extra.
+
+For figures that compare with the literature: its tasks, prompts and normalisation, on dense, masked or exported models
+alike. Our own protocols are in :mod:`atp.evaluate.quality`. It knows nothing of masks or of our records; the library is
+imported only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    folder: str | None = None,
+    batch_size: int = 8,
+    limit: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Score a model with the harness.
+
+    Args:
+        model: A causal LM, where it is to run.
+        tokenizer: Its tokenizer.
+        tasks: Names of the harness' tasks, or of those described in ``folder``.
+        folder: Folder of further task files (YAML); if it holds all the tasks, the harness' own are not looked up.
+        batch_size: Sequences of a forward pass.
+        limit: Most items of each task; None for all.
+
+    Returns:
+        Task to metric to value: the harness' names (``acc``, ``acc_norm``, ...), their standard errors as
+        ``<metric>_stderr``, and ``items``.
+
+    Raises:
+        ValueError: The library is not installed, no task is named, or it does not know one.
+    """
+    if not tasks:
+        raise ValueError("evaluate=harness scores evaluate.tasks, which is empty; e.g. evaluate.tasks=[piqa,arc_easy]")
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(
+            f"evaluate=harness needs lm-evaluation-harness ({error}); pip install 'atp[harness]'"
+        ) from None
+    manager = TaskManager(include_path=folder, include_defaults=False) if folder else TaskManager()
+    if folder and not set(tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=folder)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        from difflib import get_close_matches
+
+        close = get_close_matches(unknown[0], manager.all_tasks, n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"evaluate.tasks: the harness has no task {unknown[0]!r}{hint}")
+    was_training = model.training
+    try:
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        found: Any = simple_evaluate(
+            wrapped, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
+        )
+    finally:
+        model.train(was_training)
+    counts = found.get("n-samples", {})
+    return {
+        task: {**_figures(figures), "items": float(counts.get(task, {}).get("effective", 0))}
+        for task, figures in found["results"].items()
+    }
+
+
+def _figures(figures: dict[str, Any]) -> dict[str, float]:
+    """The numbers of one task, the filter's name left out of theirs."""
+    return {
+        name.split(",")[0]: float(value)
+        for name, value in figures.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and "," in name
+    }

@@ -1,0 +1,206 @@
+"""Prompts: what stands around a record's own prompt, the same way in training, evaluation and generation.
+
+A prompt has a system part (Compresso's collaborative prompt, Tailored-LLaMA's task instruction, or the user's text) and
+a template for the rest, both Jinja; where the tokenizer has a chat template, the two become its system and user turns.
+It sits between :mod:`atp.data` and the stages: records in, records out. It knows nothing of files, token ids or models.
+
+Running text has no prompt to stand before, and is left as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from jinja2 import meta
+
+from atp.data.records import ChoiceRecord, CompletionRecord, Record, Splits, TextRecord
+from atp.data.streaming import StreamedRecords
+from atp.data.tasks import ENVIRONMENT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+VARIABLES = ("prompt", "task", "instruction")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, ready to be put around records.
+
+    Attributes:
+        name: Short name for reports.
+        system: Jinja template of what stands before; empty for nothing.
+        template: Jinja template of the rest, with ``{{ prompt }}`` for the record's own prompt.
+        instructions: Task to what ``{{ instruction }}`` stands for; ``default`` for the other tasks.
+        train: Whether training and validation use it.
+        inference: Whether evaluation and generation use it.
+        chat: The tokenizer's chat template; None puts system part and rest one after the other.
+
+    Raises:
+        ValueError: A template is not valid Jinja, or names a variable that there is not.
+    """
+
+    name: str = "none"
+    system: str = ""
+    template: str = "{{ prompt }}"
+    instructions: Mapping[str, str] = field(default_factory=dict)
+    train: bool = True
+    inference: bool = True
+    chat: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("system", "template"):
+            source = getattr(self, key)
+            try:
+                named = meta.find_undeclared_variables(ENVIRONMENT.parse(source))
+            except jinja2.TemplateSyntaxError as error:
+                raise ValueError(f"prompt.{key} is not valid Jinja (line {error.lineno}: {error.message})") from None
+            unknown = sorted(named - set(VARIABLES))
+            if unknown:
+                raise ValueError(
+                    f"prompt.{key} names the undefined variable {unknown[0]!r}; there are {', '.join(VARIABLES)}"
+                )
+        if "prompt" not in meta.find_undeclared_variables(ENVIRONMENT.parse(self.template)):
+            raise ValueError(f"prompt.template={self.template!r} lacks {{{{ prompt }}}}, the record's own prompt")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it leaves every prompt as it is."""
+        return not self.system.strip() and self.template == "{{ prompt }}" and self.chat is None
+
+    def render(self, text: str, task: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+        """Put the prompt around a record's own.
+
+        Args:
+            text: The record's own prompt.
+            task: Its task.
+            tokenizer: Whose chat template to use, if ``chat`` is set.
+
+        Raises:
+            ValueError: ``{{ instruction }}`` is used and the task has none; names the task and how the record begins.
+        """
+        values = {"prompt": text, "task": task}
+        instruction = self.instructions.get(task, self.instructions.get("default"))
+        if instruction is not None:
+            values["instruction"] = instruction
+        try:
+            system = ENVIRONMENT.from_string(self.system).render(**values).strip()
+            rest = ENVIRONMENT.from_string(self.template).render(**values)
+        except jinja2.UndefinedError:
+            raise ValueError(
+                f"prompt={self.name}: there is no instruction for the task {task!r} (the record that begins "
+                f"{text[:60]!r}); set prompt.instructions.{task} or prompt.instructions.default"
+            ) from None
+        if self.chat is None or tokenizer is None:
+            return f"{system}\n\n{rest}" if system else rest
+        return self._as_chat(system, rest, tokenizer)
+
+    def _as_chat(self, system: str, rest: str, tokenizer: PreTrainedTokenizerBase) -> str:
+        user = {"role": "user", "content": rest}
+        turns = [{"role": "system", "content": system}, user] if system else [user]
+        how: dict[str, Any] = {"chat_template": self.chat, "tokenize": False, "add_generation_prompt": True}
+        try:
+            text = str(tokenizer.apply_chat_template(turns, **how))
+        except jinja2.TemplateError:  # some templates know no system turn
+            turns = [{"role": "user", "content": f"{system}\n\n{rest}" if system else rest}]
+            text = str(tokenizer.apply_chat_template(turns, **how))
+        start = tokenizer.bos_token
+        return text.removeprefix(str(start)) if start else text  # the encoder puts its own before every sequence
+
+    def on(self, record: Record, tokenizer: PreTrainedTokenizerBase | None = None) -> Record:
+        """Return the record with the prompt around its own; running text as it is."""
+        if isinstance(record, TextRecord) or self.is_empty:
+            return record
+        assert isinstance(record, CompletionRecord | ChoiceRecord)
+        return replace(record, prompt=self.render(record.prompt, record.task, tokenizer))
+
+    def on_splits(self, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Splits:
+        """Return splits with the prompt around their records, where its switches say so."""
+        if self.is_empty or not (self.train or self.inference):
+            return splits
+        if self.train and isinstance(splits.train, StreamedRecords):
+            splits = replace(splits, train=splits.train.transformed(lambda record: self.on(record, tokenizer)))
+        elif self.train:
+            splits = replace(splits, train=[self.on(record, tokenizer) for record in splits.train])
+        if self.train:
+            splits = replace(splits, validation=[self.on(record, tokenizer) for record in splits.validation])
+        if self.inference:
+            splits = replace(splits, test=[self.on(record, tokenizer) for record in splits.test])
+        return splits
+
+    def cost(
+        self, plain: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> dict[str, float | int]:
+        """Return what the prompt costs per record.
+
+        Args:
+            plain: Records without it.
+            tokenizer: The tokenizer.
+            max_length: Tokens of a sequence.
+
+        Returns:
+            ``tokens_added`` on average, ``share_of_context`` that they take, ``shared_prefix_tokens`` that all prompts
+            begin with, and whose keys and values are therefore computed once, and ``records`` that were looked at.
+        """
+        asked = [record for record in plain if not isinstance(record, TextRecord)]
+        if not asked or self.is_empty:
+            return {"tokens_added": 0.0, "share_of_context": 0.0, "shared_prefix_tokens": 0, "records": len(asked)}
+        before = _ids([record.prompt for record in asked], tokenizer)
+        after = _ids([self.render(record.prompt, record.task, tokenizer) for record in asked], tokenizer)
+        added = sum(map(len, after)) / len(after) - sum(map(len, before)) / len(before)
+        first, last = min(after), max(after)
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
+        )
+        return {
+            "tokens_added": round(added, 2),
+            "share_of_context": round(added / max_length, 4),
+            "shared_prefix_tokens": shared,
+            "records": len(asked),
+        }
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain data, for ``prompt.json``."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any], where: str) -> Prompt:
+        """Return what :meth:`plain` gave; ValueError names what it cannot read."""
+        unknown = set(data) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ValueError(
+                f"{where}: unknown keys {sorted(unknown)}; a prompt has {', '.join(cls.__dataclass_fields__)}"
+            )
+        return cls(**data)
+
+
+def from_text(text: str, where: str) -> dict[str, str]:
+    """Return ``system`` and ``template`` of a user's file.
+
+    It is a whole template where it names ``prompt``, else what stands before.
+
+    Raises:
+        ValueError: It is empty or not valid Jinja.
+    """
+    if not text.strip():
+        raise ValueError(f"{where} is empty; write what is to stand before each prompt, or use prompt=none")
+    try:
+        named = meta.find_undeclared_variables(ENVIRONMENT.parse(text))
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"{where}:{error.lineno}: not valid Jinja ({error.message})") from None
+    unknown = sorted(named - set(VARIABLES))
+    if unknown:
+        raise ValueError(f"{where}: names the undefined variable {unknown[0]!r}; there are {', '.join(VARIABLES)}")
+    return (
+        {"system": "", "template": text} if "prompt" in named else {"system": text.strip(), "template": "{{ prompt }}"}
+    )
+
+
+def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
