@@ -92,7 +92,6 @@ def check_data(cfg: DictConfig) -> int:
     Raises:
         ValueError: A user's mistake other than bad rows.
     """
-    cfg.pop("run_dir", None)  # it is named after a Hydra job, and there is none
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, TrainConfig)
     console = Console()
