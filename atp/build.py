@@ -33,7 +33,7 @@ from atp.data.columns import record_parser
 from atp.data.files import paths_of
 from atp.data.overlap import check_overlap
 from atp.data.records import Record, Splits, few_shot, limit
-from atp.data.sources import load_domain, load_embedded, load_files
+from atp.data.sources import load_domain, load_embedded, load_files, scored_records
 from atp.data.streaming import StreamedRecords
 from atp.data.tasks import NORMALISATIONS, find_task, load_tasks, nearest
 from atp.lora import MaskedModel, add_lora
@@ -249,23 +249,10 @@ def load_prompt(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
 
 
 def load_scored(config: TrainConfig, name: str, most: int) -> list[Record]:
-    """Test records of an embedded domain or task (``health``, ``health/answer``) or of a known task.
-
-    Raises:
-        ValueError: There is no such domain or task; the nearest names are offered.
-    """
-    domain, _, task = name.partition("/")
-    if domain in embedded.DOMAINS:
-        records = load_embedded(domain, train=1, validation=1, test=None if task else most).test
-        there = sorted({record.task for record in records})
-        if task and task not in there:
-            raise ValueError(f"{name}: the embedded domain {domain} has no task {task!r}; {nearest(task, there)}")
-        return [record for record in records if not task or record.task == task][:most]
-    known = load_tasks(config.data.tasks_file)
-    if name.partition("/")[0] not in known:
-        raise ValueError(f"there is no task or embedded domain {name!r}; {nearest(name, [*embedded.DOMAINS, *known])}")
+    """Test records of an embedded domain or task or of a known task (:func:`atp.data.sources.scored_records`)."""
     path = config.evaluate.path if config.evaluate.path is not None else config.data.path
-    return load_domain({name: None}, seed=config.seed, path=path, tasks_file=config.data.tasks_file, max_test=most).test
+    path = path if config.data.source == "tasks" or config.evaluate.path is not None else None
+    return scored_records(name, most=most, seed=config.seed, path=path, tasks_file=config.data.tasks_file)
 
 
 def normalisation(config: TrainConfig) -> dict[str, str] | str:

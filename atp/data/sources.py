@@ -20,7 +20,7 @@ from atp.data.files import Row, paths_of, rows
 from atp.data.overlap import check_overlap
 from atp.data.records import PathLike, Record, Splits, TextRecord, carve, limit, parse_record, separate
 from atp.data.streaming import StreamedRecords, stream_splits
-from atp.data.tasks import Task, find_task, load_tasks
+from atp.data.tasks import Task, find_task, load_tasks, nearest
 
 log = logging.getLogger(__name__)
 
@@ -184,6 +184,41 @@ def load_domain(
         for split in dropped:
             dropped[split] += part.overlap["exact_dropped"][split]
     return check_overlap(replace(joined, overlap={"exact_dropped": dropped}), near_duplicates)
+
+
+def scored_records(
+    name: str, *, most: int, seed: int, path: Any = None, tasks_file: PathLike | None = None
+) -> list[Record]:
+    """Return test records of an embedded domain (``health``), a task of it (``health/question``) or a known task.
+
+    Args:
+        name: What to score.
+        most: At most so many, chosen by the seed.
+        seed: Which records, where there are more or where a task has no test records of its own.
+        path: Local files in place of the hub (:func:`task_files`).
+        tasks_file: TOML file with tasks of the user's own.
+
+    Raises:
+        ValueError: There is no such domain or task (the nearest names are offered), or what its source complains of.
+    """
+    from atp import embedded
+
+    domain, _, task = name.partition("/")
+    if domain in embedded.DOMAINS:
+        records = load_embedded(domain, train=1, validation=1, test=None if task else most).test
+        there = sorted({record.task for record in records})
+        if task and task not in there:
+            raise ValueError(f"{name}: the embedded domain {domain} has no task {task!r}; {nearest(task, there)}")
+        return [record for record in records if not task or record.task == task][:most]
+    known = load_tasks(tasks_file)
+    if name not in known and domain not in known:
+        raise ValueError(f"there is no task or embedded domain {name!r}; {nearest(name, [*embedded.DOMAINS, *known])}")
+    splits = load_domain(
+        {name: None}, seed=seed, path=path, tasks_file=tasks_file, max_test=most, near_duplicates="ignore"
+    )
+    if not splits.test:
+        raise ValueError(f"the test split of {name} is empty; give a file of test records")
+    return splits.test
 
 
 def read_task(task: Task, path: Any = None, *, alone: bool = True) -> dict[str, list[Record]]:
