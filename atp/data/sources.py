@@ -311,7 +311,8 @@ def _header(task: Task, path: Path) -> Sequence[str] | None:
     """The task's column names, unless the file's first line holds them."""
     if task.header is None or path.suffix.lower() not in (".csv", ".tsv"):
         return None
-    first = path.open(encoding="utf-8-sig").readline().casefold()
+    with path.open(encoding="utf-8-sig") as file:
+        first = file.readline().casefold()
     return None if all(column.casefold() in first for column in task.header) else task.header
 
 

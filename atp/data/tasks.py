@@ -174,9 +174,11 @@ class Task:
             ) from None
         except (TypeError, ValueError, KeyError, AttributeError, jinja2.TemplateError) as error:
             raise ValueError(f"{where}: {key} of {self.name} cannot be made of this row: {error}") from None
-        if isinstance(value, jinja2.Undefined):
+        parts = value if isinstance(value, list) else [value]
+        missing = next((part for part in parts if isinstance(part, jinja2.Undefined)), None)
+        if missing is not None:
             raise ValueError(
-                f"{where}: {key} of {self.name} names a column that is not there; the columns are "
+                f"{where}: {key} of {self.name}: {missing._undefined_name!r} is undefined; the columns are "
                 f"{sorted(map(str, row))}"
             )
         return value
