@@ -1,0 +1,148 @@
+"""Prompts: what stands around a record, where it is used, what it costs, and that its keys and values are read once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from omegaconf import OmegaConf
+from test_evaluate import CPU, RECORDS, TOKENIZER, VOCABULARY
+
+from atp import build
+from atp.cli import compose_config
+from atp.config import TrainConfig
+from atp.data.encoding import Encoder
+from atp.data.records import ChoiceRecord, CompletionRecord, Splits, TextRecord
+from atp.evaluate import scoring
+from atp.evaluate.quality import evaluate
+from atp.prompt import Prompt, from_text
+
+LONG = "You answer questions of law and of nothing else, and you take your time over each of them. "
+
+
+def config(*overrides: str) -> TrainConfig:
+    made = OmegaConf.to_object(compose_config(["experiment=smoke", *overrides]))
+    assert isinstance(made, TrainConfig)
+    return made
+
+
+def test_a_prompt_stands_before_every_prompt_but_not_before_text() -> None:
+    prompt = Prompt("x", system="Task {{ task }}: {{ instruction }}", instructions={"c": "choose.", "default": "do."})
+    choice = ChoiceRecord("Q?", (" a", " b"), 0, "c")
+    assert prompt.on(choice) == ChoiceRecord("Task c: choose.\n\nQ?", (" a", " b"), 0, "c")
+    assert prompt.on(CompletionRecord("P", " C", "d")) == CompletionRecord("Task d: do.\n\nP", " C", "d")
+    assert prompt.on(TextRecord("t")) == TextRecord("t")
+    assert Prompt().is_empty and Prompt().on(choice) is choice
+    wrapped = Prompt("y", template="<q>{{ prompt }}</q>")
+    assert wrapped.on(choice).prompt == "<q>Q?</q>"  # type: ignore[union-attr]
+
+
+def test_training_and_inference_switch_apart() -> None:
+    records = [CompletionRecord("P", " C", "d")]
+    splits = Splits(list(records), list(records), list(records), "s")
+    for train in (True, False):
+        for inference in (True, False):
+            prompt = Prompt("x", system="S", train=train, inference=inference)
+            done = prompt.on_splits(splits, TOKENIZER)
+            assert [next(iter(part)).prompt.startswith("S") for part in (done.train, done.validation, done.test)] == [
+                train,
+                train,
+                inference,
+            ]
+
+
+def test_bad_templates_name_the_variable_and_the_record() -> None:
+    with pytest.raises(ValueError, match="names the undefined variable 'promt'; there are prompt, task, instruction"):
+        Prompt("x", template="{{ promt }}")
+    with pytest.raises(ValueError, match=r"lacks \{\{ prompt \}\}"):
+        Prompt("x", template="{{ task }}")
+    with pytest.raises(ValueError, match=r"prompt\.system is not valid Jinja \(line 1"):
+        Prompt("x", system="{{ task")
+    with pytest.raises(ValueError, match=r"no instruction for the task 'c' \(the record that begins 'Who"):
+        Prompt("x", system="{{ instruction }}").on(CompletionRecord("Who is it?", " me", "c"))
+    with pytest.raises(ValueError, match=r"mine\.txt:2: not valid Jinja"):
+        from_text("fine\n{{ prompt", "mine.txt")
+    with pytest.raises(ValueError, match=r"mine\.txt: names the undefined variable 'user'"):
+        from_text("{{ user }}", "mine.txt")
+
+
+def test_a_chat_template_takes_the_parts_as_turns() -> None:
+    tokenizer = TOKENIZER
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    prompt = Prompt("x", system="S", chat=template)
+    assert prompt.render("P", "t", tokenizer) == "[system]S[user]P[assistant]"
+    no_system = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}" + (
+        "[{{ m.role }}]{{ m.content }}{% endfor %}"
+    )
+    assert Prompt("x", system="S", chat=no_system).render("P", "t", tokenizer) == "[user]S\n\nP"
+
+
+def test_presets_and_a_file_of_ones_own(tmp_path: Path) -> None:
+    made = config()
+    tokenizer = build.load_tokenizer(made.model)
+    assert build.load_prompt(made, tokenizer).is_empty
+    for name in ("task", "collaborative"):
+        prompt = build.load_prompt(config(f"prompt={name}"), tokenizer)
+        assert prompt.render("Q", "holding").endswith("\n\nQ") and len(prompt.render("Q", "holding")) > 20
+    file = tmp_path / "mine.txt"
+    file.write_text("Be brief.\n")
+    assert build.load_prompt(config(f"prompt={file}"), tokenizer).render("Q", "t") == "Be brief.\n\nQ"
+    file.write_text("Q: {{ prompt }} A:")
+    assert build.load_prompt(config(f"prompt={file}"), tokenizer).render("Q", "t") == "Q: Q A:"
+    with pytest.raises(ValueError, match=r"prompt=\./nothing\.txt: there is no such file"):
+        config("prompt=./nothing.txt")
+    with pytest.raises(ValueError, match=r"prompt\.path is not set"):
+        build.load_prompt(config("prompt=file"), tokenizer)
+    with pytest.raises(ValueError, match="has no chat template"):
+        build.load_prompt(config("prompt.chat=always"), tokenizer)
+
+
+def test_the_cost_is_counted_and_a_prompt_survives_its_file() -> None:
+    prompt = Prompt("x", system=LONG)
+    records = [CompletionRecord(f"the party {i}", " may", "t") for i in range(5)]
+    cost = prompt.cost(records, TOKENIZER, 200)
+    added = len(TOKENIZER(LONG.strip() + "\n\n", add_special_tokens=False)["input_ids"])
+    assert cost["tokens_added"] == pytest.approx(added, abs=3) and cost["shared_prefix_tokens"] >= added - 1
+    assert cost["share_of_context"] == pytest.approx(added / 200, abs=0.02)
+    assert Prompt().cost(records, TOKENIZER, 200)["tokens_added"] == 0
+    assert Prompt.from_plain(json.loads(json.dumps(prompt.plain())), "x") == prompt
+    with pytest.raises(ValueError, match=r"p\.json: unknown keys \['sytem'\]"):
+        Prompt.from_plain({"sytem": "x"}, "p.json")
+
+
+def test_a_shared_prefix_is_read_once_and_changes_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three ways of scoring, with the prefix shared and not; and fewer tokens pass through the model."""
+    torch.manual_seed(0)
+    model = tiny_model("llama", "gqa", vocabulary=VOCABULARY)
+    model.config.max_position_embeddings = 512
+    prompt = Prompt("x", system=LONG)
+    records = [prompt.on(record) for record in RECORDS if not isinstance(record, TextRecord)] * 2
+    kwargs = {"max_length": 256, "batch_size": 4, "max_new_tokens": 6, "max_generate": 4}
+    seen = [0]
+
+    def count(module: object, args: object, kwargs: dict) -> None:
+        seen[0] += kwargs["input_ids"].numel()
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    shared = evaluate(model, TOKENIZER, records, **kwargs)
+    tokens_shared, seen[0] = seen[0], 0
+    monkeypatch.setattr(scoring, "_FEWEST_SHARING", 10**9)
+    apart = evaluate(model, TOKENIZER, records, **kwargs)
+    assert tokens_shared < 0.7 * seen[0]
+    assert shared.values == pytest.approx(apart.values, rel=1e-4)
+    assert shared.counts == apart.counts
+
+
+def test_sequences_that_are_one_prefix_of_another_are_scored_whole() -> None:
+    model = tiny_model("llama", "gqa", vocabulary=VOCABULARY)
+    encoder = Encoder(TOKENIZER, 64, close=False)
+    ids = TOKENIZER("the court holds that the party may recover damages " * 2, add_special_tokens=False)["input_ids"]
+    prompts = [[1, *ids[:n]] for n in (20, 24, 28, 20, 22)]
+    how = {"batch_size": 2, "pad_id": encoder.pad_id, "device": CPU}
+    with scoring.evaluating(model):
+        together = scoring.greedy(model, prompts, stops=[], max_new_tokens=5, **how)
+        alone = [scoring.greedy(model, [one], stops=[], max_new_tokens=5, **how)[0] for one in prompts]
+    assert together == alone
