@@ -135,7 +135,7 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
         splits = load_embedded(
             config.domain, train=config.max_train, validation=config.max_validation, test=config.max_test
         )
-        splits = check_overlap(_only(splits, config.tasks), config.near_duplicates)
+        splits = check_overlap(_only(splits, config.tasks or {}), config.near_duplicates)
     elif config.source == "files":
         if not config.path:
             raise ValueError("data.path is not set; give your file or folder: data=files data.path=<file>")
@@ -152,7 +152,7 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
         )
     elif config.source == "tasks":
         splits = load_domain(
-            config.tasks,
+            config.tasks or {},
             seed=seed,
             path=config.path,
             tasks_file=config.tasks_file,
@@ -226,12 +226,9 @@ def load_prompt(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
             raise ValueError(f"prompt.path={path}: cannot be read ({error})") from None
     elif settings.name == "file":
         raise ValueError("prompt.path is not set; give your template: prompt=<file>")
-    known = {name: task.instruction for name, task in load_tasks(config.data.tasks_file).items() if task.instruction}
-    known |= {
-        name: find_task(name, load_tasks(config.data.tasks_file)).instruction
-        for name in config.data.tasks
-        if "/" in name
-    }
+    tasks = load_tasks(config.data.tasks_file)
+    named = [find_task(name, tasks) for name in config.data.tasks or () if "/" in name]
+    known = {task.name: task.instruction for task in (*tasks.values(), *named) if task.instruction}
     prompt = Prompt(
         settings.name,
         **parts,

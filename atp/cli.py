@@ -35,7 +35,7 @@ from atp.rundir import find_run, saved_overrides
 log = logging.getLogger(__name__)
 
 USER_ERROR = 2
-_OPEN_MAPPINGS = ("data.fields", "data.tasks", "data.path", "evaluate.path", "prompt.instructions")
+_MAPPINGS = ("data.fields", "data.tasks", "data.path", "evaluate.path")
 INTERRUPTED = 130
 
 
@@ -200,8 +200,10 @@ def _readable(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         key, _, value = argument.partition("=")
         chosen = value.strip("'\"")
-        if key in _OPEN_MAPPINGS and value:
+        if key == "prompt.instructions" and value:
             found.append(f"++{argument}")
+        elif key in _MAPPINGS and value.startswith("{"):  # replaces what a preset has, where Hydra would merge
+            found += [f"{key}=null", f"++{argument}"]
         elif key != "prompt" or chosen in presets or "," in chosen:
             found.append(argument)
         elif Path(chosen).expanduser().is_file():

@@ -191,7 +191,7 @@ class Stages:
         result["forgetting"] = {
             name: self._perplexity(model, name).values
             for name in settings.forgetting
-            if name not in (own, *self.config.data.tasks)
+            if name not in (own, *(self.config.data.tasks or ()))
         }
         if settings.tasks and settings.harness:
             result["harness"] = harness.score(
