@@ -102,14 +102,14 @@ class Stages:
                 raise ValueError("prune.warm_start.batches is 0, but fixed scores come from importance; set it above 0")
             return
         self.data.setup("fit")
-        batches = to_device(itertools.islice(self.data.train_dataloader(), settings.batches), self.device)
+        batches = to_device(itertools.islice(self.data.calibration_dataloader(), settings.batches), self.device)
         masked = module.masked.to(self.device)
         importance_U = importance(settings.criterion, masked, batches, self.config.seed).cpu()
         module.generator.warm_start(settings.gain * rank(settings.ranking, self.space, importance_U))
 
     def _calibration(self) -> Iterator[dict[str, Tensor]]:
         """The batches that restoration is fitted on."""
-        batches = itertools.islice(self.data.train_dataloader(), self.config.prune.restore.batches)
+        batches = itertools.islice(self.data.calibration_dataloader(), self.config.prune.restore.batches)
         return to_device(batches, self.device)
 
     def remove_and_export(self) -> dict[str, Any]:

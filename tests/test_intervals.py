@@ -102,7 +102,7 @@ def test_evidence_says_what_is_sure() -> None:
     }
     tables = {table.title: table.rows for table in evidence(metrics)}
     pair = {row[0]: row for row in tables["pruned against dense base, on the same items"]}
-    assert pair["t/accuracy"][1:5] == ("50.0", "45.0 to 55.0", "-2.0 ± 5.0", "no clear difference")
+    assert pair["t/accuracy"][1:5] == ("50.0", "45.0 to 55.0", "-2.0 ± 5.0", "unclear")
     assert pair["perplexity"][3:5] == ("+3.000 ± 0.400", "worse")
     assert ("health", "4.000", "21.000") in tables["What pruning forgot: perplexity off target"]
     assert ("tokens added per record", "12.50") in tables["Prompt"]

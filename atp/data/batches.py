@@ -244,6 +244,7 @@ class PruningDataModule(lightning.LightningDataModule):
         self.num_workers = num_workers
         self.max_validation_examples = max_validation_examples
         self._train: Sequence[Example] | Sequence[PackedExample] = []
+        self._unpacked: list[Example] = []
         self._validation: list[Example] = []
 
     def setup(self, stage: str | None = None) -> None:
@@ -273,15 +274,24 @@ class PruningDataModule(lightning.LightningDataModule):
         found = self.encoder.encode(list(train), self.loss_on)
         self._train_truncated = dict(self.encoder.truncated)
         examples = [example for some in found for example in some if example.loss_tokens > 0]
+        self._unpacked = examples
         return pack(examples, self.encoder.max_length) if self.packing else examples
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the loader of the whole run, which counts as one epoch."""
         self.setup()
-        lengths = _lengths(self._train)
+        return self._loader(self._train)
+
+    def calibration_dataloader(self) -> ResumableLoader:
+        """Return the training batches as they would be without packing: for what reads which positions are padding."""
+        self.setup()
+        return self._loader(self._unpacked if self.packing else self._train)
+
+    def _loader(self, examples: Sequence[Example] | Sequence[PackedExample]) -> ResumableLoader:
+        lengths = _lengths(examples)
         trainer = self.trainer
         return ResumableLoader(
-            self._train,
+            examples,
             BatchOrder(lengths, self.batch_size, self.seed),
             num_batches=self.num_batches,
             pad_id=self.encoder.pad_id,

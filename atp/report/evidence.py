@@ -94,9 +94,9 @@ def _plus_minus(found: Mapping[str, Any], scale: float, digits: int) -> str:
 
 
 def _verdict(name: str, found: Mapping[str, Any]) -> str:
-    few = ", few items" if found["items"] < _FEW else ""
+    few = " (few items)" if found["items"] < _FEW else ""
     if not found["significant"]:
-        return f"no clear difference{few}"
+        return f"unclear{few}"
     better = (found["difference"] < 0) == lower_is_better(name)
     return f"{'better' if better else 'worse'}{few}"
 
