@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/domains"))
     parser.add_argument("--quick", action="store_true", help="half of the block parameters only")
     parser.add_argument("overrides", nargs="*", help="further settings of every run, e.g. trainer.max_steps=100")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for name in parts if arguments.part == "all" else [arguments.part]:

@@ -162,6 +162,15 @@ def test_missing_files_and_tasks_say_the_way_out(tmp_path: Path) -> None:
         scored_records("health/qa", most=5, seed=0)
 
 
+def test_a_task_with_only_test_records_is_scored_but_not_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "wikitext2_test.txt").write_text(" = One = \n\n a b c \n\n = Two = \n\n d e f \n")
+    records = scored_records("wikitext2", most=5, seed=0, path=tmp_path)
+    assert len(records) == 1 and isinstance(records[0], TextRecord) and "Two" in records[0].text
+    splits = load_domain({"wikitext2": None}, seed=0, path=tmp_path)
+    with pytest.raises(ValueError, match=r"the train split of 'tasks' is empty"):
+        PruningDataModule(splits, make_tokenizer(), max_length=16, batch_size=1, num_batches=1, seed=0)
+
+
 # ---- formats
 
 

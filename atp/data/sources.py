@@ -327,7 +327,7 @@ def _sizes(counts: Mapping[str, int], weights: Mapping[str, float | None], most:
     """How many training records of each task: as many as the weights allow, at most ``most`` together."""
     if all(not weight for weight in weights.values()):
         total = sum(counts.values())
-        share = {task: count / total for task, count in counts.items()}
+        share = {task: count / max(1, total) for task, count in counts.items()}
     else:
         positive = {task: float(weight or 0) for task, weight in weights.items()}
         if not all(positive.values()):
