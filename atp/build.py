@@ -36,6 +36,7 @@ from atp.data.records import Record, Splits, few_shot, limit
 from atp.data.sources import load_domain, load_embedded, load_files, scored_records
 from atp.data.streaming import StreamedRecords
 from atp.data.tasks import NORMALISATIONS, find_task, load_tasks, nearest
+from atp.evaluate import harness
 from atp.lora import MaskedModel, add_lora
 from atp.module import PruningModule, TuningModule
 from atp.objective import SparsitySchedule
@@ -250,6 +251,23 @@ def load_scored(config: TrainConfig, name: str, most: int) -> list[Record]:
     path = config.evaluate.path if config.evaluate.path is not None else config.data.path
     path = path if config.data.source == "tasks" or config.evaluate.path is not None else None
     return scored_records(name, most=most, seed=config.seed, path=path, tasks_file=config.data.tasks_file)
+
+
+def load_beyond(config: TrainConfig) -> tuple[dict[str, list[Record]], dict[str, list[Record]]]:
+    """Records besides the target: of other domains, for their perplexity, and of further tasks; read before training.
+
+    Raises:
+        ValueError: An unknown name or a missing file, or the harness is asked for and not installed.
+    """
+    settings = config.evaluate
+    own = {*(config.data.tasks or ()), *([config.data.domain] if config.data.source == "embedded" else [])}
+    others = {
+        name: load_scored(config, name, settings.max_forgetting) for name in settings.forgetting if name not in own
+    }
+    if settings.harness:
+        harness.require(settings.tasks)
+        return others, {}
+    return others, {name: load_scored(config, name, config.data.max_test or 400) for name in settings.tasks}
 
 
 def normalisation(config: TrainConfig) -> dict[str, str] | str:

@@ -78,6 +78,7 @@ class Stages:
         self.prompt_cost = self.prompt.cost(plain.test[:_PROMPTS_COUNTED], self.tokenizer, config.data.max_length)
         self.splits = self.prompt.on_splits(plain, self.tokenizer)
         write_json(directory.path / PROMPT_FILE, self.prompt.plain())
+        self.others, self.further = build.load_beyond(config)
         dense = self.dense()
         self.base_config, self.generation_config = dense.config, dense.generation_config
         self.data = build.data_module(config, self.splits, self.tokenizer, dense.config.max_position_embeddings)
@@ -187,18 +188,13 @@ class Stages:
             "intervals": metrics.intervals(settings.bootstrap),
             "items": {name: items.plain() for name, items in metrics.items.items()},
         }
-        own = self.config.data.domain if self.config.data.source == "embedded" else None
-        result["forgetting"] = {
-            name: self._perplexity(model, name).values
-            for name in settings.forgetting
-            if name not in (own, *(self.config.data.tasks or ()))
-        }
+        result["forgetting"] = {name: self._perplexity(model, records) for name, records in self.others.items()}
         if settings.tasks and settings.harness:
             result["harness"] = harness.score(
                 model, self.tokenizer, settings.tasks, folder=settings.harness_path, batch_size=settings.batch_size
             )
         elif settings.tasks:
-            scored = {name: self._further(model, name) for name in settings.tasks}
+            scored = {name: self._further(model, records) for name, records in self.further.items()}
             result["tasks"] = {name: values for name, (values, _) in scored.items()}
             result["task_counts"] = {name: counts for name, (_, counts) in scored.items()}
         return result
@@ -218,24 +214,17 @@ class Stages:
             device=self.device,
         )
 
-    def _further(self, model: PreTrainedModel, name: str) -> tuple[dict[str, float], dict[str, int]]:
+    def _further(self, model: PreTrainedModel, plain: Sequence[Record]) -> tuple[dict[str, float], dict[str, int]]:
         """Metrics of one further task, without the task's name in them, and what they are over."""
-        records = build.load_scored(self.config, name, self.config.data.max_test or 400)
-        if self.prompt.inference:
-            records = [self.prompt.on(record, self.tokenizer) for record in records]
+        records = [self.prompt.on(record, self.tokenizer) if self.prompt.inference else record for record in plain]
         metrics = self._score(model, records, self.config.evaluate.max_generate)
         values = {key.rsplit("/", 1)[-1]: value for key, value in metrics.values.items()}
         return values, {key.rsplit("/", 1)[-1]: count for key, count in metrics.counts.items()}
 
-    def _perplexity(self, model: PreTrainedModel, name: str) -> Metrics:
+    def _perplexity(self, model: PreTrainedModel, records: Sequence[Record]) -> dict[str, float]:
         """Perplexity on records of another domain, without a prompt; of choices, on the right one."""
-        records = [
-            as_completion(record)
-            for record in build.load_scored(self.config, name, self.config.evaluate.max_forgetting)
-        ]
-        metrics = self._score(model, records, 0)
-        kept = ("perplexity", "bits_per_byte")
-        return Metrics({k: metrics.values[k] for k in kept}, {k: metrics.counts[k] for k in kept})
+        metrics = self._score(model, [as_completion(record) for record in records], 0)
+        return {name: metrics.values[name] for name in ("perplexity", "bits_per_byte")}
 
     def write_samples(self) -> dict[str, Any]:
         """Continue a few test prompts with dense and pruned model; leaves ``samples.json``."""

@@ -263,6 +263,14 @@ class PruningDataModule(lightning.LightningDataModule):
         self._validation = sorted(
             (example for example in validation if example.loss_tokens > 0), key=lambda example: len(example.input_ids)
         )
+        cut = self._train_truncated["completions"]
+        if cut:
+            log.warning(
+                "%s: %d completions do not fit in data.max_length=%d and are cut; raise it to learn them whole",
+                self.splits.name,
+                cut,
+                self.encoder.max_length,
+            )
         log.info("data %s: %s", self.splits.name, self.describe())
 
     def _encode_train(self) -> Sequence[Example] | Sequence[PackedExample]:

@@ -7,6 +7,7 @@ imported only when it is asked for.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -43,16 +44,11 @@ def score(
     Raises:
         ValueError: The library is not installed, no task is named, or it does not know one.
     """
-    if not tasks:
-        raise ValueError("evaluate=harness scores evaluate.tasks, which is empty; e.g. evaluate.tasks=[piqa,arc_easy]")
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ValueError(
-            f"evaluate=harness needs lm-evaluation-harness ({error}); pip install 'atp[harness]'"
-        ) from None
+    require(tasks)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     manager = TaskManager(include_path=folder, include_defaults=False) if folder else TaskManager()
     if folder and not set(tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=folder)
@@ -76,6 +72,18 @@ def score(
         task: {**_figures(figures), "items": float(counts.get(task, {}).get("effective", 0))}
         for task, figures in found["results"].items()
     }
+
+
+def require(tasks: Sequence[str]) -> None:
+    """Raise ValueError if no task is named or the library is not installed, without importing it."""
+    if not tasks:
+        raise ValueError("evaluate=harness scores evaluate.tasks, which is empty; e.g. evaluate.tasks=[piqa,arc_easy]")
+    try:
+        found = importlib.util.find_spec("lm_eval") is not None
+    except ValueError:  # it is there in name only
+        found = False
+    if not found:
+        raise ValueError("evaluate=harness needs lm-evaluation-harness; pip install 'atp[harness]'")
 
 
 def _figures(figures: dict[str, Any]) -> dict[str, float]:
