@@ -30,10 +30,11 @@ from atp.config import DataConfig, ModelConfig, PruneConfig, ScheduleConfig, Tra
 from atp.data.batches import PruningDataModule
 from atp.data.check import faults
 from atp.data.columns import record_parser
+from atp.data.domains import load_domain, scored_records
 from atp.data.files import paths_of
 from atp.data.overlap import check_overlap
 from atp.data.records import Record, Splits, few_shot, limit
-from atp.data.sources import load_domain, load_embedded, load_files, scored_records
+from atp.data.sources import load_embedded, load_files
 from atp.data.streaming import StreamedRecords
 from atp.data.tasks import NORMALISATIONS, find_task, load_tasks, nearest
 from atp.evaluate import harness

@@ -39,7 +39,7 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.slow
 def test_the_harness_agrees_with_us(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval", reason="the harness extra is not installed")
-    from atp.data.sources import read_task
+    from atp.data.domains import read_task
     from atp.data.tasks import load_tasks
 
     for name in ("HF_HOME", "HF_DATASETS_CACHE"):

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atp.data import sources
+from atp.data import domains
+from atp.data.domains import load_domain
 from atp.data.records import (
     ChoiceRecord,
     CompletionRecord,
@@ -25,7 +26,7 @@ from atp.data.records import (
     parse_record,
     separate,
 )
-from atp.data.sources import load_domain, load_embedded, load_files, read_records
+from atp.data.sources import load_embedded, load_files, read_records
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -394,7 +395,7 @@ def test_a_few_bad_hub_rows_are_left_out_and_many_are_an_error(monkeypatch, capl
 
 
 def test_nothing_of_the_network_is_touched_for_local_files(legal_files: dict[str, Path], monkeypatch) -> None:
-    monkeypatch.setattr(sources, "_read_hub", lambda *args: pytest.fail("asked the hub"))
+    monkeypatch.setattr(domains, "_read_hub", lambda *args: pytest.fail("asked the hub"))
     assert load_domain(LEGAL, seed=0, path=legal_files).train
 
 

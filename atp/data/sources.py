@@ -1,38 +1,28 @@
 """Sources: where records come from, and how a source becomes splits.
 
-Three sources: the user's own files, the embedded corpus, and tasks (:mod:`atp.data.tasks`) from local files or the
-Hugging Face hub. It sits before :mod:`atp.data`: source -> :class:`atp.data.records.Splits`. It knows nothing of
-tokens, models or torch, and reaches the network only for tasks that have no local files.
+The user's own files and the embedded corpus; tasks are in :mod:`atp.data.domains`. It sits before :mod:`atp.data`:
+source -> :class:`atp.data.records.Splits`. It knows nothing of tokens, models, torch or the network.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from atp.data.columns import record_parser
-from atp.data.files import Row, paths_of, rows
+from atp.data.files import paths_of, rows
 from atp.data.overlap import check_overlap
-from atp.data.records import PathLike, Record, Splits, TextRecord, carve, limit, parse_record, separate
+from atp.data.records import PathLike, Record, Splits, carve, parse_record, separate
 from atp.data.streaming import StreamedRecords, stream_splits
-from atp.data.tasks import Task, find_task, load_tasks, nearest
 
 log = logging.getLogger(__name__)
 
 Paths = PathLike | Sequence[PathLike]
 
-SPLIT_NAMES = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "heldout"),
-}
-_HELD_OUT_SHARE = 0.05
-_BAD_ROWS_SHARE = 0.01
+HELD_OUT_SHARE = 0.05
 
 
 def load_files(
@@ -41,8 +31,8 @@ def load_files(
     seed: int,
     validation_path: Paths | None = None,
     test_path: Paths | None = None,
-    validation_fraction: float = _HELD_OUT_SHARE,
-    test_fraction: float = _HELD_OUT_SHARE,
+    validation_fraction: float = HELD_OUT_SHARE,
+    test_fraction: float = HELD_OUT_SHARE,
     fields: Mapping[str, Any] | None = None,
     near_duplicates: str = "drop",
     stream: bool = False,
@@ -87,7 +77,7 @@ def load_files(
             name=name,
         )
     read = {split: _read(some, parse) for split, some in files.items()}
-    return check_overlap(_complete(read, shares, seed=seed, where=str(path), name=name), near_duplicates)
+    return check_overlap(complete(read, shares, seed=seed, where=str(path), name=name), near_duplicates)
 
 
 def read_records(path: Paths, *, fields: Mapping[str, Any] | None = None, most: int | None = None) -> list[Record]:
@@ -126,222 +116,13 @@ def load_embedded(
     )
 
 
-def load_domain(
-    weights: Mapping[str, float | None],
-    *,
-    seed: int,
-    path: Any = None,
-    tasks_file: PathLike | None = None,
-    validation_fraction: float = _HELD_OUT_SHARE,
-    test_fraction: float = _HELD_OUT_SHARE,
-    max_train: int | None = None,
-    max_validation: int | None = None,
-    max_test: int | None = None,
-    near_duplicates: str = "drop",
-    name: str = "tasks",
-) -> Splits:
-    """Combine tasks to one data set.
-
-    Args:
-        weights: Task to its share of the training records, on any scale; None or 0 for all, which then goes for all.
-        seed: Which subset and which carving.
-        path: Local files in place of the hub (:func:`task_files`); None takes the hub for all.
-        tasks_file: TOML file with tasks of the user's own.
-        validation_fraction: Share carved off the training records where a task has no validation records.
-        test_fraction: As ``validation_fraction``.
-        max_train: Most training records, in the proportion of the weights; None for as many as the weights allow.
-        max_validation: Most validation records, equally many of each task.
-        max_test: As ``max_validation``.
-        near_duplicates: ``drop``, ``report`` or ``ignore`` (:func:`atp.data.overlap.check_overlap`).
-        name: Name of the data set.
-
-    Returns:
-        Splits that share no content, each record with its task's name.
-
-    Raises:
-        ValueError: No task or an unknown one, or whatever a task's source complains of.
-    """
-    if not weights:
-        raise ValueError("data.tasks is empty; name at least one task, e.g. data.tasks={casehold: 1}")
-    if any(weight is not None and weight < 0 for weight in weights.values()):
-        raise ValueError(f"data.tasks={dict(weights)}: a weight cannot be negative")
-    known = load_tasks(tasks_file)
-    shares = {"validation": validation_fraction, "test": test_fraction}
-    parts = {}
-    for task_name in weights:
-        task = find_task(task_name, known)
-        read = read_task(task, path, alone=len(weights) == 1)
-        parts[task_name] = _complete(read, shares, seed=seed, where=task_name, name=task_name)
-    sizes = _sizes({task: len(part.train) for task, part in parts.items()}, weights, max_train)
-    each = {most: None if most is None else max(1, most // len(parts)) for most in (max_validation, max_test)}
-    dropped: dict[str, int] = {"train": 0, "validation": 0}
-    joined = Splits([], [], [], name)
-    for task_name, part in parts.items():
-        assert isinstance(joined.train, list) and isinstance(part.train, list)
-        joined.train.extend(limit(part.train, sizes[task_name], seed))
-        joined.validation.extend(limit(part.validation, each[max_validation], seed))
-        joined.test.extend(limit(part.test, each[max_test], seed))
-        for split in dropped:
-            dropped[split] += part.overlap["exact_dropped"][split]
-    return check_overlap(replace(joined, overlap={"exact_dropped": dropped}), near_duplicates)
-
-
-def scored_records(
-    name: str, *, most: int, seed: int, path: Any = None, tasks_file: PathLike | None = None
-) -> list[Record]:
-    """Return test records of an embedded domain (``health``), a task of it (``health/question``) or a known task.
-
-    Args:
-        name: What to score.
-        most: At most so many, chosen by the seed.
-        seed: Which records, where there are more or where a task has no test records of its own.
-        path: Local files in place of the hub (:func:`task_files`).
-        tasks_file: TOML file with tasks of the user's own.
-
-    Raises:
-        ValueError: There is no such domain or task (the nearest names are offered), or what its source complains of.
-    """
-    from atp import embedded
-
-    domain, _, task = name.partition("/")
-    if domain in embedded.DOMAINS:
-        records = load_embedded(domain, train=1, validation=1, test=None if task else most).test
-        there = sorted({record.task for record in records})
-        if task and task not in there:
-            raise ValueError(f"{name}: the embedded domain {domain} has no task {task!r}; {nearest(task, there)}")
-        return [record for record in records if not task or record.task == task][:most]
-    known = load_tasks(tasks_file)
-    if name not in known and domain not in known:
-        raise ValueError(f"there is no task or embedded domain {name!r}; {nearest(name, [*embedded.DOMAINS, *known])}")
-    splits = load_domain(
-        {name: None}, seed=seed, path=path, tasks_file=tasks_file, max_test=most, near_duplicates="ignore"
-    )
-    if not splits.test:
-        raise ValueError(f"the test split of {name} is empty; give a file of test records")
-    return splits.test
-
-
-def read_task(task: Task, path: Any = None, *, alone: bool = True) -> dict[str, list[Record]]:
-    """Read the records of a task by split, from local files or from the hub.
-
-    Args:
-        task: The task.
-        path: A folder, file, or mapping (:func:`task_files`); None takes the hub.
-        alone: Whether ``path`` may name a file or folder of just this task.
-
-    Raises:
-        ValueError: There is nothing to read, a row is bad, or the hub cannot be reached or refuses.
-    """
-    found = None if path is None else task_files(task, path, alone=alone)
-    if found is None:
-        if task.credentialed or not task.hub:
-            why = "may be had only by agreement" if task.credentialed else "is not on the hub"
-            raise ValueError(
-                f"{task.name} {why} (source: {task.source}); set data.path to your own copy: a folder with "
-                f"{' or '.join(_stems(task, 'train'))}.jsonl, or data.path={{{task.name}: <file>}}"
-            )
-        return _read_hub(task)
-    raw = {
-        split: list(itertools.chain.from_iterable(rows(p, header=_header(task, p)) for p in some))
-        for split, some in found.items()
-    }
-    bound = task.with_options_of(row for some in raw.values() for row, _ in some)
-    return {split: _joined(bound, [bound.record(row, where) for row, where in some]) for split, some in raw.items()}
-
-
-def task_files(task: Task, path: Any, *, alone: bool = True) -> dict[str, list[Path]] | None:
-    """Return a task's local files by split.
-
-    Args:
-        task: The task.
-        path: A mapping of task (or of split) to file, files or such a mapping; or a folder, in and below which files
-            are found by name (``<task>_train.jsonl``); or a file, for a single task.
-        alone: Whether a file or list of files belongs to this task.
-
-    Returns:
-        Files by split, or None if a mapping leaves the task out, which then comes from the hub.
-
-    Raises:
-        ValueError: There is no such file, or none of the task's in the folder.
-    """
-    if isinstance(path, Mapping):
-        if set(path) <= set(SPLIT_NAMES):
-            return {split: paths_of(some) for split, some in path.items()}
-        return task_files(task, path[task.name]) if path.get(task.name) is not None else None
-    given = paths_of(path)
-    if len(given) > 1 or not given[0].is_dir():
-        if not alone:
-            raise ValueError(
-                f"data.path={path} is a file, but there are several tasks; give a folder, or "
-                f"data.path={{{task.name}: <file>}}"
-            )
-        return {"train": given}
-    files = [file for file in sorted(given[0].rglob("*")) if file.is_file()]
-    found: dict[str, list[Path]] = {}
-    for split in SPLIT_NAMES:
-        for stem in _stems(task, split):
-            pattern = re.compile(re.escape(stem) + r"([_.-]v?\d+)?", re.IGNORECASE)
-            matching = [file for file in files if pattern.fullmatch(_stem(file, stem))]
-            if matching:
-                found[split] = matching[:1]
-                break
-    if not found:
-        stems = [stem for split in SPLIT_NAMES for stem in _stems(task, split)]
-        raise ValueError(
-            f"data.path={path} holds no file of {task.name}; looked below it for {', '.join(dict.fromkeys(stems))} "
-            f"with any known suffix; rename yours, or name it: data.path={{{task.name}: <file>}}"
-        )
-    return found
-
-
-def _stem(file: Path, stem: str) -> str:
-    """The name to compare: with its folder where the wanted one has a folder."""
-    return f"{file.parent.name}/{file.stem}" if "/" in stem else file.stem
-
-
-def _stems(task: Task, split: str) -> list[str]:
-    own = list(task.files.get(split, []))
-    base = task.name.partition("/")[2] or task.name
-    named = [f"{base}_{alias}" for alias in SPLIT_NAMES[split]]
-    foldered = [f"{base}/{alias}" for alias in SPLIT_NAMES[split]]
-    return own or [*named, *foldered, *([base] if split == "train" else [])]
-
-
-def _header(task: Task, path: Path) -> Sequence[str] | None:
-    """The task's column names, unless the file's first line holds them."""
-    if task.header is None or path.suffix.lower() not in (".csv", ".tsv"):
-        return None
-    with path.open(encoding="utf-8-sig") as file:
-        first = file.readline().casefold()
-    return None if all(column.casefold() in first for column in task.header) else task.header
-
-
-def _joined(task: Task, records: list[Record]) -> list[Record]:
-    if not task.concatenate:
-        return records
-    text = "\n\n".join(record.text.strip("\n") for record in records if isinstance(record, TextRecord))
-    return [TextRecord(text, task.name)]
-
-
-def _sizes(counts: Mapping[str, int], weights: Mapping[str, float | None], most: int | None) -> dict[str, int]:
-    """How many training records of each task: as many as the weights allow, at most ``most`` together."""
-    if all(not weight for weight in weights.values()):
-        total = sum(counts.values())
-        share = {task: count / max(1, total) for task, count in counts.items()}
-    else:
-        positive = {task: float(weight or 0) for task, weight in weights.items()}
-        if not all(positive.values()):
-            raise ValueError(f"data.tasks={dict(weights)}: give every task a weight, or none of them")
-        share = {task: weight / sum(positive.values()) for task, weight in positive.items()}
-        total = int(min(counts[task] / share[task] for task in counts))
-    total = total if most is None else min(total, most)
-    return {task: max(1, round(share[task] * total)) for task in counts}
-
-
-def _complete(
+def complete(
     read: Mapping[str, list[Record]], shares: Mapping[str, float], *, seed: int, where: str, name: str
 ) -> Splits:
-    """Carve the splits that are not among ``read`` off its training records, and make all of them disjoint."""
+    """Return splits of what was read by split.
+
+    What is not among ``read`` is carved off its training records, and all splits are made disjoint.
+    """
     if "train" not in read:
         log.info("%s: there are no training records, only %s", where, ", ".join(read))
         return separate(Splits([], read.get("validation", []), read.get("test", []), name))
@@ -356,55 +137,3 @@ def _read(files: Iterable[Path], parse: Any, most: int | None = None) -> list[Re
     if not found:
         raise ValueError(f"{', '.join(map(str, files))} holds no records; see the README for the shapes of a record")
     return found[:most]
-
-
-def _read_hub(task: Task) -> dict[str, list[Record]]:
-    """Fetch a task from the Hugging Face hub, which the user asked for by naming it without local files."""
-    where = f"{task.hub}{f' ({task.subset})' if task.subset else ''}, revision {task.revision}"
-    converted = task.revision.startswith("refs/convert")
-    part = {"data_dir": task.subset} if converted else {"name": task.subset}
-    try:
-        from datasets import load_dataset
-
-        found = load_dataset(task.hub, revision=task.revision, **part)
-        wanted = {split: task.splits.get(split, split) for split in SPLIT_NAMES}
-        raw = {split: list(found[theirs]) for split, theirs in wanted.items() if theirs in found}
-    # Whatever the client raises (offline, gated, gone, moved, a script, a broken cache), the way out is the same.
-    except Exception as error:
-        gated = "gated" in f"{type(error).__name__} {error}".lower()
-        hint = (
-            f"It is gated: accept its terms at https://huggingface.co/datasets/{task.hub} and log in with "
-            "`hf auth login`"
-            if gated
-            else "If it should be reachable, go online or log in"
-        )
-        raise ValueError(
-            f"cannot fetch {where} from the Hugging Face hub: {type(error).__name__}: {error}. {hint}; otherwise use "
-            f"local copies of the same columns with data.path=<folder or file>, your own file with data=files "
-            "data.path=<file>, or data=embedded_legal, which needs no network"
-        ) from error
-    if not raw:
-        raise ValueError(f"{where} has the splits {sorted(found)} but none of {sorted(wanted.values())}")
-    bound = task.with_options_of(row for some in raw.values() for row in some)
-    return {
-        split: _joined(bound, _usable(bound, [(row, f"{task.hub}/{split} row {i}") for i, row in enumerate(some)]))
-        for split, some in raw.items()
-    }
-
-
-def _usable(task: Task, found: Sequence[Row]) -> list[Record]:
-    """Parse rows that the user cannot mend: leave a few bad ones out, and say so; raise the first error on many."""
-    records: list[Record] = []
-    errors: list[ValueError] = []
-    for row, where in found:
-        if task.concatenate and isinstance(row, Mapping) and not str(row.get("text", "")).strip():
-            continue
-        try:
-            records.append(task.record(row, where))
-        except ValueError as error:
-            errors.append(error)
-    if errors:
-        if len(errors) > _BAD_ROWS_SHARE * len(found):
-            raise errors[0]
-        log.warning("%s: left out %d of %d rows; the first: %s", task.name, len(errors), len(found), errors[0])
-    return records

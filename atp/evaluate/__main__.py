@@ -24,8 +24,9 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import embedded, modeling_atp
+from atp.data.domains import scored_records
 from atp.data.records import Record
-from atp.data.sources import read_records, scored_records
+from atp.data.sources import read_records
 from atp.data.tasks import load_tasks
 from atp.evaluate import harness
 from atp.evaluate.intervals import paired
