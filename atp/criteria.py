@@ -195,7 +195,7 @@ class _Moments:
 @torch.no_grad()
 def _moments(masked: MaskedModel, batches: Batches) -> dict[str, _Moments]:
     """Moments of the inputs of every site's module over the real positions of the batches."""
-    found = {site.module: _Moments() for site in masked.space.sites}
+    found = {module: _Moments() for module in _acted_on(masked.space)}
     mask_BT = torch.ones(0, dtype=torch.bool)
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -252,10 +252,17 @@ def _sides(space: PruningSpace) -> Iterable[tuple[str, Side, Side]]:
     return [(w.module, w.rows, w.columns) for w in space.weights if w.rows.factors or w.columns.factors]
 
 
+def _acted_on(space: PruningSpace) -> set[str]:
+    """Linears that masks act on."""
+    return {site.module for site in space.sites} & {weight.module for weight in space.weights}
+
+
 def _at_sites(masked: MaskedModel, metric: Callable[[Tensor, str], Tensor]) -> Tensor:
     """Unit sums of a metric [O, I] of the weights that masks act on."""
     tally = _Tally(masked.space)
     for site in masked.space.sites:
+        if site.module not in _acted_on(masked.space):
+            continue
         values_OI = metric(masked.base_weight(site.module).detach().double(), site.module)
         tally.add_entries(values_OI.mean(0) if site.on == "input" else values_OI.mean(1), site.side)
     return tally.total().float()

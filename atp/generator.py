@@ -88,7 +88,8 @@ class TransformerGenerator(Generator):
         super().__init__()
         if width % num_heads:
             raise ValueError(f"prune.generator.width is {width}; it must be a multiple of num_heads = {num_heads}")
-        tokens_LE = torch.empty(len(space.layers), width)
+        # an axis of the whole model has the last token, index -1, to itself
+        tokens_LE = torch.empty(len(space.layers) + (space.hidden is not None), width)
         nn.init.orthogonal_(tokens_LE)
         self.register_buffer("tokens_LE", tokens_LE)
         layer = nn.TransformerEncoderLayer(width, num_heads, feedforward, dropout, batch_first=True)

@@ -4,8 +4,9 @@ Sits between the loaded base model and the training module: wraps the seven line
 into the forward pass at the pruning space's sites, and merges adapters back for removal. This is the only file that
 knows PEFT's internals. It knows masks as tensors and nothing of how they come about.
 
-A site's mask multiplies the *input* of its output projection, before base weight and adapter alike, so a zero removes
-the unit's part in both branches. What the other projections compute for a removed unit then has no path to the output.
+A site's mask multiplies the *input* of an output projection, before base weight and adapter alike, or the *output* of a
+projection or embedding, after both, so a zero removes the unit's part in both branches. What the other projections
+compute for a removed unit then has no path to the output.
 
 Shape suffixes: U units, B batch, T tokens.
 """
@@ -113,14 +114,24 @@ class MaskedModel(nn.Module):
         self.is_compact = False
         for site in space.sites:
             module = peft_model.get_submodule(_PREFIX + site.module)
-            module.register_forward_pre_hook(self._hook(site.side))
+            if site.on == "input":
+                module.register_forward_pre_hook(self._on_input(site.side))
+            else:
+                module.register_forward_hook(self._on_output(site.side))
 
-    def _hook(self, side: Side) -> Any:
+    def _on_input(self, side: Side) -> Any:
         def multiply(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             mask = self._masks.get(side)
             if mask is None:
                 return None
             return (inputs[0] * mask.to(inputs[0].dtype), *inputs[1:])
+
+        return multiply
+
+    def _on_output(self, side: Side) -> Any:
+        def multiply(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            mask = self._masks.get(side)
+            return None if mask is None else output * mask.to(output.dtype)
 
         return multiply
 

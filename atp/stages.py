@@ -39,7 +39,7 @@ from atp.lora import merge_in_place, merged_tensors
 from atp.module import PruningModule, TuningModule
 from atp.removal import max_logit_difference, remove, widths_after
 from atp.rundir import RunDirectory, write_json
-from atp.space import KINDS, PruningSpace
+from atp.space import block_parameters
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class Stages:
 
     def tune(self, name: str, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> dict[str, Any]:
         """LoRA-tune a model on the run's data and steps, then evaluate it."""
-        blocks = PruningSpace.from_model(model, KINDS).total_parameters
+        blocks = block_parameters(model)
         module = build.tuning_module(self.config, model, teacher)
         self._fit(name, module)
         tuned = merge_in_place(module.model)

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "atp"
 
 # From the bottom up; a module may import only from rows above its own, or from those named beside it.
 LEVELS: list[dict[str, tuple[str, ...]]] = [
-    {"config": (), "embedded": (), "space": (), "modeling_atp": (), "rundir": (), "baselines": ()},
+    {"config": (), "embedded": (), "units": (), "space": ("units",), "modeling_atp": (), "rundir": (), "baselines": ()},
     {"config_help": (), "architecture": (), "data": ()},
     {"generator": (), "sampler": (), "lora": (), "selection": (), "evaluate": (), "report": ()},
     {"objective": (), "removal": (), "importance": (), "criteria": ("importance",), "export": ()},
