@@ -27,6 +27,7 @@ from atp import embedded, modeling_atp
 from atp.architecture import family
 from atp.baselines import BASELINES, CALIBRATION_BATCHES, check_baselines
 from atp.config import DataConfig, ModelConfig, PruneConfig, ScheduleConfig, TrainConfig, WarmStartConfig
+from atp.cost import make_cost
 from atp.data.batches import PruningDataModule
 from atp.data.records import Splits, limit
 from atp.data.sources import load_embedded, load_jsonl, load_legal_hub
@@ -35,6 +36,7 @@ from atp.module import PruningModule, TuningModule
 from atp.objective import SparsitySchedule
 from atp.selection import check_reachable
 from atp.space import PruningSpace
+from atp.units import CostModel
 
 log = logging.getLogger(__name__)
 
@@ -172,8 +174,19 @@ def data_module(
 def pruning_space(config: PruneConfig, model: PreTrainedModel) -> PruningSpace:
     """The space of a model, with the target checked to be reachable in it."""
     space = PruningSpace.from_model(model, config.space, config.protect_layers)
-    check_reachable(space, config.sparsity, min_units(config))
+    space.cost = cost_model(config, model)
+    check_reachable(space, config.sparsity, min_units(config), round_to=config.round_to)
     return space
+
+
+def cost_model(config: PruneConfig, model: PreTrainedModel) -> CostModel:
+    """What the budget counts.
+
+    Raises:
+        ValueError: An unknown cost, or a context below 1.
+    """
+    table = Path(config.latency_table) if config.latency_table else None
+    return make_cost(config.budget_of, context=config.budget_context, model=model, table=table)
 
 
 def min_units(config: PruneConfig) -> dict[str, int]:
@@ -209,6 +222,7 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
         min_units=min_units(prune),
         compaction=prune.compact,
         restore_ridge=prune.restore.ridge,
+        round_to=prune.round_to,
         distill=config.optim.distill,
         **_tuning(config),
     )

@@ -103,8 +103,14 @@ class PruneConfig:
 
     name: str = option("l0", "short name for reports")
     sparsity: float = option(0.5, "fraction of decoder-block parameters to remove, in (0, 1)")
-    space: list[str] = option(["heads", "channels"], "unit kinds: heads, query_heads, channels")
+    space: list[str] = option(
+        ["heads", "channels"], "unit kinds: heads, query_heads, channels, qk_pairs, value_dims, hidden"
+    )
     shape: str = option("per_layer", "per_layer, or uniform: equal widths in every layer")
+    round_to: int = option(1, "kept FFN channels and hidden dimensions are multiples of this")
+    budget_of: str = option("parameters", "what sparsity counts: parameters, macs, latency (measured here) or memory")
+    latency_table: str | None = option(None, "file of measured latencies; unset measures them once per run")
+    budget_context: int = option(1024, "tokens in the cache, for a budget of macs, latency or memory")
     protect_layers: list[int] = option([], "layers of which nothing is pruned; negative ones count from the end")
     min_heads: int = option(1, "KV heads every layer keeps; 0 lets attention blocks vanish")
     min_channels: int = option(1, "FFN channels every layer keeps; 0 lets FFN blocks vanish")

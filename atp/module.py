@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
-from atp.compaction import compact, rewrap
+from atp.compaction import can_compact, compact, rewrap
 from atp.criteria import lora_gradient
 from atp.generator import Generator, GradientScores
 from atp.lora import MaskedModel, trainable_parameters
@@ -211,6 +211,7 @@ class PruningModule(TuningModule):
             model costs. Not possible with ``distill``, whose teacher is the dense base.
         restore_ridge: Ridge of the least-squares restoration at the freeze, which happens when ``calibration`` is set
             to something that gives batches.
+        round_to: Kept widths are multiples of this, see :func:`atp.selection.select`.
         **tuning: Arguments of :class:`TuningModule`.
     """
 
@@ -233,6 +234,7 @@ class PruningModule(TuningModule):
         min_units: Mapping[str, int] | None = None,
         compaction: bool = False,
         restore_ridge: float = 1e-3,
+        round_to: int = 1,
         **tuning: Any,
     ) -> None:
         super().__init__(model, **tuning)
@@ -240,13 +242,15 @@ class PruningModule(TuningModule):
         self.space = model.space
         self.generator, self.sampler, self.budget, self.schedule = generator, sampler, budget, schedule
         self.generator_lr, self.multiplier_lr = generator_lr, multiplier_lr
-        self.shape, self.min_units = shape, min_units
         if compaction and self.distill:
             log.warning("prune.compact is ignored: optim.distill needs the dense base as its teacher")
-        self.compaction = compaction and not self.distill
+        if compaction and not can_compact(self.space):
+            log.info("the live model is not cut at the freeze: only heads and channels can be, not the whole space")
+        self.compaction = compaction and not self.distill and can_compact(self.space)
         self.restore_ridge = restore_ridge
         self.calibration: Callable[[], Iterable[Batch]] | None = None
         self._restored: list[str] = []
+        self.shape, self.min_units, self.round_to = shape, min_units, round_to
         self.register_buffer("final_masks_U", torch.ones(self.space.num_units))
         self.register_buffer("final_scores_U", torch.ones(self.space.num_units))
         self.register_buffer("is_frozen", torch.zeros((), dtype=torch.bool))
@@ -273,7 +277,14 @@ class PruningModule(TuningModule):
         """Fix the deterministic architecture that meets the target; from here on only adapters train."""
         logits_U = self.logits()
         self.final_scores_U.copy_(self.sampler.confidence(self._shifted(logits_U, self.schedule.target)))
-        masks_U = select(self.space, logits_U, self.schedule.target, shape=self.shape, min_units=self.min_units)
+        masks_U = select(
+            self.space,
+            logits_U,
+            self.schedule.target,
+            shape=self.shape,
+            min_units=self.min_units,
+            round_to=self.round_to,
+        )
         self.final_masks_U.copy_(masks_U)
         self.is_frozen.fill_(True)
         self.sampled_U = None
@@ -353,14 +364,14 @@ class PruningModule(TuningModule):
         masks_U = self.sampler(logits_U)
         self.sampled_U = masks_U.detach()
         self.masked.set_masks(masks_U)
-        expected = self.space.sparsity(self.sampler.keep_probability(logits_U))
+        expected = self.space.reduction(self.sampler.keep_probability(logits_U))
         self._log_masks(expected, target)
-        return self.budget(expected, self.space.sparsity(masks_U), target)
+        return self.budget(expected, self.space.reduction(masks_U), target)
 
     @torch.no_grad()
     def _shift(self, logits_U: Tensor, target: float) -> float:
         def sparsity_of(shift: float) -> float:
-            return float(self.space.sparsity(self.sampler.keep_probability(logits_U + shift)))
+            return float(self.space.reduction(self.sampler.keep_probability(logits_U + shift)))
 
         return self.budget.shift(sparsity_of, target)
 

@@ -63,6 +63,8 @@ class Stages:
     ) -> None:
         self.config, self.directory, self.plain_config, self.origin = config, directory, plain_config, origin
         self.device = build.device_of(config)
+        if config.prune.budget_of == "latency" and config.prune.latency_table is None:
+            config.prune.latency_table = str(directory.path / "latency.json")
         if config.threads:
             torch.set_num_threads(config.threads)
         log.info("run directory: %s", directory.path)

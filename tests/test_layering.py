@@ -14,7 +14,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
     {"config": (), "embedded": (), "units": (), "space": ("units",), "modeling_atp": (), "rundir": (), "baselines": ()},
     {"config_help": (), "architecture": (), "data": ()},
     {"generator": (), "sampler": (), "lora": (), "selection": (), "evaluate": (), "report": ()},
-    {"objective": (), "removal": (), "importance": (), "criteria": ("importance",), "export": ()},
+    {"objective": (), "removal": (), "importance": (), "criteria": ("importance",), "cost": (), "export": ()},
     {"compaction": (), "restoration": ()},
     {"module": ()},
     {"callbacks": (), "loggers": ()},
