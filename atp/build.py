@@ -8,6 +8,7 @@ nothing of the order of stages.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
@@ -25,8 +26,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from atp import embedded, modeling_atp
 from atp.architecture import family
+from atp.aware import AwareModule
 from atp.baselines import BASELINES, CALIBRATION_BATCHES, check_baselines
-from atp.config import DataConfig, ModelConfig, PruneConfig, ScheduleConfig, TrainConfig, WarmStartConfig
+from atp.config import DataConfig, LassoConfig, ModelConfig, PruneConfig, ScheduleConfig, TrainConfig, WarmStartConfig
 from atp.cost import make_cost
 from atp.data.batches import PruningDataModule
 from atp.data.records import Splits, limit
@@ -210,7 +212,17 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
         shape=prune.schedule.shape,
     )
     masked = MaskedModel(_with_lora(config, model), space)
-    return PruningModule(
+    lasso = prune.lasso
+    aware: dict[str, Any] = {
+        "update": prune.update,
+        "lora_aware": prune.lora_aware,
+        "lasso": lasso.weight,
+        "final_lasso": lasso.final_weight,
+        "final_from": lasso.final_from,
+    }
+    is_plain = prune.update == "joint" and not prune.lora_aware and not lasso.weight and not lasso.final_weight
+    make: Any = PruningModule if is_plain else functools.partial(AwareModule, **aware)
+    module: PruningModule = make(
         masked,
         component("prune.generator", prune.generator, space=space),
         component("prune.sampler", prune.sampler),
@@ -223,9 +235,11 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
         compaction=prune.compact,
         restore_ridge=prune.restore.ridge,
         round_to=prune.round_to,
+        gates=prune.gates,
         distill=config.optim.distill,
         **_tuning(config),
     )
+    return module
 
 
 def tuning_module(config: TrainConfig, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> TuningModule:
@@ -245,6 +259,10 @@ def two_stage(config: TrainConfig, name: str) -> TrainConfig:
     prune = replace(
         config.prune,
         name=name,
+        gates="binary",
+        update="joint",
+        lora_aware=False,
+        lasso=LassoConfig(),
         shape=baseline.shape,
         generator={"_target_": "atp.generator.FixedScores"},
         sampler={"_target_": "atp.sampler.Threshold"},

@@ -98,6 +98,15 @@ class RestoreConfig:
 
 
 @dataclass
+class LassoConfig:
+    """Group lasso on the LoRA rows and columns of pruned units (ATP); off at zero."""
+
+    weight: float = option(0.0, "factor on its gradient")
+    final_weight: float = option(0.0, "factor in the last part of the run, which drives pruned rows to zero")
+    final_from: float = option(0.5, "where the last part begins, as a fraction of the run")
+
+
+@dataclass
 class PruneConfig:
     """What is pruned and how the decision is learnt: generator x sampler x budget."""
 
@@ -117,6 +126,12 @@ class PruneConfig:
     generator: dict[str, Any] = option({}, "how scores are made (config group prune/generator)")
     sampler: dict[str, Any] = option({}, "scores to masks (config group prune/sampler)")
     budget: dict[str, Any] = option({}, "what drives sparsity to the target (config group prune/budget)")
+    gates: str = option(
+        "binary", "factors of kept units: binary (none), soft (kept as learnt) or calibrated (train after the freeze)"
+    )
+    update: str = option("joint", "joint: masks and adapters in one pass; alternate: masks on a batch of their own")
+    lora_aware: bool = option(False, "mask the frozen weights only while training; evaluation masks both")
+    lasso: LassoConfig = field(default_factory=LassoConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     restore: RestoreConfig = field(default_factory=RestoreConfig)

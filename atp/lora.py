@@ -104,13 +104,18 @@ class MaskedModel(nn.Module):
     Args:
         peft_model: From :func:`add_lora`.
         space: The pruning space of its base model.
+
+    Attributes:
+        aware: Whether masks leave the adapters' branch alone; see :meth:`set_masks`.
     """
 
     def __init__(self, peft_model: PeftModel, space: PruningSpace) -> None:
         super().__init__()
         self.peft_model = peft_model
         self.space = space
+        self.aware = False
         self._masks: dict[Side, Tensor] = {}
+        self._frozen_masks: dict[Side, Tensor] = {}
         self.is_compact = False
         for site in space.sites:
             module = peft_model.get_submodule(_PREFIX + site.module)
@@ -118,6 +123,10 @@ class MaskedModel(nn.Module):
                 module.register_forward_pre_hook(self._on_input(site.side))
             else:
                 module.register_forward_hook(self._on_output(site.side))
+        self._own_rows = [weight for weight in space.weights if _has_own_rows(weight)]
+        for weight in self._own_rows:
+            linear: Any = self.linear(weight.module)
+            getattr(linear, "base_layer", linear).register_forward_hook(self._on_frozen_output(weight.rows))
 
     def _on_input(self, side: Side) -> Any:
         def multiply(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -131,6 +140,13 @@ class MaskedModel(nn.Module):
     def _on_output(self, side: Side) -> Any:
         def multiply(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             mask = self._masks.get(side)
+            return None if mask is None else output * mask.to(output.dtype)
+
+        return multiply
+
+    def _on_frozen_output(self, side: Side) -> Any:
+        def multiply(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            mask = self._frozen_masks.get(side)
             return None if mask is None else output * mask.to(output.dtype)
 
         return multiply
@@ -157,12 +173,22 @@ class MaskedModel(nn.Module):
 
         Gradients flow to ``masks_U`` when it requires them, so masks must be set anew for every backward pass. A
         compact model's masks are fixed; for it this does nothing.
+
+        While :attr:`aware` is set, masks multiply the frozen branch of the projections alone and adapters see
+        everything (ATP's LoRA-aware forward pass; section 1.4 of the methods note); only the residual stream is masked
+        as a whole.
         """
         if self.is_compact:
             return
-        by_axis = self.space.split(masks_U) if masks_U is not None else None
+        self._masks, self._frozen_masks = {}, {}
+        if masks_U is None:
+            return
+        by_axis = self.space.split(masks_U)
         sides = {site.side for site in self.space.sites}
-        self._masks = {side: side.expand(by_axis) for side in sides} if by_axis is not None else {}
+        if self.aware:
+            sides = {side for side in sides if any(f.axis.kind == "hidden" for f in side.factors)}
+            self._frozen_masks = {weight.rows: weight.rows.expand(by_axis) for weight in self._own_rows}
+        self._masks = {side: side.expand(by_axis) for side in sides}
 
     def fix_masks(self, masks_U: Tensor, live_U: Tensor) -> None:
         """Note that the weights were cut to ``live_U`` and fit the module structure to it.
@@ -198,11 +224,12 @@ class MaskedModel(nn.Module):
         """
         if self.is_compact:
             raise RuntimeError("the live model was cut to its masks; set prune.compact=false to keep the dense one")
-        masks, self._masks = self._masks, {}
+        masks, frozen = self._masks, self._frozen_masks
+        self._masks, self._frozen_masks = {}, {}
         try:
             yield
         finally:
-            self._masks = masks
+            self._masks, self._frozen_masks = masks, frozen
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
@@ -256,6 +283,11 @@ def _refit(module: nn.Module) -> None:
     if isinstance(module, LoraLayer):
         base: Any = module.get_base_layer()
         module.out_features, module.in_features = base.weight.shape
+
+
+def _has_own_rows(weight: Weight) -> bool:
+    """Whether pruned units own rows of a weight, besides the residual stream."""
+    return any(factor.axis.kind != "hidden" for factor in weight.rows.factors)
 
 
 @torch.no_grad()

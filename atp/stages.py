@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from atp import build
 from atp.architecture import is_stock
+from atp.aware import AwareModule
 from atp.callbacks import MaskHistory, ProgressReport, RunCheckpoint, Throughput
 from atp.compaction import expanded_state
 from atp.config import TrainConfig, WarmStartConfig
@@ -33,11 +34,13 @@ from atp.evaluate.measure import compare_speed, count_parameters, file_mib, macs
 from atp.evaluate.quality import evaluate, samples
 from atp.export.huggingface import export_hf
 from atp.export.loading import load_exported
+from atp.gates import fold
 from atp.generator import FixedScores
 from atp.loggers import close_loggers, csv_logger, merge_csv
 from atp.lora import merge_in_place, merged_tensors
 from atp.module import PruningModule, TuningModule
 from atp.removal import max_logit_difference, remove, widths_after
+from atp.restoration import restore
 from atp.rundir import RunDirectory, write_json
 from atp.space import block_parameters
 
@@ -83,6 +86,8 @@ class Stages:
             self._warm_start(module, self.config.prune.warm_start)
         if self.config.prune.restore.batches > 0:
             module.calibration = self._calibration
+        if isinstance(module, AwareModule):
+            module.calibration_batch = self.data.calibration_batch
         with peak_memory(self.device) as peak:
             self._fit("joint", module)
         return {"train_peak_mib": peak.mib, "train_peak_kind": peak.kind}
@@ -114,8 +119,12 @@ class Stages:
         self._write_masks(masks_U, module.final_scores_U.cpu())
         log.info("removal: cutting %d of %d units", int((masks_U < 0.5).sum()), self.space.num_units)
         masked = module.masked.to(self.device).eval()
-        masked.set_masks(masks_U.to(self.device))
-        removed = remove(merged_tensors(masked.peft_model), self.base_config, self.space, masks_U, device=self.device)
+        with torch.no_grad():
+            masked.set_masks(module.frozen_masks())
+        tensors = merged_tensors(masked.peft_model)
+        if module.gates is not None:
+            tensors = fold(tensors, self.space, module.gates(), tied=self.base_config.tie_word_embeddings)
+        removed = remove(tensors, self.base_config, self.space, masks_U, device=self.device)
         removed.generation_config = copy.deepcopy(self.generation_config)
         batches = self._check_batches()
         masked_vs_removed = max_logit_difference(masked, removed, batches)
@@ -165,6 +174,9 @@ class Stages:
         self._warm_start(module, config.prune.warm_start)
         module.freeze_masks()
         masks_U = module.final_masks_U.cpu()
+        settings = config.prune.restore
+        if settings.batches > 0:
+            restore(module.masked, module.final_masks_U.to(self.device), self._calibration, ridge=settings.ridge)
         return remove(merged_tensors(module.masked.peft_model), self.base_config, self.space, masks_U)
 
     def evaluate_model(self, model: PreTrainedModel) -> dict[str, Any]:

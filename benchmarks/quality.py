@@ -29,7 +29,7 @@ from benchmarks.quality_report import TWO_STAGE, best_rate, is_two_stage, plot, 
 
 FOLDER = Path(__file__).parent / "results" / "quality"
 DEFAULT = "exact"
-JOINT = (DEFAULT, "l0", "log_ratio", "transformer")
+JOINT = (DEFAULT, "l0", "atp", "atp_joint", "compresso", "disp_llm")
 METHODS = (*JOINT, "loraprune", *TWO_STAGE)
 
 log = logging.getLogger("benchmarks.quality")

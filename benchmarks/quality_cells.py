@@ -37,6 +37,8 @@ CONTROL = "shuffled"
 ARMS: dict[str, tuple[str, ...]] = {
     "": (),
     "distill": ("optim.distill=0.5",),
+    "restored": ("prune.restore.batches=16",),
+    "restored_distill": ("prune.restore.batches=16", "optim.distill=0.5"),
 }
 """What may be added to any method, by name."""
 
