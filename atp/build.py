@@ -36,6 +36,7 @@ from atp.data.sources import load_embedded, load_jsonl, load_legal_hub
 from atp.lora import MaskedModel, add_lora
 from atp.module import PruningModule, TuningModule
 from atp.objective import SparsitySchedule
+from atp.prompting import COLLABORATIVE_PROMPT, with_prompt
 from atp.selection import check_reachable
 from atp.space import PruningSpace
 from atp.units import CostModel
@@ -154,6 +155,15 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
         limit(splits.test, config.max_test, seed),
         splits.name,
     )
+
+
+def prompted(config: PruneConfig, splits: Splits) -> Splits:
+    """The splits with the collaborative prompt where it is switched on."""
+    prompt = config.prompt
+    if not prompt.train and not prompt.inference:
+        return splits
+    text = COLLABORATIVE_PROMPT if prompt.text is None else prompt.text
+    return with_prompt(splits, text, train=prompt.train, inference=prompt.inference)
 
 
 def data_module(

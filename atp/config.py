@@ -107,6 +107,15 @@ class LassoConfig:
 
 
 @dataclass
+class PromptConfig:
+    """Compresso's collaborative prompt before the records' own prompts."""
+
+    train: bool = option(False, "put it before training and validation prompts")
+    inference: bool = option(False, "put it before test prompts; the pruned model is then to be used with it")
+    text: str | None = option(None, "the text; unset takes this project's own")
+
+
+@dataclass
 class PruneConfig:
     """What is pruned and how the decision is learnt: generator x sampler x budget."""
 
@@ -132,6 +141,7 @@ class PruneConfig:
     update: str = option("joint", "joint: masks and adapters in one pass; alternate: masks on a batch of their own")
     lora_aware: bool = option(False, "mask the frozen weights only while training; evaluation masks both")
     lasso: LassoConfig = field(default_factory=LassoConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     restore: RestoreConfig = field(default_factory=RestoreConfig)

@@ -132,8 +132,8 @@ def wanda(masked: MaskedModel, batches: Batches) -> Tensor:
 def fluctuation(masked: MaskedModel, batches: Batches) -> Tensor:
     """FLAP's weighted fluctuation: variance of a unit's activations times the squared norm of the weights they meet.
 
-    An et al. 2023 (arXiv 2312.11983, equation 4); its standardisation over layers is the ranking ``zscore``. FLAP's
-    bias compensation is left to restoration, which fits more than the mean.
+    The weighted input feature variance of An et al. 2023 (arXiv 2312.11983); its standardisation over layers is the
+    ranking ``zscore``. FLAP's bias compensation is left to restoration, which fits more than the mean.
     """
     variances = {module: moments.variance() for module, moments in _moments(masked, batches).items()}
     return _at_sites(masked, lambda weight_OI, module: weight_OI.square() * variances[module])
@@ -142,7 +142,7 @@ def fluctuation(masked: MaskedModel, batches: Batches) -> Tensor:
 def lora_gradient(masked: MaskedModel) -> Tensor:
     """LoRAPrune's importance of one step, from weights and the gradients of the LoRA factors alone, [U].
 
-    Zhang et al. 2023 (arXiv 2305.18403, equation 10; section 5 of the methods note): the gradient of a frozen weight is
+    Zhang et al. 2023 (arXiv 2305.18403), as its public code does: the gradient of a frozen weight is
     estimated as ``gB A + B gA - gB gA``; ``|gradient * (W + scale B A)|`` is summed over a unit's entries, divided by
     the norm of the module's scores, and added over the modules that share the unit. To be called after a backward
     pass; frozen weights need no gradients.

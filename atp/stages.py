@@ -39,6 +39,7 @@ from atp.generator import FixedScores
 from atp.loggers import close_loggers, csv_logger, merge_csv
 from atp.lora import merge_in_place, merged_tensors
 from atp.module import PruningModule, TuningModule
+from atp.prompting import COLLABORATIVE_PROMPT, FILE
 from atp.removal import max_logit_difference, remove, widths_after
 from atp.restoration import restore
 from atp.rundir import RunDirectory, write_json
@@ -72,7 +73,7 @@ class Stages:
             torch.set_num_threads(config.threads)
         log.info("run directory: %s", directory.path)
         self.tokenizer = build.load_tokenizer(config.model)
-        self.splits = build.load_splits(config.data, config.seed)
+        self.splits = build.prompted(config.prune, build.load_splits(config.data, config.seed))
         dense = self.dense()
         self.base_config, self.generation_config = dense.config, dense.generation_config
         self.data = build.data_module(config, self.splits, self.tokenizer, dense.config.max_position_embeddings)
@@ -139,6 +140,9 @@ class Stages:
             dtype=build.DTYPES[self.config.export.dtype] if self.config.export.dtype else None,
             max_shard_size=self.config.export.max_shard_size,
         )
+        prompt = self.config.prune.prompt
+        if prompt.inference:
+            (path / FILE).write_text((prompt.text or COLLABORATIVE_PROMPT) + "\n", encoding="utf-8")
         removed_vs_reloaded = max_logit_difference(removed, self.pruned(), batches)
         return {
             "max_abs_logit_diff": max(masked_vs_removed, removed_vs_reloaded),
