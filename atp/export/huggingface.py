@@ -92,14 +92,14 @@ def export_hf(
         OSError: If the disk is full or the target cannot be written.
     """
     target = Path(output_dir).expanduser().resolve()
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     tensors = _checked_tensors(model)
     dtype = dtype or model.dtype
     config = _written_config(model, dtype)
     texts = _written_texts(config, target.name, card, provenance or {})
     parameters = sum(tensor.numel() for tensor in tensors.values())
     _check_space(target, parameters * dtype.itemsize)
-    with _appearing_whole(target) as stage:
+    with appearing_whole(target) as stage:
         _write_weights(tensors, stage, dtype, max_shard_size)
         config.to_json_file(stage / "config.json")
         _write_generation_config(model, stage)
@@ -121,16 +121,21 @@ def export_hf(
     )
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool, marker: str = "config.json") -> None:
+    """Refuses a target directory that is in use; only one that holds `marker` is ever replaced.
+
+    Raises:
+        ValueError: The target is a file, or holds something.
+    """
     if target.exists() and not target.is_dir():
         raise ValueError(f"output directory {target} is a file; choose another path")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
         raise ValueError(f"output directory {target} is not empty; pass overwrite=True or choose another path")
-    if not (target / "config.json").is_file():
+    if not (target / marker).is_file():
         raise ValueError(
-            f"output directory {target} is not a model directory (no config.json), so it will not be replaced; "
+            f"output directory {target} is not a model directory (no {marker}), so it will not be replaced; "
             "empty it yourself or choose another path"
         )
 
@@ -236,7 +241,7 @@ def _check_space(target: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def _appearing_whole(target: Path) -> Iterator[Path]:
+def appearing_whole(target: Path) -> Iterator[Path]:
     """Gives a directory to write to, which becomes `target` at the end or disappears."""
     target.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(4)
