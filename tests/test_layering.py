@@ -24,7 +24,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
     {"cli": ()},
 ]
 OWNERS = {
-    "peft": {"lora"},
+    "peft": {"lora", "export"},  # export: only to load an adapter as a user does, in verification
     "hydra": {"config", "build", "cli"},
     "omegaconf": {"config", "cli", "pipeline"},
     "wandb": {"loggers"},

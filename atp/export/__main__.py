@@ -47,7 +47,7 @@ def model_directory(path: Path) -> Path:
         if (candidate / "config.json").is_file() and any(candidate.glob("*.safetensors*")):
             return candidate
     if (path / ".hydra").is_dir() or (path / "stages").is_dir():
-        raise ValueError(f"{path} is a run that has not exported its model yet; go on with: python train.py resume={path}")
+        raise ValueError(f"{path} is a run that has exported no model yet; go on with: python train.py resume={path}")
     if (path / "config.json").is_file():
         return path  # loading says what is wrong with its weights
     raise ValueError(f"{path} holds no model: neither config.json nor pruned/config.json")
@@ -149,12 +149,9 @@ def embedded_text(records: int = 60) -> str:
 
 
 def _push(directory: Path, repository: str, console: Console) -> None:
-    from huggingface_hub import HfApi
+    from atp.export.bundle import upload
 
-    api = HfApi()
-    api.create_repo(repository, exist_ok=True)
-    info = api.upload_folder(repo_id=repository, folder_path=str(directory))
-    console.print(f"hub: {info.commit_url}")
+    console.print(f"hub: {upload(directory, repository)}")
 
 
 if __name__ == "__main__":

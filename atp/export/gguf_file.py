@@ -116,8 +116,8 @@ def export_gguf(
 def _vocabulary(stored: StoredModel) -> Vocabulary:
     if not any((stored.directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError(
-            f"{stored.directory} holds no tokenizer, which GGUF files carry; put the base model's tokenizer files there "
-            "(tokenizer.json, tokenizer_config.json), or export without (--no-tokenizer)"
+            f"{stored.directory} holds no tokenizer, which GGUF files carry; put the base model's tokenizer files "
+            "there (tokenizer.json, tokenizer_config.json), or export without (--no-tokenizer)"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(stored.directory), local_files_only=True)

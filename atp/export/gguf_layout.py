@@ -2,10 +2,11 @@
 
 Decides and refuses, writes nothing: :mod:`atp.export.gguf_file` turns a layout into a file, and a run can ask for one
 before it trains. It reads configs and tensor names only. What is said here of llama.cpp (names of keys and tensors,
-what each architecture's loader accepts) was read in its sources and checked by running it; the traps it works around:
+what each architecture's loader accepts) was read in its sources and checked by running it. Its traps:
 
-* ``llama``, ``qwen2`` and ``qwen3`` build every layer at the widths of the first. Widths per layer need ``deci`` (Llama,
-  Mistral and Qwen2 weights) or ``openelm`` (Qwen3 weights: it normalises queries and keys, but ties the output head).
+* ``llama``, ``qwen2`` and ``qwen3`` build every layer at the widths of the first. Widths per layer need ``deci``
+  (Llama, Mistral and Qwen2 weights) or ``openelm`` (Qwen3 weights: it normalises queries and keys, but ties the output
+  head).
 * ``deci`` drops the attention of a layer without FFN and takes the head size from layer 0; ``openelm`` builds every
   block. Where a block is needed but absent, one unit of zeros stands for it.
 * ``qwen2`` takes only as many heads as make up the hidden size; ``llama`` takes any, and Qwen2's biases too.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedConfig
 
@@ -175,7 +176,7 @@ def _rotary(config: PreTrainedConfig, architecture: str, head_dim: int) -> tuple
     kind = rope.get("rope_type", "default")
     if kind in ("dynamic", "longrope") or rope.get("partial_rotary_factor", 1.0) != 1.0 or "rope_theta" not in rope:
         raise ValueError(f"GGUF: rotary parameters {rope} change with the length or are partial; not supported")
-    rotary: Any = LlamaRotaryEmbedding(config)
+    rotary: Any = LlamaRotaryEmbedding(cast(Any, config))
     actual = rotary.inv_freq.double()
     default = float(rope["rope_theta"]) ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     if actual.shape != default.shape:

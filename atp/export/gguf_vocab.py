@@ -16,12 +16,11 @@ from transformers import PreTrainedTokenizerBase
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Token types of GGUF."""
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# The rule of Llama 3 and, with single digits, of Qwen 2: a fact of their tokenizer files.
+_CONTRACTIONS_AND_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_SIGNS_AND_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _CONTRACTIONS_AND_WORDS + r"\p{N}{1,3}" + _SIGNS_AND_SPACES
+_QWEN2 = _CONTRACTIONS_AND_WORDS + r"\p{N}" + _SIGNS_AND_SPACES
 # Splitting rules of a byte-level tokenizer -> llama.cpp's name for them.
 _PRE_TOKENIZERS = {
     ("gpt2",): "gpt-2",
@@ -176,9 +175,7 @@ def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, ...]]) 
     for index, merge in enumerate(merges):
         rank.setdefault("".join(merge), index)
     last = len(merges)
-    return [
-        float(-rank.get(token, last)) if kind == NORMAL else 0.0 for token, kind in zip(tokens, types, strict=True)
-    ]
+    return [float(-rank.get(token, last)) if kind == NORMAL else 0.0 for token, kind in zip(tokens, types, strict=True)]
 
 
 def _encloses(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:

@@ -30,7 +30,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from atp import modeling_atp
 from atp.architecture import family, is_stock, layer_widths
 from atp.export.card import load_lines, model_card
-from atp.export.loading import INDEX_FILE, differences, expected_shapes
+from atp.export.loading import ADAPTER_FOLDER, INDEX_FILE, differences, expected_shapes
+from atp.lora import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def export_hf(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
+    adapter: Adapter | None = None,
 ) -> ExportResult:
     """Writes a model and everything needed to load it.
 
@@ -83,6 +85,7 @@ def export_hf(
         overwrite: Replace the model directory that is already there.
         dtype: Type to store; by default the model's own.
         max_shard_size: Largest size of one weight file, in bytes or as text such as "5GB".
+        adapter: A LoRA adapter for the model, stored beside its weights instead of being merged into them.
 
     Returns:
         What was written.
@@ -107,9 +110,11 @@ def export_hf(
             logger.warning("no tokenizer given: %s will hold none", target)
         else:
             tokenizer.save_pretrained(str(stage))
+        if adapter is not None:
+            adapter.save(stage / ADAPTER_FOLDER)
         for name, text in texts.items():
             (stage / name).write_text(text, encoding="utf-8")
-        for weights in stage.glob("*.safetensors"):  # written readable for their owner only
+        for weights in stage.rglob("*.safetensors"):  # written readable for their owner only
             shutil.copymode(stage / "config.json", weights)
     return ExportResult(
         directory=target,
@@ -117,7 +122,7 @@ def export_hf(
         stock=is_stock(config),
         parameters=parameters,
         weight_bytes=sum(path.stat().st_size for path in target.glob("*.safetensors")),
-        load_lines=load_lines(output_dir, is_stock(config)),
+        load_lines=load_lines(output_dir, is_stock(config), adapter=adapter is not None),
     )
 
 

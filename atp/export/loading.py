@@ -20,7 +20,9 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 
 from atp import modeling_atp
 from atp.architecture import build_model, family
+from atp.lora import Adapter, read_adapter
 
+ADAPTER_FOLDER = "adapter"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -37,6 +39,7 @@ class StoredModel:
         directory: Where it is.
         config: Its config.
         shapes: Shape of every stored tensor, by name; a tied output head is not among them.
+        adapter: The adapter of an unmerged export; the tensors read here have it added to them.
 
     Raises:
         ValueError: If files are missing, truncated or pickled, or if tensors are missing, unexpected or misshapen.
@@ -57,6 +60,10 @@ class StoredModel:
             found.pop("lm_head.weight", None)
         if problems := differences(self.shapes, found):
             raise ValueError(f"the weights in {self.directory} do not fit its config.json: {problems}")
+        folder = self.directory / ADAPTER_FOLDER
+        self.adapter = read_adapter(folder) if (folder / "adapter_config.json").is_file() else None
+        if self.adapter is not None:
+            _check_adapter(self.adapter, self.shapes, folder)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,7 +73,10 @@ class StoredModel:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, read now."""
         with _opened(self._files[name]) as stored:
-            return stored.get_tensor(name)
+            return self._merged(name, stored.get_tensor(name))
+
+    def _merged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.adapter is None else self.adapter.added_to(name, tensor)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors in the order in which they are stored, one at a time."""
@@ -74,7 +84,18 @@ class StoredModel:
             with _opened(file) as stored:
                 for name in stored.offset_keys():
                     if name in self.shapes:
-                        yield name, stored.get_tensor(name)
+                        yield name, self._merged(name, stored.get_tensor(name))
+
+
+def _check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Raises ValueError unless every factor fits the weight that it adds to."""
+    for module, (down_RI, up_OR) in adapter.factors.items():
+        shape = shapes.get(f"{module}.weight")
+        if shape != (up_OR.shape[0], down_RI.shape[1]) or down_RI.shape[0] != up_OR.shape[1]:
+            raise ValueError(
+                f"the adapter in {folder} does not fit the weights: {module} is {shape}, its factors are "
+                f"{list(up_OR.shape)} and {list(down_RI.shape)}"
+            )
 
 
 def load_exported(

@@ -71,7 +71,8 @@ class CachedGraph(nn.Module):
             logits = logits + 0.0 * attention_mask[:, -tokens:, None]
         if cache is None:
             return (logits,)
-        present = [part for i in self.attending for part in (cache.layers[i].keys, cache.layers[i].values)]
+        layers: Any = cache.layers
+        present = [part for i in self.attending for part in (layers[i].keys, layers[i].values)]
         return (logits, *present)
 
     def _fill(self, cache: DynamicCache, index: int, keys: Tensor, values: Tensor) -> None:

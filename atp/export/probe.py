@@ -75,6 +75,8 @@ class TransformersEngine:
         custom = "auto_map" in json.loads((path / "config.json").read_text(encoding="utf-8"))
         options = {"trust_remote_code": custom, "dtype": torch.float32, **quantised(task.get("quantised"))}
         self.model = AutoModelForCausalLM.from_pretrained(str(path), **options).eval()
+        if torch.cuda.is_available() and not task.get("quantised"):
+            self.model = self.model.to("cuda")
         if task["format"] == "adapter":
             from peft import PeftModel
 

@@ -151,7 +151,8 @@ def verify(
     if ids_WT is None:
         ids_WT = token_windows(stored, text, tokens)
     with tempfile.TemporaryDirectory(prefix="atp-verify-") as folder:
-        model = reference_model or load_exported(directory, dtype=torch.float32)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = reference_model or load_exported(directory, dtype=torch.float32, device=device)
         reference = _write_reference(model, ids_WT, Path(folder))
         del model
         threads = threads or torch.get_num_threads()
