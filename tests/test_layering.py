@@ -18,7 +18,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
     {"compaction": (), "restoration": ()},
     {"module": ()},
     {"callbacks": (), "loggers": ()},
-    {"build": (), "results": ()},
+    {"build": (), "results": (), "generate": ()},
     {"stages": ()},
     {"pipeline": ()},
     {"cli": ()},

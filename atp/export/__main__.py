@@ -16,6 +16,7 @@ from rich.console import Console
 FORMATS = ("hf", "gguf", "onnx")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 USER_ERROR, MISMATCH = 2, 1
+TABLE_WIDTH = 120
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parser().parse_args(argv)
     console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
     try:
         return _run(arguments, console)
     except (ValueError, OSError) as error:

@@ -7,6 +7,7 @@ model; a file appears under its name only when it is whole. Which architecture a
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import secrets
@@ -246,6 +247,8 @@ def _quantise(stored: StoredModel, layout: GgufLayout, vocabulary: Vocabulary | 
     import llama_cpp
 
     full = path.with_name(path.name + "-f32")
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     try:
         _write(stored, layout, vocabulary, "f32", full)
         options = llama_cpp.llama_model_quantize_default_params()

@@ -27,7 +27,8 @@ def main() -> None:
     engine = ENGINES[task["format"]](task)
     ids_WT = np.load(task["ids"])
     reference_WTV = np.load(task["reference"], mmap_mode="r")
-    result = compare(engine, ids_WT, reference_WTV) | greedy(engine, ids_WT[0][: task["prompt"]], task["new_tokens"])
+    result = {"spelling": spelling(engine, task.get("text"), task.get("text_ids"))}
+    result |= compare(engine, ids_WT, reference_WTV) | greedy(engine, ids_WT[0][: task["prompt"]], task["new_tokens"])
     output.write(json.dumps(result) + "\n")
 
 
@@ -50,6 +51,18 @@ def compare(engine: Any, ids_WT: np.ndarray, reference_WTV: np.ndarray) -> dict[
         "perplexity": float(np.exp(min(nll / max(scored, 1), 700.0))),
         "tokens": int(ids_WT.size),
     }
+
+
+def spelling(engine: Any, text: str | None, expected: list[int] | None) -> str:
+    """How the engine's own tokenizer differs from the reference's on a text; empty if it does not, or has none."""
+    if not text or expected is None or not hasattr(engine, "tokenize"):
+        return ""
+    found = engine.tokenize(text)
+    if found is None or found == expected:
+        return ""
+    shared = min(len(found), len(expected))
+    at = next((index for index in range(shared) if found[index] != expected[index]), shared)
+    return f"its tokenizer differs from token {at} on: {found[at : at + 3]}, not {expected[at : at + 3]}"
 
 
 def greedy(engine: Any, prompt_T: np.ndarray, new_tokens: int) -> dict[str, Any]:
@@ -89,18 +102,17 @@ class TransformersEngine:
             return self.model(input_ids=ids).logits[0].float().cpu().numpy()
 
     def generate(self, prompt_T: np.ndarray, new_tokens: int) -> list[int]:
-        """Greedy continuation."""
+        """Greedy continuation; the plain loop, as settings of the generation config would bias it."""
         ids = self.torch.tensor(prompt_T[None], device=self.model.device)
+        made: list[int] = []
+        past = None
         with self.torch.no_grad():
-            made = self.model.generate(
-                input_ids=ids,
-                attention_mask=self.torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                pad_token_id=0,
-            )
-        return made[0, len(prompt_T) :].tolist()
+            for _ in range(new_tokens):
+                output = self.model(input_ids=ids, past_key_values=past, use_cache=True)
+                past = output.past_key_values
+                made.append(int(output.logits[0, -1].argmax()))
+                ids = self.torch.tensor([made[-1:]], device=self.model.device)
+        return made
 
 
 def quantised(kind: str | None) -> dict[str, Any]:
@@ -136,6 +148,12 @@ class LlamaCppEngine:
             n_threads=threads,
             n_threads_batch=threads,
         )
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """Token ids of a text; None where the file holds no vocabulary."""
+        if self.llama.metadata.get("tokenizer.ggml.model") in (None, "no_vocab", "none"):
+            return None
+        return list(self.llama.tokenize(text.encode("utf-8"), add_bos=True, special=False))
 
     def logits(self, ids_T: np.ndarray) -> np.ndarray:
         """Logits [T, V] of one window."""

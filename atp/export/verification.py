@@ -31,6 +31,11 @@ from atp.export.loading import StoredModel, load_exported
 
 WINDOW = 256
 PROMPT, NEW_TOKENS = 16, 24
+SPELLED_CHARACTERS = 4000
+SPELLED = (
+    "It's 12 o'clock; they'll pay $3,450.75 (net) by 2031-05-06.\n\nSec. 2(b)  two  spaces, naïve café, 東京, 🙂.\n"
+)
+"""Text on which tokenizers are always compared: what their rules differ on."""
 QUANTISED = ("bnb-int8", "bnb-4bit", "torchao-int8", "torchao-4bit")
 """Ways of quantising a Hugging Face directory while it is loaded."""
 
@@ -150,13 +155,23 @@ def verify(
             raise ValueError(f"quantisation {kind!r} is not known; choose from {', '.join(QUANTISED)}")
     if ids_WT is None:
         ids_WT = token_windows(stored, text, tokens)
+    spelling = _spelling(stored, SPELLED + (text or ""))
     with tempfile.TemporaryDirectory(prefix="atp-verify-") as folder:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = reference_model or load_exported(directory, dtype=torch.float32, device=device)
         reference = _write_reference(model, ids_WT, Path(folder))
         del model
         threads = threads or torch.get_num_threads()
-        return [_check(stored, task, reference, threads) for task in _tasks(stored.directory, quantised)]
+        return [_check(stored, task | spelling, reference, threads) for task in _tasks(stored.directory, quantised)]
+
+
+def _spelling(stored: StoredModel, text: str) -> dict[str, Any]:
+    """A text and its ids by the export's own tokenizer, for engines that bring another."""
+    if not (stored.directory / "tokenizer.json").is_file():
+        return {}
+    tokenizer = AutoTokenizer.from_pretrained(str(stored.directory), local_files_only=True)
+    text = text[:SPELLED_CHARACTERS]
+    return {"text": text, "text_ids": list(tokenizer(text, verbose=False)["input_ids"])}
 
 
 def token_windows(stored: StoredModel, text: str | None, tokens: int) -> np.ndarray:
@@ -193,18 +208,17 @@ def _write_reference(model: PreTrainedModel, ids_WT: np.ndarray, folder: Path) -
     scored = ids_WT.size - len(ids_WT)
     prompt = min(PROMPT, ids_WT.shape[1] // 2)
     new_tokens = min(NEW_TOKENS, ids_WT.shape[1] - prompt)
-    ids = torch.tensor(ids_WT[:1, :prompt], device=model.device)
-    made = model.generate(  # type: ignore[operator]
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        pad_token_id=0,
-    )
     perplexity = float(np.exp(min(nll / max(scored, 1), 700.0)))
     deviation = float(np.sqrt(squares / len(ids_WT)))
-    return Reference(folder, deviation, perplexity, made[0, prompt:].tolist(), prompt)
+    return Reference(folder, deviation, perplexity, _greedy(model, ids_WT[0, :prompt], new_tokens), prompt)
+
+
+def _greedy(model: PreTrainedModel, prompt_T: np.ndarray, new_tokens: int) -> list[int]:
+    """Greedy continuation without a cache: what every engine's cache must reproduce."""
+    ids = torch.tensor(prompt_T[None], device=model.device)
+    for _ in range(new_tokens):
+        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    return [int(index) for index in ids[0, len(prompt_T) :]]
 
 
 def _check_code(directory: Path) -> None:
@@ -259,7 +273,8 @@ def _check(stored: StoredModel, task: dict[str, Any], reference: Reference, thre
         perplexity=result["perplexity"],
         tokens_per_s=result["tokens_per_s"],
         greedy_equal=f"{equal}/{len(reference.greedy)}",
-        ok=_matches(result, limit, reference.deviation),
+        ok=_matches(result, limit, reference.deviation) and not result["spelling"],
+        note=result["spelling"],
     )
 
 
@@ -315,10 +330,10 @@ def mismatches(checks: Sequence[Check]) -> list[Check]:
 def verification_table(checks: Sequence[Check], title: str = "") -> Table:
     """The checks as a table for the terminal."""
     table = Table(title=title or None)
-    table.add_column("format")
+    table.add_column("format", no_wrap=True)
     titles = ("size MiB", "max logit diff", "top-1", "perplexity", "reference", "greedy =", "tokens/s")
     for name in titles:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("result")
     for check in checks:
         state = {True: "ok", False: "MISMATCH", None: "not run"}[check.ok]
