@@ -79,12 +79,13 @@ class StoredModel:
         return tensor if self.adapter is None else self.adapter.added_to(name, tensor)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All tensors in the order in which they are stored, one at a time."""
-        for file in dict.fromkeys(self._files.values()):
-            with _opened(file) as stored:
-                for name in stored.offset_keys():
-                    if name in self.shapes:
-                        yield name, self._merged(name, stored.get_tensor(name))
+        """All tensors in the order in which they are stored, one at a time.
+
+        A file is opened anew for each, as the pages of what was read count as memory while it is open.
+        """
+        for name in self._files:
+            if name in self.shapes:
+                yield name, self.tensor(name)
 
 
 def _check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
