@@ -216,6 +216,12 @@ class ExportConfig:
 
     dtype: str | None = option(None, "dtype of the exported weights; unset keeps the base model's")
     max_shard_size: str = option("5GB", "largest safetensors file")
+    merge: bool = option(True, "merge the adapters; false writes the pruned base and a sliced PEFT adapter beside it")
+    gguf: list[str] = option([], "GGUF files to write, by type: f32, f16, bf16, q8_0, or llama.cpp's K-quants")
+    onnx: bool = option(False, "also write an ONNX graph with KV cache")
+    verify: bool = option(True, "load every exported format in a fresh process and compare its logits")
+    verify_tokens: int = option(1024, "tokens of the test data that formats are compared on")
+    push_to_hub: str | None = option(None, "hub repository to upload the export to; never without being asked")
 
 
 @dataclass

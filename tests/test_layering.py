@@ -35,13 +35,13 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
     {"compaction": (), "restoration": ()},
     {"module": ()},
     {"callbacks": (), "loggers": (), "aware": ()},
-    {"build": (), "results": ()},
+    {"build": (), "results": (), "generate": ()},
     {"stages": ()},
     {"pipeline": ()},
     {"cli": ()},
 ]
 OWNERS = {
-    "peft": {"lora"},
+    "peft": {"lora", "export"},  # export: only to load an adapter as a user does, in verification
     "hydra": {"config", "build", "cli"},
     "omegaconf": {"config", "cli", "pipeline"},
     "wandb": {"loggers"},

@@ -236,17 +236,22 @@ def _loading(architecture: str, stock: bool) -> str:
     return "\n".join(["## How to load", "", why, "", *lines])
 
 
-def load_lines(path: str | Path, stock: bool) -> str:
+def load_lines(path: str | Path, stock: bool, *, adapter: bool = False) -> str:
     """The two lines of Python that load a pruned model and its tokenizer.
 
     Args:
         path: The exported directory.
         stock: Whether a stock class holds the model; otherwise the code beside the weights must be trusted.
+        adapter: Whether an adapter lies beside the weights; two more lines then add it.
 
     Returns:
-        Two lines to be run as they are, in an environment that has transformers.
+        Lines to be run as they are, in an environment that has transformers (and peft, for an adapter).
     """
     arguments = repr(str(path)) + ("" if stock else ", trust_remote_code=True")
     classes = ("AutoModelForCausalLM", "AutoTokenizer")
     loaded = ", ".join(f"{name}.from_pretrained({arguments})" for name in classes)
-    return f"from transformers import {', '.join(classes)}\nmodel, tokenizer = {loaded}"
+    lines = f"from transformers import {', '.join(classes)}\nmodel, tokenizer = {loaded}"
+    if adapter:
+        folder = repr(str(Path(path) / "adapter"))
+        lines += f"\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(model, {folder})"
+    return lines
