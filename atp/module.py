@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
-from atp.compaction import can_compact, compact, rewrap
+from atp.compaction import can_compact, compact, unwrapped
 from atp.criteria import lora_gradient
 from atp.gates import Gates
 from atp.generator import Generator, GradientScores
@@ -274,8 +274,8 @@ class PruningModule(TuningModule):
             if self.calibration is not None:
                 self._restored = restore(self.masked, self.final_masks_U, self.calibration, ridge=self.restore_ridge)
             if self.compaction:
-                self.compact(self.trainer.optimizers)
-                rewrap(self.trainer.strategy)
+                with unwrapped(self.trainer.strategy):
+                    self.compact(self.trainer.optimizers)
 
     def freeze_masks(self) -> None:
         """Fix the deterministic architecture that meets the target; from here on only adapters train."""
