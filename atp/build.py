@@ -8,6 +8,7 @@ nothing of the order of stages.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
@@ -25,8 +26,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from atp import embedded, modeling_atp
 from atp.architecture import family
+from atp.aware import AwareModule
 from atp.baselines import BASELINES, CALIBRATION_BATCHES, check_baselines
-from atp.config import DataConfig, ModelConfig, PruneConfig, ScheduleConfig, TrainConfig, WarmStartConfig
+from atp.config import (
+    DataConfig,
+    LassoConfig,
+    ModelConfig,
+    PromptConfig,
+    PruneConfig,
+    ScheduleConfig,
+    TrainConfig,
+    WarmStartConfig,
+)
+from atp.cost import make_cost
 from atp.data.batches import PruningDataModule
 from atp.data.check import faults
 from atp.data.columns import record_parser
@@ -41,9 +53,10 @@ from atp.evaluate import harness
 from atp.lora import MaskedModel, add_lora
 from atp.module import PruningModule, TuningModule
 from atp.objective import SparsitySchedule
-from atp.prompt import Prompt, from_text
+from atp.prompt import COLLABORATIVE, Prompt, from_text
 from atp.selection import check_reachable
 from atp.space import PruningSpace
+from atp.units import CostModel
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +231,7 @@ def load_prompt(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
     Raises:
         ValueError: A file that cannot be read, a template that is not valid, or an unknown ``prompt.chat``.
     """
-    settings = config.prompt
+    settings = _chosen_prompt(config)
     parts = {"system": settings.system, "template": settings.template}
     if settings.path:
         path = Path(settings.path).expanduser()
@@ -245,6 +258,19 @@ def load_prompt(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
         raise ValueError("prompt.chat=always, but the tokenizer has no chat template; use prompt.chat=auto or never")
     wanted = settings.chat == "always" or (settings.chat == "auto" and not prompt.is_empty)
     return replace(prompt, chat=template) if wanted and isinstance(template, str) else prompt
+
+
+def _chosen_prompt(config: TrainConfig) -> PromptConfig:
+    """The prompt asked for or, where none is, the collaborative one that belongs to the method."""
+    own = config.prune.prompt
+    if config.prompt.name != "none" or not (own.train or own.inference):
+        return config.prompt
+    text = COLLABORATIVE if own.text is None else own.text
+    if not text.strip():
+        raise ValueError(
+            "prune.prompt.text is empty; leave it out for the usual text, or switch train and inference off"
+        )
+    return replace(config.prompt, name="collaborative", system=text, train=own.train, inference=own.inference)
 
 
 def load_scored(config: TrainConfig, name: str, most: int) -> list[Record]:
@@ -307,8 +333,19 @@ def data_module(
 def pruning_space(config: PruneConfig, model: PreTrainedModel) -> PruningSpace:
     """The space of a model, with the target checked to be reachable in it."""
     space = PruningSpace.from_model(model, config.space, config.protect_layers)
-    check_reachable(space, config.sparsity, min_units(config))
+    space.cost = cost_model(config, model)
+    check_reachable(space, config.sparsity, min_units(config), round_to=config.round_to)
     return space
+
+
+def cost_model(config: PruneConfig, model: PreTrainedModel) -> CostModel:
+    """What the budget counts.
+
+    Raises:
+        ValueError: An unknown cost, or a context below 1.
+    """
+    table = Path(config.latency_table) if config.latency_table else None
+    return make_cost(config.budget_of, context=config.budget_context, model=model, table=table)
 
 
 def min_units(config: PruneConfig) -> dict[str, int]:
@@ -332,7 +369,17 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
         shape=prune.schedule.shape,
     )
     masked = MaskedModel(_with_lora(config, model), space)
-    return PruningModule(
+    lasso = prune.lasso
+    aware: dict[str, Any] = {
+        "update": prune.update,
+        "lora_aware": prune.lora_aware,
+        "lasso": lasso.weight,
+        "final_lasso": lasso.final_weight,
+        "final_from": lasso.final_from,
+    }
+    is_plain = prune.update == "joint" and not prune.lora_aware and not lasso.weight and not lasso.final_weight
+    make: Any = PruningModule if is_plain else functools.partial(AwareModule, **aware)
+    module: PruningModule = make(
         masked,
         component("prune.generator", prune.generator, space=space),
         component("prune.sampler", prune.sampler),
@@ -344,9 +391,12 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
         min_units=min_units(prune),
         compaction=prune.compact,
         restore_ridge=prune.restore.ridge,
+        round_to=prune.round_to,
+        gates=prune.gates,
         distill=config.optim.distill,
         **_tuning(config),
     )
+    return module
 
 
 def tuning_module(config: TrainConfig, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> TuningModule:
@@ -366,6 +416,10 @@ def two_stage(config: TrainConfig, name: str) -> TrainConfig:
     prune = replace(
         config.prune,
         name=name,
+        gates="binary",
+        update="joint",
+        lora_aware=False,
+        lasso=LassoConfig(),
         shape=baseline.shape,
         generator={"_target_": "atp.generator.FixedScores"},
         sampler={"_target_": "atp.sampler.Threshold"},

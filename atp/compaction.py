@@ -12,8 +12,11 @@ Shape suffixes: U units.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +28,11 @@ from atp.removal import kept_indices
 from atp.space import PruningSpace
 
 log = logging.getLogger(__name__)
+
+
+def can_compact(space: PruningSpace) -> bool:
+    """Whether the live model can be cut: head dimensions and the residual stream need other modules, not fewer rows."""
+    return {axis.kind for axis in space.axes} <= {"heads", "query_heads", "channels"}
 
 
 def live_units(space: PruningSpace, masks_U: Tensor) -> Tensor:
@@ -71,13 +79,24 @@ def compact(masked: MaskedModel, masks_U: Tensor, optimizers: Iterable[Optimizer
     log.info("live model cut to %.1f%% of its block parameters", 100 * (1 - float(space.sparsity(live_U.double()))))
 
 
-def rewrap(strategy: object) -> None:
-    """Let data-parallel wrappers take note of new parameter shapes; other strategies hold none."""
+@contextmanager
+def unwrapped(strategy: Any) -> Iterator[None]:
+    """Take a data-parallel wrapper off inside the block, for it remembers every parameter's shape; others pass.
+
+    Args:
+        strategy: The Lightning trainer's strategy.
+    """
     wrapper = getattr(strategy, "model", None)
     if not isinstance(wrapper, DistributedDataParallel):
+        yield
         return
+    inner = wrapper.module
     wrapper._remove_autograd_hooks()
-    strategy.model = strategy._setup_model(wrapper.module)  # type: ignore[attr-defined]
+    strategy.model = inner
+    del wrapper  # the reducer holds the parameters' gradient nodes; they must die before shapes change
+    gc.collect()
+    yield
+    strategy.model = strategy._setup_model(inner)
 
 
 def _cut_parameter(

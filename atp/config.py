@@ -116,19 +116,50 @@ class RestoreConfig:
 
 
 @dataclass
+class LassoConfig:
+    """Group lasso on the LoRA rows and columns of pruned units (ATP); off at zero."""
+
+    weight: float = option(0.0, "factor on its gradient")
+    final_weight: float = option(0.0, "factor in the last part of the run, which drives pruned rows to zero")
+    final_from: float = option(0.5, "where the last part begins, as a fraction of the run")
+
+
+@dataclass
+class PrunePromptConfig:
+    """The collaborative prompt as part of a method (Compresso): prompt=collaborative with these switches."""
+
+    train: bool = option(False, "put it before training and validation prompts")
+    inference: bool = option(False, "put it before test prompts; the pruned model is then to be used with it")
+    text: str | None = option(None, "the text; unset takes this project's own")
+
+
+@dataclass
 class PruneConfig:
     """What is pruned and how the decision is learnt: generator x sampler x budget."""
 
     name: str = option("l0", "short name for reports")
     sparsity: float = option(0.5, "fraction of decoder-block parameters to remove, in (0, 1)")
-    space: list[str] = option(["heads", "channels"], "unit kinds: heads, query_heads, channels")
+    space: list[str] = option(
+        ["heads", "channels"], "unit kinds: heads, query_heads, channels, qk_pairs, value_dims, hidden"
+    )
     shape: str = option("per_layer", "per_layer, or uniform: equal widths in every layer")
+    round_to: int = option(1, "kept FFN channels and hidden dimensions are multiples of this")
+    budget_of: str = option("parameters", "what sparsity counts: parameters, macs, latency (measured here) or memory")
+    latency_table: str | None = option(None, "file of measured latencies; unset measures them once per run")
+    budget_context: int = option(1024, "tokens in the cache, for a budget of macs, latency or memory")
     protect_layers: list[int] = option([], "layers of which nothing is pruned; negative ones count from the end")
     min_heads: int = option(1, "KV heads every layer keeps; 0 lets attention blocks vanish")
     min_channels: int = option(1, "FFN channels every layer keeps; 0 lets FFN blocks vanish")
     generator: dict[str, Any] = option({}, "how scores are made (config group prune/generator)")
     sampler: dict[str, Any] = option({}, "scores to masks (config group prune/sampler)")
     budget: dict[str, Any] = option({}, "what drives sparsity to the target (config group prune/budget)")
+    gates: str = option(
+        "binary", "factors of kept units: binary (none), soft (kept as learnt) or calibrated (train after the freeze)"
+    )
+    update: str = option("joint", "joint: masks and adapters in one pass; alternate: masks on a batch of their own")
+    lora_aware: bool = option(False, "mask the frozen weights only while training; evaluation masks both")
+    lasso: LassoConfig = field(default_factory=LassoConfig)
+    prompt: PrunePromptConfig = field(default_factory=PrunePromptConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     restore: RestoreConfig = field(default_factory=RestoreConfig)
@@ -215,6 +246,12 @@ class ExportConfig:
 
     dtype: str | None = option(None, "dtype of the exported weights; unset keeps the base model's")
     max_shard_size: str = option("5GB", "largest safetensors file")
+    merge: bool = option(True, "merge the adapters; false writes the pruned base and a sliced PEFT adapter beside it")
+    gguf: list[str] = option([], "GGUF files to write, by type: f32, f16, bf16, q8_0, or llama.cpp's K-quants")
+    onnx: bool = option(False, "also write an ONNX graph with KV cache")
+    verify: bool = option(True, "load every exported format in a fresh process and compare its logits")
+    verify_tokens: int = option(1024, "tokens of the test data that formats are compared on")
+    push_to_hub: str | None = option(None, "hub repository to upload the export to; never without being asked")
 
 
 @dataclass

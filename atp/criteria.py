@@ -132,8 +132,8 @@ def wanda(masked: MaskedModel, batches: Batches) -> Tensor:
 def fluctuation(masked: MaskedModel, batches: Batches) -> Tensor:
     """FLAP's weighted fluctuation: variance of a unit's activations times the squared norm of the weights they meet.
 
-    An et al. 2023 (arXiv 2312.11983, equation 4); its standardisation over layers is the ranking ``zscore``. FLAP's
-    bias compensation is left to restoration, which fits more than the mean.
+    The weighted input feature variance of An et al. 2023 (arXiv 2312.11983); its standardisation over layers is the
+    ranking ``zscore``. FLAP's bias compensation is left to restoration, which fits more than the mean.
     """
     variances = {module: moments.variance() for module, moments in _moments(masked, batches).items()}
     return _at_sites(masked, lambda weight_OI, module: weight_OI.square() * variances[module])
@@ -142,7 +142,7 @@ def fluctuation(masked: MaskedModel, batches: Batches) -> Tensor:
 def lora_gradient(masked: MaskedModel) -> Tensor:
     """LoRAPrune's importance of one step, from weights and the gradients of the LoRA factors alone, [U].
 
-    Zhang et al. 2023 (arXiv 2305.18403, equation 10; section 5 of the methods note): the gradient of a frozen weight is
+    Zhang et al. 2023 (arXiv 2305.18403), as its public code does: the gradient of a frozen weight is
     estimated as ``gB A + B gA - gB gA``; ``|gradient * (W + scale B A)|`` is summed over a unit's entries, divided by
     the norm of the module's scores, and added over the modules that share the unit. To be called after a backward
     pass; frozen weights need no gradients.
@@ -195,7 +195,7 @@ class _Moments:
 @torch.no_grad()
 def _moments(masked: MaskedModel, batches: Batches) -> dict[str, _Moments]:
     """Moments of the inputs of every site's module over the real positions of the batches."""
-    found = {site.module: _Moments() for site in masked.space.sites}
+    found = {module: _Moments() for module in _acted_on(masked.space)}
     mask_BT = torch.ones(0, dtype=torch.bool)
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -252,10 +252,17 @@ def _sides(space: PruningSpace) -> Iterable[tuple[str, Side, Side]]:
     return [(w.module, w.rows, w.columns) for w in space.weights if w.rows.factors or w.columns.factors]
 
 
+def _acted_on(space: PruningSpace) -> set[str]:
+    """Linears that masks act on."""
+    return {site.module for site in space.sites} & {weight.module for weight in space.weights}
+
+
 def _at_sites(masked: MaskedModel, metric: Callable[[Tensor, str], Tensor]) -> Tensor:
     """Unit sums of a metric [O, I] of the weights that masks act on."""
     tally = _Tally(masked.space)
     for site in masked.space.sites:
+        if site.module not in _acted_on(masked.space):
+            continue
         values_OI = metric(masked.base_weight(site.module).detach().double(), site.module)
         tally.add_entries(values_OI.mean(0) if site.on == "input" else values_OI.mean(1), site.side)
     return tally.total().float()

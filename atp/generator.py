@@ -43,14 +43,24 @@ class FreeLogits(Generator):
     Args:
         space: The pruning space.
         initial_std: Standard deviation of the normal initialisation around zero.
+        lower: Least logit; parameters that a step took below it are set back. None for no limit.
+        upper: Greatest logit.
     """
 
-    def __init__(self, space: PruningSpace, initial_std: float = 0.01) -> None:
+    def __init__(
+        self, space: PruningSpace, initial_std: float = 0.01, lower: float | None = None, upper: float | None = None
+    ) -> None:
         super().__init__()
+        if lower is not None and upper is not None and not lower < upper:
+            raise ValueError(f"prune.generator limits are ({lower}, {upper}); lower must be below upper")
+        self.lower, self.upper = lower, upper
         self.logits_U = nn.Parameter(torch.randn(space.num_units) * initial_std)
 
     def forward(self) -> Tensor:
         """The parameters themselves, [U]."""
+        if self.lower is not None or self.upper is not None:
+            with torch.no_grad():
+                self.logits_U.clamp_(self.lower, self.upper)
         return self.logits_U
 
     @torch.no_grad()
@@ -88,7 +98,8 @@ class TransformerGenerator(Generator):
         super().__init__()
         if width % num_heads:
             raise ValueError(f"prune.generator.width is {width}; it must be a multiple of num_heads = {num_heads}")
-        tokens_LE = torch.empty(len(space.layers), width)
+        # an axis of the whole model has the last token, index -1, to itself
+        tokens_LE = torch.empty(len(space.layers) + (space.hidden is not None), width)
         nn.init.orthogonal_(tokens_LE)
         self.register_buffer("tokens_LE", tokens_LE)
         layer = nn.TransformerEncoderLayer(width, num_heads, feedforward, dropout, batch_first=True)
@@ -100,6 +111,34 @@ class TransformerGenerator(Generator):
     def forward(self) -> Tensor:
         """Logits [U] of one pass over the layers' tokens."""
         features_LE = self.norm(self.encoder(self.tokens_LE.unsqueeze(0))).squeeze(0)
+        return torch.cat([head(features_LE[i]) for head, i in zip(self.heads, self.axis_layers, strict=True)])
+
+
+class GRUGenerator(Generator):
+    """DISP-LLM's generator: a bidirectional GRU over one fixed token per layer (section 1.9 of the methods note).
+
+    Tokens are drawn once and do not train. After LayerNorm and GELU, each axis has its own bias-free linear head.
+
+    Args:
+        space: The pruning space.
+        token_width: Width of a token.
+        width: Width of each direction.
+    """
+
+    tokens_LE: Tensor
+
+    def __init__(self, space: PruningSpace, token_width: int = 32, width: int = 64) -> None:
+        super().__init__()
+        self.register_buffer("tokens_LE", torch.randn(len(space.layers) + (space.hidden is not None), token_width))
+        self.gru = nn.GRU(token_width, width, bidirectional=True, batch_first=True)
+        self.norm = nn.LayerNorm(2 * width)
+        self.axis_layers = [axis.layer for axis in space.axes]
+        self.heads = nn.ModuleList(nn.Linear(2 * width, axis.size, bias=False) for axis in space.axes)
+
+    def forward(self) -> Tensor:
+        """Logits [U] of one pass over the layers' tokens."""
+        states_LE, _ = self.gru(self.tokens_LE.unsqueeze(0))
+        features_LE = nn.functional.gelu(self.norm(states_LE.squeeze(0)))
         return torch.cat([head(features_LE[i]) for head, i in zip(self.heads, self.axis_layers, strict=True)])
 
 

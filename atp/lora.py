@@ -4,21 +4,27 @@ Sits between the loaded base model and the training module: wraps the seven line
 into the forward pass at the pruning space's sites, and merges adapters back for removal. This is the only file that
 knows PEFT's internals. It knows masks as tensors and nothing of how they come about.
 
-A site's mask multiplies the *input* of its output projection, before base weight and adapter alike, so a zero removes
-the unit's part in both branches. What the other projections compute for a removed unit then has no path to the output.
+A site's mask multiplies the *input* of an output projection, before base weight and adapter alike, or the *output* of a
+projection or embedding, after both, so a zero removes the unit's part in both branches. What the other projections
+compute for a removed unit then has no path to the output.
 
 Shape suffixes: U units, B batch, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,6 +34,7 @@ ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 """The seven linears of a LLaMA block, the default targets."""
 
 _PREFIX = "base_model.model."
+_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def add_lora(
@@ -103,24 +110,50 @@ class MaskedModel(nn.Module):
     Args:
         peft_model: From :func:`add_lora`.
         space: The pruning space of its base model.
+
+    Attributes:
+        aware: Whether masks leave the adapters' branch alone; see :meth:`set_masks`.
     """
 
     def __init__(self, peft_model: PeftModel, space: PruningSpace) -> None:
         super().__init__()
         self.peft_model = peft_model
         self.space = space
+        self.aware = False
         self._masks: dict[Side, Tensor] = {}
+        self._frozen_masks: dict[Side, Tensor] = {}
         self.is_compact = False
         for site in space.sites:
             module = peft_model.get_submodule(_PREFIX + site.module)
-            module.register_forward_pre_hook(self._hook(site.side))
+            if site.on == "input":
+                module.register_forward_pre_hook(self._on_input(site.side))
+            else:
+                module.register_forward_hook(self._on_output(site.side))
+        self._own_rows = [weight for weight in space.weights if _has_own_rows(weight)]
+        for weight in self._own_rows:
+            linear: Any = self.linear(weight.module)
+            getattr(linear, "base_layer", linear).register_forward_hook(self._on_frozen_output(weight.rows))
 
-    def _hook(self, side: Side) -> Any:
+    def _on_input(self, side: Side) -> Any:
         def multiply(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             mask = self._masks.get(side)
             if mask is None:
                 return None
             return (inputs[0] * mask.to(inputs[0].dtype), *inputs[1:])
+
+        return multiply
+
+    def _on_output(self, side: Side) -> Any:
+        def multiply(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            mask = self._masks.get(side)
+            return None if mask is None else output * mask.to(output.dtype)
+
+        return multiply
+
+    def _on_frozen_output(self, side: Side) -> Any:
+        def multiply(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            mask = self._frozen_masks.get(side)
+            return None if mask is None else output * mask.to(output.dtype)
 
         return multiply
 
@@ -146,12 +179,22 @@ class MaskedModel(nn.Module):
 
         Gradients flow to ``masks_U`` when it requires them, so masks must be set anew for every backward pass. A
         compact model's masks are fixed; for it this does nothing.
+
+        While :attr:`aware` is set, masks multiply the frozen branch of the projections alone and adapters see
+        everything (ATP's LoRA-aware forward pass; section 1.4 of the methods note); only the residual stream is masked
+        as a whole.
         """
         if self.is_compact:
             return
-        by_axis = self.space.split(masks_U) if masks_U is not None else None
+        self._masks, self._frozen_masks = {}, {}
+        if masks_U is None:
+            return
+        by_axis = self.space.split(masks_U)
         sides = {site.side for site in self.space.sites}
-        self._masks = {side: side.expand(by_axis) for side in sides} if by_axis is not None else {}
+        if self.aware:
+            sides = {side for side in sides if any(f.axis.kind == "hidden" for f in side.factors)}
+            self._frozen_masks = {weight.rows: weight.rows.expand(by_axis) for weight in self._own_rows}
+        self._masks = {side: side.expand(by_axis) for side in sides}
 
     def fix_masks(self, masks_U: Tensor, live_U: Tensor) -> None:
         """Note that the weights were cut to ``live_U`` and fit the module structure to it.
@@ -187,11 +230,12 @@ class MaskedModel(nn.Module):
         """
         if self.is_compact:
             raise RuntimeError("the live model was cut to its masks; set prune.compact=false to keep the dense one")
-        masks, self._masks = self._masks, {}
+        masks, frozen = self._masks, self._frozen_masks
+        self._masks, self._frozen_masks = {}, {}
         try:
             yield
         finally:
-            self._masks = masks
+            self._masks, self._frozen_masks = masks, frozen
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
@@ -247,6 +291,11 @@ def _refit(module: nn.Module) -> None:
         module.out_features, module.in_features = base.weight.shape
 
 
+def _has_own_rows(weight: Weight) -> bool:
+    """Whether pruned units own rows of a weight, besides the residual stream."""
+    return any(factor.axis.kind != "hidden" for factor in weight.rows.factors)
+
+
 @torch.no_grad()
 def merged_tensors(peft_model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     """Parameters of the base model with the adapters merged, one at a time, under the base model's own names.
@@ -270,6 +319,92 @@ def merged_tensors(peft_model: PeftModel) -> Iterator[tuple[str, Tensor]]:
             delta = layer.get_delta_weight("default").to(tensor.device)
             tensor = (tensor.float() + delta.float()).to(tensor.dtype)
         yield plain, tensor
+
+
+def base_tensors(peft_model: PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of the base model without the adapters, under the base model's own names."""
+    for name, tensor in peft_model.state_dict(keep_vars=False).items():
+        plain = name.removeprefix(_PREFIX)
+        if ".lora_" not in plain:
+            yield plain.replace(".base_layer.", "."), tensor
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter apart from its base model.
+
+    Attributes:
+        config: PEFT's configuration, as JSON values.
+        factors: Module name -> A [R, in] and B [out, R].
+    """
+
+    config: dict[str, Any]
+    factors: dict[str, tuple[Tensor, Tensor]]
+
+    def save(self, directory: Path) -> None:
+        """Write the directory that ``PeftModel.from_pretrained`` reads."""
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for module, factors in self.factors.items():
+            for kind, factor in zip("AB", factors, strict=True):
+                tensors[f"{_PREFIX}{module}.lora_{kind}.weight"] = factor.detach().to("cpu").contiguous()
+        save_file(tensors, directory / _WEIGHTS_FILE, metadata={"format": "pt"})
+        (directory / _CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+
+    def added_to(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor of this name with the adapter merged, in the tensor's dtype; the sum is taken in float32."""
+        module, _, kind = name.rpartition(".")
+        if kind != "weight" or module not in self.factors:
+            return tensor
+        down_RI, up_OR = (factor.to(tensor.device, torch.float32) for factor in self.factors[module])
+        scale = float(self.config["lora_alpha"]) / int(self.config["r"])
+        return (tensor.float() + (up_OR @ down_RI) * scale).to(tensor.dtype)
+
+
+def extract_adapter(peft_model: PeftModel) -> Adapter:
+    """The adapter of a PEFT model, its tensors shared with the model."""
+    config = peft_model.peft_config["default"].to_dict()
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    config |= {"base_model_name_or_path": None, "inference_mode": True}
+    layers = {
+        name.removeprefix(_PREFIX): module
+        for name, module in peft_model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    factors: dict[str, Any] = {
+        name: tuple(layer.get_submodule(f"lora_{kind}.default").weight for kind in "AB")  # type: ignore[attr-defined]
+        for name, layer in layers.items()
+    }
+    plain = json.loads(json.dumps(config, default=lambda value: getattr(value, "value", str(value))))
+    return Adapter(plain, factors)
+
+
+def read_adapter(directory: str | Path) -> Adapter:
+    """Read an adapter that :meth:`Adapter.save` wrote.
+
+    Raises:
+        ValueError: Files are missing or broken, or it is not a plain LoRA adapter.
+    """
+    folder = Path(directory)
+    try:
+        config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / _WEIGHTS_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"the adapter in {folder} cannot be read: {error}; export it again") from error
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
+        raise ValueError(f"{folder} holds no plain LoRA adapter; merge it with PEFT (merge_and_unload) and save that")
+    return Adapter(config, _paired(tensors, folder))
+
+
+def _paired(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    modules = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in tensors}
+    try:
+        return {
+            module: (tensors[f"{_PREFIX}{module}.lora_A.weight"], tensors[f"{_PREFIX}{module}.lora_B.weight"])
+            for module in sorted(modules)
+        }
+    except KeyError as error:
+        raise ValueError(f"the adapter in {folder} lacks {error}; export it again") from error
 
 
 def merged_state(peft_model: PeftModel) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from atp.architecture import layer_widths
 from atp.baselines import check_baselines
 from atp.config import TrainConfig
 from atp.data import check
+from atp.export.bundle import upload
 from atp.export.card import load_lines
 from atp.report.comparison import comparison_table
 from atp.report.evidence import evidence_tables
@@ -75,7 +76,8 @@ def run(cfg: DictConfig, run_dir: Path, *, overrides: list[str]) -> float | None
     console.print(
         f"run directory: {run_dir}", f"report:        {run_dir / 'report.html'}", "", sep="\n", highlight=False
     )
-    lines = load_lines(str(run_dir / "pruned"), stock=metrics["export"]["stock"])
+    exported = metrics["export"]
+    lines = load_lines(str(run_dir / "pruned"), stock=exported["stock"], adapter=exported.get("adapter", False))
     console.print(lines, highlight=False, markup=False, soft_wrap=True)
     return metric(metrics, config.optimized_metric)
 
@@ -134,7 +136,19 @@ def _execute(stages: Stages, config: TrainConfig, directory: RunDirectory, origi
         device=str(stages.device),
     )
     write_card(directory.path / "pruned", metrics)
+    _upload(config.export.push_to_hub, directory.path / "pruned", metrics)
     directory.write_metrics(metrics)
+
+
+def _upload(repository: str | None, folder: Path, metrics: dict[str, Any]) -> None:
+    """Upload the export where the user asked for it and every format matches the model."""
+    if repository is None:
+        return
+    failed = [check["format"] for check in metrics["export"]["formats"] if check["ok"] is False]
+    if failed:
+        log.error("export.push_to_hub=%s: not uploaded, as %s does not match the model", repository, ", ".join(failed))
+    else:
+        log.info("uploaded to %s", upload(folder, repository))
 
 
 def _stage(name: str, work: Callable[[], dict[str, Any]], seed: int, directory: RunDirectory) -> dict[str, Any]:

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+COLLABORATIVE = (
+    "You are being made smaller: some of your attention heads and channels are switched off for good. Work with what is "
+    "left. Rely on what this task needs, let the rest go, and answer as you did when you were whole."
+)
+"""The text of ``prompt=collaborative`` and of methods that bring the prompt along; after Compresso, our own wording."""
+
 VARIABLES = ("prompt", "task", "instruction")
 
 
@@ -124,6 +130,8 @@ class Prompt:
         """Return splits with the prompt around their records, where its switches say so."""
         if self.is_empty or not (self.train or self.inference):
             return splits
+        if not isinstance(splits.train, StreamedRecords) and all(isinstance(r, TextRecord) for r in splits.train):
+            log.warning("prompt=%s is ignored in training: %s holds only running text", self.name, splits.name)
         if self.train and isinstance(splits.train, StreamedRecords):
             splits = replace(splits, train=splits.train.transformed(lambda record: self.on(record, tokenizer)))
         elif self.train:

@@ -9,6 +9,7 @@ Shape suffixes: U units, L layers.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from atp.architecture import LayerWidths, build_model, pruned_config
+from atp.lora import Adapter
 from atp.space import LayerSpace, PruningSpace, Side
 
 
@@ -49,9 +51,36 @@ def _layer_widths(layer: LayerSpace, masks: Mapping[str, Tensor]) -> LayerWidths
             f"{layer.prefix}: the kept KV heads keep {per_group} query heads each; every group must keep the same "
             "positive number"
         )
-    channels = int(masks[layer.axes["channels"].name].sum()) if "channels" in layer.axes else layer.ffn_width
     kv_heads = int(heads_K.sum())
-    return LayerWidths(int(sum(per_group)), kv_heads, layer.head_dim if kv_heads else 0, channels)
+    channels = _kept(layer, "channels", masks, layer.ffn_width)
+    if not kv_heads:
+        return LayerWidths(0, 0, 0, channels)
+    pairs = layer.rotary_pairs
+    if "qk_pairs" in layer.axes:
+        pairs = tuple(pairs[i] for i in masks[layer.axes["qk_pairs"].name].nonzero().flatten().tolist())
+    values = _kept(layer, "value_dims", masks, layer.value_dim)
+    if not pairs or not values:
+        raise ValueError(f"{layer.prefix}: the kept heads keep no dimension; keep one or remove the heads")
+    return LayerWidths(
+        int(sum(per_group)),
+        kv_heads,
+        layer.rotary_dim,
+        channels,
+        value_dim=values if values != layer.rotary_dim else None,
+        rotary_pairs=pairs if 2 * len(pairs) != layer.rotary_dim else None,
+    )
+
+
+def _kept(layer: LayerSpace, kind: str, masks: Mapping[str, Tensor], dense: int) -> int:
+    return int(masks[layer.axes[kind].name].sum()) if kind in layer.axes else dense
+
+
+def config_after(config: PreTrainedConfig, space: PruningSpace, masks_U: Tensor) -> PreTrainedConfig:
+    """Config of the smaller model: widths of every layer and of the residual stream, epsilon of its norms."""
+    masks = space.split(_binary(masks_U))
+    hidden = int(masks[space.hidden.name].sum()) if space.hidden else None
+    _, epsilon = space.norm_scales(masks)
+    return pruned_config(config, widths_after(space, masks_U), hidden_size=hidden, epsilon_factor=epsilon)
 
 
 def slice_tensors(
@@ -70,13 +99,10 @@ def slice_tensors(
     for weight in space.weights:
         rows[f"{weight.module}.weight"] = rows[f"{weight.module}.bias"] = weight.rows
         columns[f"{weight.module}.weight"] = weight.columns
-    gone = tuple(
-        prefix
-        for layer in space.layers
-        for kind, prefixes in layer.absent_blocks.items()
-        if kind in layer.axes and not masks[layer.axes[kind].name].any()
-        for prefix in prefixes
-    )
+    for name, (row_side, column_side) in space.others.items():
+        rows[name], columns[name] = row_side, column_side
+    scales, _ = space.norm_scales(masks)
+    gone = _gone_prefixes(space, masks)
     for name, tensor in tensors:
         if name.startswith(gone) and gone:
             continue
@@ -86,7 +112,47 @@ def slice_tensors(
             tensor = tensor.index_select(0, kept_rows.to(tensor.device))
         if kept_columns is not None:
             tensor = tensor.index_select(1, kept_columns.to(tensor.device))
+        if name in scales:
+            tensor = (tensor.double() * scales[name]).to(tensor.dtype)
         yield name, tensor
+
+
+def _gone_prefixes(space: PruningSpace, masks: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Beginnings of the names of what belongs to blocks without any unit."""
+    return tuple(
+        prefix
+        for layer in space.layers
+        for kind, prefixes in layer.absent_blocks.items()
+        if kind in layer.axes and not masks[layer.axes[kind].name].any()
+        for prefix in prefixes
+    )
+
+
+def slice_adapter(adapter: Adapter, space: PruningSpace, masks_U: Tensor) -> Adapter:
+    """Cut a LoRA adapter as the weights it adds to: A along the kept columns, B along the kept rows.
+
+    Args:
+        adapter: The adapter of the dense model.
+        space: The dense model's pruning space.
+        masks_U: Final masks, 0 or 1, shape [U].
+
+    Returns:
+        The adapter of the smaller model; modules that are gone have none.
+    """
+    masks = space.split(_binary(masks_U))
+    weights = {weight.module: weight for weight in space.weights}
+    gone = _gone_prefixes(space, masks)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for module, (down_RI, up_OR) in adapter.factors.items():
+        if gone and f"{module}.".startswith(gone):
+            continue
+        if module in weights:
+            columns = kept_indices(weights[module].columns, masks)
+            rows = kept_indices(weights[module].rows, masks)
+            down_RI = down_RI if columns is None else down_RI.index_select(1, columns.to(down_RI.device))
+            up_OR = up_OR if rows is None else up_OR.index_select(0, rows.to(up_OR.device))
+        factors[module] = (down_RI, up_OR)
+    return Adapter(adapter.config, factors)
 
 
 def remove(
@@ -112,12 +178,20 @@ def remove(
         A stock model where a stock class can hold the widths, otherwise the per-layer model of :mod:`atp.modeling_atp`;
         in eval mode.
     """
-    state = {name: tensor.detach() for name, tensor in slice_tensors(tensors, space, masks_U)}
-    dtype = dtype or next(t.dtype for t in state.values() if t.is_floating_point())
-    small = build_model(pruned_config(config, widths_after(space, masks_U)), dtype=dtype, device=device)
-    missing, unexpected = small.load_state_dict({k: v.to(dtype) for k, v in state.items()}, strict=False)
+    sliced = slice_tensors(tensors, space, masks_U)
+    first_name, first = next(sliced)
+    small_config = config_after(config, space, masks_U)
+    small = build_model(small_config, dtype=dtype or first.dtype, device=device)
+    targets, missing, unexpected = small.state_dict(), set(small.state_dict()), []
+    with torch.no_grad():  # one tensor at a time, so that no second copy of the smaller model is ever held
+        for name, tensor in itertools.chain([(first_name, first)], sliced):
+            if name not in targets or targets[name].shape != tensor.shape:
+                unexpected.append(f"{name} {list(tensor.shape)}")
+                continue
+            targets[name].copy_(tensor.detach())
+            missing.discard(name)
     tied = set(getattr(small, "_tied_weights_keys", None) or {}) if small.config.tie_word_embeddings else set()
-    if unexpected or set(missing) - tied:
+    if unexpected or missing - tied:
         raise RuntimeError(f"removal does not fit the smaller model: missing {missing}, unexpected {unexpected}")
     small.tie_weights()
     return small.eval()

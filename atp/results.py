@@ -79,7 +79,12 @@ def assemble(
         "removal": {
             k: export[k] for k in ("max_abs_logit_diff", "masked_vs_removed", "removed_vs_reloaded", "dtype", "tokens")
         },
-        "export": {"stock": export["stock"], "architecture": export["architecture"]},
+        "export": {
+            "stock": export["stock"],
+            "architecture": export["architecture"],
+            "adapter": export.get("adapter", False),
+            "formats": export.get("formats", []),
+        },
         "eval": values,
         "eval_counts": results["pruned"]["counts"],
         "recovery_vs_dense": recovery(values["pruned"], values["dense"]),

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from atp import build
 from atp.architecture import is_stock
+from atp.aware import AwareModule
 from atp.callbacks import MaskHistory, ProgressReport, RunCheckpoint, Throughput
 from atp.compaction import expanded_state
 from atp.config import TrainConfig, WarmStartConfig
@@ -33,15 +34,19 @@ from atp.data.records import Record, as_completion
 from atp.evaluate import harness
 from atp.evaluate.measure import compare_speed, count_parameters, file_mib, macs_per_token, peak_memory, weights_mib
 from atp.evaluate.quality import Metrics, evaluate, samples
+from atp.export.bundle import check_formats, verify_formats, windows_of, write_formats
 from atp.export.huggingface import export_hf
 from atp.export.loading import load_exported
+from atp.export.verification import as_plain
+from atp.gates import fold
 from atp.generator import FixedScores
 from atp.loggers import close_loggers, csv_logger, merge_csv
-from atp.lora import merge_in_place, merged_tensors
+from atp.lora import base_tensors, extract_adapter, merge_in_place, merged_tensors
 from atp.module import PruningModule, TuningModule
-from atp.removal import max_logit_difference, remove, widths_after
+from atp.removal import max_logit_difference, remove, slice_adapter, widths_after
+from atp.restoration import restore
 from atp.rundir import RunDirectory, write_json
-from atp.space import KINDS, PruningSpace
+from atp.space import block_parameters
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +74,8 @@ class Stages:
     ) -> None:
         self.config, self.directory, self.plain_config, self.origin = config, directory, plain_config, origin
         self.device = build.device_of(config)
+        if config.prune.budget_of == "latency" and config.prune.latency_table is None:
+            config.prune.latency_table = str(directory.path / "latency.json")
         if config.threads:
             torch.set_num_threads(config.threads)
         log.info("run directory: %s", directory.path)
@@ -84,6 +91,14 @@ class Stages:
         self.data = build.data_module(config, self.splits, self.tokenizer, dense.config.max_position_embeddings)
         self.space = build.pruning_space(config.prune, dense)
         self.dense_parameters = count_parameters(dense)
+        check_formats(
+            dense.config,
+            self.tokenizer,
+            uniform=config.prune.shape == "uniform",
+            gguf=config.export.gguf,
+            onnx=config.export.onnx,
+            push_to_hub=config.export.push_to_hub,
+        )
 
     def fit_jointly(self) -> dict[str, Any]:
         """Train masks and adapters together; leaves ``checkpoints/joint.ckpt``."""
@@ -92,6 +107,8 @@ class Stages:
             self._warm_start(module, self.config.prune.warm_start)
         if self.config.prune.restore.batches > 0:
             module.calibration = self._calibration
+        if isinstance(module, AwareModule):
+            module.calibration_batch = self.data.calibration_batch
         with peak_memory(self.device) as peak:
             self._fit("joint", module)
         return {"train_peak_mib": peak.mib, "train_peak_kind": peak.kind}
@@ -123,24 +140,36 @@ class Stages:
         self._write_masks(masks_U, module.final_scores_U.cpu())
         log.info("removal: cutting %d of %d units", int((masks_U < 0.5).sum()), self.space.num_units)
         masked = module.masked.to(self.device).eval()
-        masked.set_masks(masks_U.to(self.device))
-        removed = remove(merged_tensors(masked.peft_model), self.base_config, self.space, masks_U, device=self.device)
-        removed.generation_config = copy.deepcopy(self.generation_config)
+        with torch.no_grad():
+            masked.set_masks(module.frozen_masks())
+        tensors = merged_tensors(masked.peft_model)
+        if module.gates is not None:
+            tensors = fold(tensors, self.space, module.gates(), tied=self.base_config.tie_word_embeddings)
+        removed = remove(tensors, self.base_config, self.space, masks_U, device=self.device)
+        stored, adapter = removed, None
+        if not self.config.export.merge and module.gates is not None:
+            log.warning("export.merge=false is ignored: soft gates are folded into the merged weights")
+        elif not self.config.export.merge:
+            adapter = slice_adapter(extract_adapter(masked.peft_model), self.space, masks_U)
+            stored = remove(base_tensors(masked.peft_model), self.base_config, self.space, masks_U, device=self.device)
+        stored.generation_config = copy.deepcopy(self.generation_config)
         batches = self._check_batches()
         masked_vs_removed = max_logit_difference(masked, removed, batches)
         path = self.directory.path / "pruned"
         log.info("export: %s", path)
         export_hf(
-            removed,
+            stored,
             self.tokenizer,
             path,
             provenance=self.origin,
             overwrite=True,
             dtype=build.DTYPES[self.config.export.dtype] if self.config.export.dtype else None,
             max_shard_size=self.config.export.max_shard_size,
+            adapter=adapter,
         )
         if not self.prompt.is_empty:
             write_json(path / PROMPT_FILE, self.prompt.plain())
+        write_formats(path, gguf=self.config.export.gguf, onnx=self.config.export.onnx)
         removed_vs_reloaded = max_logit_difference(removed, self.pruned(), batches)
         return {
             "max_abs_logit_diff": max(masked_vs_removed, removed_vs_reloaded),
@@ -149,6 +178,8 @@ class Stages:
             "dtype": str(next(removed.parameters()).dtype).removeprefix("torch."),
             "tokens": int(sum(batch["attention_mask"].sum() for batch in batches)),
             "stock": is_stock(removed.config),
+            "adapter": adapter is not None,
+            "formats": self._verify_formats(path, removed),
             "architecture": type(removed).__name__,
             "widths": [asdict(widths) for widths in widths_after(self.space, masks_U)],
             "sparsity": float(self.space.sparsity(masks_U.double())),
@@ -156,9 +187,19 @@ class Stages:
             "parameters": count_parameters(removed),
         }
 
+    def _verify_formats(self, path: Path, removed: PreTrainedModel) -> list[dict[str, Any]]:
+        """Each exported format compared with the removed model in a fresh process."""
+        settings = self.config.export
+        if not settings.verify:
+            return []
+        batches = list(itertools.islice(self.data.val_dataloader(), 64))
+        windows = windows_of(batches, settings.verify_tokens, self.config.data.max_length)
+        exact = removed.dtype == torch.float32 and settings.dtype in (None, "float32")
+        return as_plain(verify_formats(path, windows, removed if exact else None, self.config.threads))
+
     def tune(self, name: str, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> dict[str, Any]:
         """LoRA-tune a model on the run's data and steps, then evaluate it."""
-        blocks = PruningSpace.from_model(model, KINDS).total_parameters
+        blocks = block_parameters(model)
         module = build.tuning_module(self.config, model, teacher)
         self._fit(name, module)
         tuned = merge_in_place(module.model)
@@ -176,6 +217,9 @@ class Stages:
         self._warm_start(module, config.prune.warm_start)
         module.freeze_masks()
         masks_U = module.final_masks_U.cpu()
+        settings = config.prune.restore
+        if settings.batches > 0:
+            restore(module.masked, module.final_masks_U.to(self.device), self._calibration, ridge=settings.ridge)
         return remove(merged_tensors(module.masked.peft_model), self.base_config, self.space, masks_U)
 
     def evaluate_model(self, model: PreTrainedModel) -> dict[str, Any]:

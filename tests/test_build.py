@@ -37,6 +37,11 @@ def test_every_method_builds(preset: str) -> None:
     groups = {group["name"] for group in module.parameter_groups()}
     assert "lora" in groups
     assert ("generator" in groups) is any(p.requires_grad for p in module.generator.parameters())
+    module.freeze_masks()  # the architecture that scores as they are now lead to
+    space = module.space
+    unit = space.layers[0].costs.channel * (len(space.layers) if module.shape == "uniform" else 1)
+    reached = float(space.sparsity(module.final_masks_U.double()))
+    assert made.prune.sparsity - unit / space.total_parameters < reached <= made.prune.sparsity
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,3 +164,17 @@ def test_quantised_weights_are_left_alone_with_a_way_out() -> None:
     with pytest.raises(ValueError, match=r"prune\.compact=false"):
         compact(masked, masks_of(masked))
     assert not masked.is_compact
+
+
+@pytest.mark.slow
+def test_two_processes_cut_and_go_on_together() -> None:
+    ends = {}
+    for how in ("compact", "masked"):
+        command = [sys.executable, str(Path(__file__).parent / "ddp_compaction.py"), how]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+        ends[how] = [json.loads(line) for line in re.findall(r"\{\"rank\".*?\}", done.stdout)]
+    for how, both in ends.items():
+        assert sorted(end["rank"] for end in both) == [0, 1]
+        assert both[0]["sum"] == pytest.approx(both[1]["sum"], rel=1e-12)
+        assert all(end["compact"] is (how == "compact") and end["steps"] == 10 for end in both)
+    assert ends["compact"][0]["loss"] == pytest.approx(ends["masked"][0]["loss"], rel=1e-4)

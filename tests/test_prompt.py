@@ -18,7 +18,7 @@ from atp.data.encoding import Encoder
 from atp.data.records import ChoiceRecord, CompletionRecord, Splits, TextRecord
 from atp.evaluate import scoring
 from atp.evaluate.quality import evaluate
-from atp.prompt import Prompt, from_text
+from atp.prompt import COLLABORATIVE, Prompt, from_text
 
 LONG = "You answer questions of law and of nothing else, and you take your time over each of them. "
 
@@ -146,3 +146,14 @@ def test_sequences_that_are_one_prefix_of_another_are_scored_whole() -> None:
         together = scoring.greedy(model, prompts, stops=[], max_new_tokens=5, **how)
         alone = [scoring.greedy(model, [one], stops=[], max_new_tokens=5, **how)[0] for one in prompts]
     assert together == alone
+
+
+def test_a_method_brings_its_prompt_along_unless_another_is_chosen() -> None:
+    made = config("prune.prompt.train=true")
+    tokenizer = build.load_tokenizer(made.model)
+    brought = build.load_prompt(made, tokenizer)
+    assert brought.system == COLLABORATIVE and brought.train and not brought.inference
+    assert build.load_prompt(config("prompt=collaborative"), tokenizer).system == COLLABORATIVE
+    assert build.load_prompt(config("prune.prompt.train=true", "prompt=task"), tokenizer).name == "task"
+    with pytest.raises(ValueError, match=r"prune\.prompt\.text is empty"):
+        build.load_prompt(config("prune.prompt.train=true", "prune.prompt.text=' '"), tokenizer)

@@ -30,7 +30,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from atp import modeling_atp
 from atp.architecture import family, is_stock, layer_widths
 from atp.export.card import load_lines, model_card
-from atp.export.loading import INDEX_FILE, differences, expected_shapes
+from atp.export.loading import ADAPTER_FOLDER, INDEX_FILE, differences, expected_shapes
+from atp.lora import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def export_hf(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
+    adapter: Adapter | None = None,
 ) -> ExportResult:
     """Writes a model and everything needed to load it.
 
@@ -83,6 +85,7 @@ def export_hf(
         overwrite: Replace the model directory that is already there.
         dtype: Type to store; by default the model's own.
         max_shard_size: Largest size of one weight file, in bytes or as text such as "5GB".
+        adapter: A LoRA adapter for the model, stored beside its weights instead of being merged into them.
 
     Returns:
         What was written.
@@ -92,14 +95,14 @@ def export_hf(
         OSError: If the disk is full or the target cannot be written.
     """
     target = Path(output_dir).expanduser().resolve()
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     tensors = _checked_tensors(model)
     dtype = dtype or model.dtype
     config = _written_config(model, dtype)
     texts = _written_texts(config, target.name, card, provenance or {})
     parameters = sum(tensor.numel() for tensor in tensors.values())
     _check_space(target, parameters * dtype.itemsize)
-    with _appearing_whole(target) as stage:
+    with appearing_whole(target) as stage:
         _write_weights(tensors, stage, dtype, max_shard_size)
         config.to_json_file(stage / "config.json")
         _write_generation_config(model, stage)
@@ -107,9 +110,11 @@ def export_hf(
             logger.warning("no tokenizer given: %s will hold none", target)
         else:
             tokenizer.save_pretrained(str(stage))
+        if adapter is not None:
+            adapter.save(stage / ADAPTER_FOLDER)
         for name, text in texts.items():
             (stage / name).write_text(text, encoding="utf-8")
-        for weights in stage.glob("*.safetensors"):  # written readable for their owner only
+        for weights in stage.rglob("*.safetensors"):  # written readable for their owner only
             shutil.copymode(stage / "config.json", weights)
     return ExportResult(
         directory=target,
@@ -117,20 +122,25 @@ def export_hf(
         stock=is_stock(config),
         parameters=parameters,
         weight_bytes=sum(path.stat().st_size for path in target.glob("*.safetensors")),
-        load_lines=load_lines(output_dir, is_stock(config)),
+        load_lines=load_lines(output_dir, is_stock(config), adapter=adapter is not None),
     )
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool, marker: str = "config.json") -> None:
+    """Refuses a target directory that is in use; only one that holds `marker` is ever replaced.
+
+    Raises:
+        ValueError: The target is a file, or holds something.
+    """
     if target.exists() and not target.is_dir():
         raise ValueError(f"output directory {target} is a file; choose another path")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
         raise ValueError(f"output directory {target} is not empty; pass overwrite=True or choose another path")
-    if not (target / "config.json").is_file():
+    if not (target / marker).is_file():
         raise ValueError(
-            f"output directory {target} is not a model directory (no config.json), so it will not be replaced; "
+            f"output directory {target} is not a model directory (no {marker}), so it will not be replaced; "
             "empty it yourself or choose another path"
         )
 
@@ -236,7 +246,7 @@ def _check_space(target: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def _appearing_whole(target: Path) -> Iterator[Path]:
+def appearing_whole(target: Path) -> Iterator[Path]:
     """Gives a directory to write to, which becomes `target` at the end or disappears."""
     target.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(4)

@@ -20,10 +20,83 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 
 from atp import modeling_atp
 from atp.architecture import build_model, family
+from atp.lora import Adapter, read_adapter
 
+ADAPTER_FOLDER = "adapter"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+class StoredModel:
+    """A model directory that was checked to be whole, with its tensors read one at a time.
+
+    Args:
+        path: A directory written by :func:`atp.export.huggingface.export_hf`, or another safetensors directory of these
+            families.
+
+    Attributes:
+        directory: Where it is.
+        config: Its config.
+        shapes: Shape of every stored tensor, by name; a tied output head is not among them.
+        adapter: The adapter of an unmerged export; the tensors read here have it added to them.
+
+    Raises:
+        ValueError: If files are missing, truncated or pickled, or if tensors are missing, unexpected or misshapen.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.directory = Path(path).expanduser()
+        self.config = _read_config(self.directory)
+        self.shapes = expected_shapes(self.config)
+        found: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
+        for file in _weight_files(self.directory):
+            with _opened(file) as stored:
+                for name in stored.offset_keys():
+                    found[name] = tuple(stored.get_slice(name).get_shape())
+                    self._files[name] = file
+        if self.config.tie_word_embeddings:
+            found.pop("lm_head.weight", None)
+        if problems := differences(self.shapes, found):
+            raise ValueError(f"the weights in {self.directory} do not fit its config.json: {problems}")
+        folder = self.directory / ADAPTER_FOLDER
+        self.adapter = read_adapter(folder) if (folder / "adapter_config.json").is_file() else None
+        if self.adapter is not None:
+            _check_adapter(self.adapter, self.shapes, folder)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that the config names; float32 where it names none."""
+        return self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, read now."""
+        with _opened(self._files[name]) as stored:
+            return self._merged(name, stored.get_tensor(name))
+
+    def _merged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.adapter is None else self.adapter.added_to(name, tensor)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors in the order in which they are stored, one at a time.
+
+        A file is opened anew for each, as the pages of what was read count as memory while it is open.
+        """
+        for name in self._files:
+            if name in self.shapes:
+                yield name, self.tensor(name)
+
+
+def _check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Raises ValueError unless every factor fits the weight that it adds to."""
+    for module, (down_RI, up_OR) in adapter.factors.items():
+        shape = shapes.get(f"{module}.weight")
+        if shape != (up_OR.shape[0], down_RI.shape[1]) or down_RI.shape[0] != up_OR.shape[1]:
+            raise ValueError(
+                f"the adapter in {folder} does not fit the weights: {module} is {shape}, its factors are "
+                f"{list(up_OR.shape)} and {list(down_RI.shape)}"
+            )
 
 
 def load_exported(
@@ -32,38 +105,26 @@ def load_exported(
     """Loads an exported directory, refusing anything that does not match exactly.
 
     Args:
-        path: A directory written by :func:`atp.export.export_hf`, or another safetensors directory of these families.
+        path: A directory written by :func:`atp.export.huggingface.export_hf`, or another safetensors directory of these
+            families.
         dtype: Type of the parameters; by default the stored one.
         device: Where the model goes.
 
     Returns:
-        The model in evaluation mode. Code beside the weights is not run: the classes are atp's own.
+        The model in evaluation mode, the adapter beside the weights (if the export was not merged) added to them. Code
+        beside the weights is not run: the classes are atp's own.
 
     Raises:
         ValueError: If files are missing, truncated or pickled, or if tensors are missing, unexpected or misshapen.
     """
-    directory = Path(path).expanduser()
-    config = _read_config(directory)
-    files = _weight_files(directory)
-    found: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with _opened(file) as stored:
-            found.update({name: tuple(stored.get_slice(name).get_shape()) for name in stored.offset_keys()})
-    expected = expected_shapes(config)
-    if config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)
-    if problems := differences(expected, found):
-        raise ValueError(f"the weights in {directory} do not fit its config.json: {problems}")
-    stored_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    model = build_model(config, dtype=dtype or stored_dtype, device=device)
+    stored = StoredModel(path)
+    model = build_model(stored.config, dtype=dtype or stored.dtype, device=device)
     targets = model.state_dict()
-    for file in files:
-        with _opened(file) as stored, torch.no_grad():
-            for name in stored.offset_keys():
-                if name in expected:
-                    targets[name].copy_(stored.get_tensor(name))
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(directory), local_files_only=True)
+    with torch.no_grad():
+        for name, tensor in stored.tensors():
+            targets[name].copy_(tensor)
+    if (stored.directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(stored.directory), local_files_only=True)
     return model
 
 

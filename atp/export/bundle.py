@@ -1,0 +1,121 @@
+"""Everything a run writes of its pruned model: the Hugging Face directory, then the formats made from it.
+
+Puts the exporters in order for the pipeline: what can be refused is refused before training
+(:func:`check_formats`), the directory comes first, every further format is made from what was written, and all of it is
+verified in the end. Knows no configuration, only plain arguments.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from atp.export.extras import require
+from atp.export.gguf_file import check_types, export_gguf
+from atp.export.gguf_layout import gguf_architecture
+from atp.export.gguf_vocab import gguf_vocabulary
+from atp.export.onnx_graph import export_onnx
+from atp.export.verification import Check, mismatches, verify
+
+log = logging.getLogger(__name__)
+
+
+def check_formats(
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    uniform: bool,
+    gguf: Sequence[str] = (),
+    onnx: bool = False,
+    push_to_hub: str | None = None,
+) -> None:
+    """Refuses, before any work is lost, what could not be written in the end.
+
+    Args:
+        config: Config of the base model.
+        tokenizer: Its tokenizer.
+        uniform: Whether pruning will leave equal widths in all layers.
+        gguf: GGUF types wanted.
+        onnx: Whether a graph is wanted.
+        push_to_hub: Repository to upload to.
+
+    Raises:
+        ValueError: A format cannot hold this model, its package is missing, or the hub is not logged in to.
+    """
+    if gguf:
+        check_types(gguf)
+        gguf_architecture(config, uniform=uniform)
+        gguf_vocabulary(tokenizer, config.vocab_size)
+    if onnx:
+        for package in ("onnx", "onnxruntime"):
+            require(package, extra="onnx")
+    if push_to_hub:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            raise ValueError(f"export.push_to_hub={push_to_hub}: not logged in; run `hf auth login`, or leave it out")
+
+
+def write_formats(directory: Path, *, gguf: Sequence[str] = (), onnx: bool = False) -> None:
+    """Makes the further formats from an exported directory.
+
+    Args:
+        directory: The Hugging Face directory.
+        gguf: GGUF types.
+        onnx: Whether to write a graph.
+    """
+    if gguf:
+        for file in export_gguf(directory, types=gguf, overwrite=True):
+            log.info("export: %s (%s, %.2f MiB)", file.path, file.architecture, file.size_bytes / 2**20)
+    if onnx:
+        log.info("export: %s", export_onnx(directory, overwrite=True))
+
+
+def verify_formats(
+    directory: Path, ids_WT: np.ndarray, reference_model: PreTrainedModel | None, threads: int | None = None
+) -> list[Check]:
+    """Verifies every format of a run's export and says how each compared.
+
+    Args:
+        directory: The exported directory.
+        ids_WT: Token windows of the run's own data.
+        reference_model: The model in memory, where its dtype is the stored one and float32.
+        threads: Threads per process.
+    """
+    checks = verify(directory, ids_WT=ids_WT, reference_model=reference_model, threads=threads)
+    for check in checks:
+        found = (
+            f"largest logit difference {check.max_abs:.2g}, top-1 {check.top1:.2%}" if check.top1 is not None else ""
+        )
+        log.info("verify: %s: %s%s", check.format, found, f" {check.note}" if check.note else "")
+    for check in mismatches(checks):
+        log.error("verify: %s does NOT match the model: %s", check.format, check.note or "logits differ")
+    return checks
+
+
+def windows_of(batches: Sequence[Any], tokens: int, length: int) -> np.ndarray:
+    """Windows [W, T] of the real tokens of padded batches, laid end to end.
+
+    Args:
+        batches: Mappings with ``input_ids`` and ``attention_mask``.
+        tokens: Most tokens to take.
+        length: Longest window.
+    """
+    ids = np.concatenate([batch["input_ids"][batch["attention_mask"].bool()].cpu().numpy() for batch in batches])
+    length = min(length, tokens, len(ids))
+    count = max(min(tokens, len(ids)) // length, 1)
+    return ids[: count * length].astype(np.int64).reshape(count, length)
+
+
+def upload(directory: Path, repository: str) -> str:
+    """Uploads a directory to a hub repository, making it if need be; returns the address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repository, exist_ok=True)
+    return str(api.upload_folder(repo_id=repository, folder_path=str(directory)).commit_url)

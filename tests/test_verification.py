@@ -1,0 +1,275 @@
+"""Verification, the command line and the formats beside GGUF: what users run on their own export."""
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_batch, tiny_model
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_architecture import CASES, SHAPES, dense_model, left_padded_batch, pruned_model, real_logits
+from test_removal import masked_model
+
+from atp import embedded
+from atp.data.sources import CASEHOLD_PROMPT
+from atp.export.__main__ import main
+from atp.export.bundle import check_formats, windows_of
+from atp.export.huggingface import export_hf
+from atp.export.loading import load_exported
+from atp.export.onnx_graph import export_onnx
+from atp.export.verification import LIMITS, ROUGH, Limit, _matches, mismatches, verify
+from atp.generate import main as generate
+from atp.lora import base_tensors, extract_adapter, merged_tensors
+from atp.removal import max_logit_difference, remove, slice_adapter
+from atp.selection import select
+
+
+@pytest.fixture
+def model_dir(tmp_path) -> Path:
+    """The embedded base as an exported directory."""
+    return Path(shutil.copytree(embedded.base_dir(), tmp_path / "model"))
+
+
+def unmerged(tmp_path: Path, *, empty_layer: bool = False) -> tuple[Path, torch.nn.Module]:
+    """An export with an adapter beside the pruned base, and the merged model."""
+    masked = masked_model(tiny_model("llama", "gqa", layers=3))
+    config = masked.peft_model.get_base_model().config
+    generator = torch.Generator().manual_seed(5)
+    masks_U = select(masked.space, torch.randn(masked.space.num_units, generator=generator), 0.4)
+    if empty_layer:
+        axis = masked.space.layers[1].axes["channels"]
+        masks_U[axis.offset : axis.offset + axis.size] = 0
+    merged = remove(merged_tensors(masked.peft_model), config, masked.space, masks_U)
+    base = remove(base_tensors(masked.peft_model), config, masked.space, masks_U)
+    adapter = slice_adapter(extract_adapter(masked.peft_model), masked.space, masks_U)
+    export_hf(base, None, tmp_path / "model", adapter=adapter)
+    return tmp_path / "model", merged
+
+
+@pytest.mark.parametrize("empty_layer", [False, True])
+def test_pruned_base_and_adapter_add_up_to_the_merged_model(tmp_path, empty_layer):
+    directory, merged = unmerged(tmp_path, empty_layer=empty_layer)
+    batch = tiny_batch()
+    assert max_logit_difference(load_exported(directory), merged, [batch]) < 1e-4
+    shutil.move(directory / "adapter", tmp_path / "adapter")
+    base = load_exported(directory)
+    assert max_logit_difference(base, merged, [batch]) > 1e-2, "the adapter was merged into the base"
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    assert max_logit_difference(adapted, merged, [batch]) < 1e-4
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None and str(tmp_path) not in json.dumps(config)
+
+
+def test_damaged_adapter_is_refused(tmp_path):
+    directory, _ = unmerged(tmp_path)
+    file = directory / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("o_proj.lora_A.weight"))
+    save_file({**tensors, name: tensors[name][:, :-1].contiguous()}, file)
+    with pytest.raises(ValueError, match=r"does not fit the weights: .*o_proj"):
+        load_exported(directory)
+    save_file({key: value for key, value in tensors.items() if key != name}, file)
+    with pytest.raises(ValueError, match=r"lacks .*o_proj"):
+        load_exported(directory)
+    file.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_exported(directory)
+
+
+@pytest.mark.parametrize(
+    ("case", "shape"),
+    [
+        ("llama-gqa-tied-rope3", "no-attention-first"),
+        ("llama-mqa-biases", "no-attention-at-all"),
+        ("mistral-mha-tied-window", "per-layer"),
+        ("qwen2-mha-tied-window", "empty-layer"),
+        ("qwen3-gqa-biases", "uniform-not-dividing"),
+    ],
+)
+def test_onnx_graph_gives_the_same_logits_with_and_without_its_cache(tmp_path, case, shape):
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'atp[onnx]'")
+    model = pruned_model(dense_model(CASES[case]), CASES[case], SHAPES[shape])
+    export_hf(model, None, tmp_path / "model")
+    graph = export_onnx(tmp_path / "model")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = runtime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    past = session.get_inputs()[2:]
+    assert len(past) == 2 * sum(layer.startswith("past_key") for layer in (item.name for item in past))
+    batch = left_padded_batch()
+    ids, mask = batch["input_ids"].numpy(), batch["attention_mask"].numpy()
+    empty = {item.name: np.zeros((3, item.shape[1], 0, item.shape[3]), np.float32) for item in past}
+    whole = session.run(None, {"input_ids": ids, "attention_mask": mask, **empty})
+    expected = real_logits(model, batch).numpy()
+    np.testing.assert_allclose(whole[0][mask.astype(bool)], expected, atol=1e-4, rtol=0)
+    first = session.run(None, {"input_ids": ids[:, :9], "attention_mask": mask[:, :9], **empty})
+    cached = dict(zip(empty, first[1:], strict=True))
+    rest = session.run(None, {"input_ids": ids[:, 9:], "attention_mask": mask, **cached})
+    np.testing.assert_allclose(rest[0], whole[0][:, 9:], atol=1e-4, rtol=0)
+
+
+def test_every_format_is_loaded_in_a_fresh_process_and_compared(tmp_path):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'atp[onnx]'")
+    case = CASES["llama-gqa-tied-rope3"]
+    export_hf(pruned_model(dense_model(case), case, SHAPES["no-attention-first"]), None, tmp_path / "model")
+    export_onnx(tmp_path / "model")
+    checks = {check.format: check for check in verify(tmp_path / "model", tokens=96)}
+    assert checks.keys() == {"hf", "onnx"}
+    for check in checks.values():
+        assert check.ok and check.top1 == 1.0 and check.max_abs < 1e-4
+        assert check.perplexity == pytest.approx(check.reference_perplexity, rel=1e-4)
+        assert check.greedy_equal == "24/24" and check.tokens_per_s > 0
+    size = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors"))
+    assert checks["hf"].size_bytes == size
+
+
+@pytest.mark.slow
+def test_an_unmerged_export_is_compared_through_peft(tmp_path):
+    directory, merged = unmerged(tmp_path)
+    (check,) = verify(directory, tokens=64, reference_model=merged)
+    assert (check.format, check.ok) == ("adapter", True)
+
+
+def test_a_format_that_differs_is_a_mismatch_and_the_exit_code_says_so(tmp_path, capsys):
+    """Weights changed after the graph was made: the graph is then no longer that model's."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'atp[onnx]'")
+    case = CASES["llama-mha"]
+    export_hf(pruned_model(dense_model(case), case, SHAPES["per-layer"]), None, tmp_path / "model")
+    export_onnx(tmp_path / "model", cache=False)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.norm.weight"] *= 1.01
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    assert main([str(tmp_path / "model"), "--verify", "--tokens", "64"]) == 1
+    assert "MISMATCH" in capsys.readouterr().out
+
+
+def test_limits_let_rounding_pass_and_a_misread_file_fail():
+    exact, rounded = LIMITS["f32"], LIMITS["q8_0"]
+    assert _matches({"max_abs": 1e-3, "top1": 1.0}, exact, 2.0)
+    assert not _matches({"max_abs": 1e-3, "top1": 0.9}, exact, 2.0)
+    assert _matches({"max_abs": 0.5, "top1": 0.9}, rounded, 1.0)
+    assert not _matches({"max_abs": 5.0, "top1": 0.1}, rounded, 1.0)
+    assert not _matches({"max_abs": None, "top1": 1.0}, ROUGH, 1.0), "not a number"
+    assert isinstance(exact, Limit) and mismatches([]) == []
+
+
+def test_code_beside_the_weights_that_is_not_atps_is_never_run(tmp_path):
+    case = CASES["llama-mha"]
+    export_hf(pruned_model(dense_model(case), case, SHAPES["per-layer"]), None, tmp_path / "model")
+    (tmp_path / "model" / "modeling_atp.py").write_text("raise SystemExit('run')")
+    with pytest.raises(ValueError, match="differs from this version of atp"):
+        verify(tmp_path / "model", tokens=16)
+
+
+USER_MISTAKES = [
+    (["--to", "tflite"], "tflite: unknown format; known: hf, gguf, onnx"),
+    (["--to", "adapter"], "written by a run with export="),
+    (["--to", "hf"], "needs --output"),
+    ([], "nothing to do"),
+    (["--to", "gguf", "--gguf-type", "q9"], "'q9' is not known"),
+    (["--verify", "--quantised", "int3"], "'int3' is not known"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), USER_MISTAKES)
+def test_mistakes_on_the_command_line_are_named(model_dir, capsys, arguments, message):
+    assert main([str(model_dir), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_places_without_a_model_are_named(tmp_path, capsys):
+    assert main([str(tmp_path), "--verify"]) == 2
+    assert "holds no model" in capsys.readouterr().err
+    (tmp_path / "stages").mkdir()
+    assert main([str(tmp_path), "--verify"]) == 2
+    assert "resume=" in capsys.readouterr().err
+
+
+def test_conversion_of_a_run_directory_and_no_silent_overwriting(tmp_path, model_dir, capsys):
+    pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'atp[gguf]'")
+    (tmp_path / "run").mkdir()
+    shutil.move(model_dir, tmp_path / "run" / "pruned")
+    command = [str(tmp_path / "run"), "--to", "gguf", "--gguf-type", "f16,q8_0"]
+    assert main(command) == 0
+    files = sorted(path.name for path in (tmp_path / "run" / "pruned" / "gguf").iterdir())
+    assert files == ["model-f16.gguf", "model-q8_0.gguf"]
+    assert main(command) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+
+
+def test_another_dtype_and_an_output_directory_in_use(tmp_path, model_dir, capsys):
+    command = [str(model_dir), "--to", "hf", "--output", str(tmp_path / "half"), "--dtype", "bfloat16"]
+    assert main(command) == 0
+    assert load_exported(tmp_path / "half").dtype == torch.bfloat16
+    assert main(command) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_formats_a_run_asks_for_are_refused_before_it_trains(monkeypatch):
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(embedded.base_dir())
+    tokenizer = AutoTokenizer.from_pretrained(embedded.base_dir())
+    check_formats(config, tokenizer, uniform=False)
+    with pytest.raises(ValueError, match="'f12' is not known"):
+        check_formats(config, tokenizer, uniform=False, gguf=["f12"])
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(ValueError, match="not logged in"):
+        check_formats(config, tokenizer, uniform=False, push_to_hub="me/model")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ValueError, match=r"pip install 'atp\[onnx\]'"):
+        check_formats(config, tokenizer, uniform=False, onnx=True)
+
+
+def test_windows_hold_the_real_tokens_in_order():
+    batch = {"input_ids": torch.tensor([[1, 2, 0], [3, 4, 5]]), "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
+    assert windows_of([batch], tokens=4, length=2).tolist() == [[1, 2], [3, 4]]
+    assert windows_of([batch], tokens=99, length=99).tolist() == [[1, 2, 3, 4, 5]]
+
+
+def test_generation_continues_the_prompt_as_the_model_does(model_dir, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert generate([str(model_dir), "--prompt", "A BILL to", "--max-new-tokens", "12"]) == 0
+    written = capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    ids = tokenizer("A BILL to", return_tensors="pt")["input_ids"]
+    made = AutoModelForCausalLM.from_pretrained(model_dir).generate(ids, max_new_tokens=12, do_sample=False)
+    assert written == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True) + "\n"
+    sampled = [str(model_dir), "--prompt", "A BILL to", "--max-new-tokens", "12", "--temperature", "2"]
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert generate([*sampled, "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generation_reads_a_pipe_and_fills_a_task_template(model_dir, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the court held\n"))
+    assert generate([str(model_dir), "--max-new-tokens", "8", "--task", "casehold"]) == 0
+    piped = capsys.readouterr().out
+    prompt = CASEHOLD_PROMPT.format(citing_prompt="the court held")
+    assert generate([str(model_dir), "--max-new-tokens", "8", "--prompt", prompt]) == 0
+    assert capsys.readouterr().out == piped
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "a", "--chat"], "no chat template"),
+        (["--prompt", "a", "--format", "gguf"], "no GGUF file; write one"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "must be at least 1"),
+        (["--prompt", "a", "--max-new-tokens", "600"], "below the context of 512"),
+        (["--prompt", "a", "--chat", "--task", "billsum"], "choose one"),
+        (["--prompt", ""], "there is no prompt"),
+    ],
+)
+def test_mistakes_in_generation_are_named(model_dir, capsys, arguments, message):
+    assert generate([str(model_dir), *arguments]) == 2
+    assert message in capsys.readouterr().err
