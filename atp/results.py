@@ -117,7 +117,7 @@ def write_card(folder: Path, metrics: Mapping[str, Any]) -> None:
         base_model=base,
         license_id=base_license(base),
         datasets=[run["data"]["name"]],
-        method=f"Masks ({run['method']}) and LoRA adapters trained jointly for {run['steps']} steps, adapters merged.",
+        method=f"Masks ({run['method']}) and LoRA adapters trained jointly for {run['steps']} steps.",
         target_sparsity=metrics["sparsity"]["target"],
         block_sparsity=metrics["sparsity"]["blocks"],
         model_sparsity=metrics["sparsity"]["model"],
@@ -125,6 +125,8 @@ def write_card(folder: Path, metrics: Mapping[str, Any]) -> None:
         dense_parameters=metrics["parameters"]["dense"],
         metrics={name: metrics["eval"][name] for name in ("dense", "dense_lora", "pruned") if name in metrics["eval"]},
         recovery=metrics.get("recovery"),
+        files=[str(path.relative_to(folder)) for path in sorted(folder.glob("*/*")) if path.is_file()],
+        checks=metrics["export"].get("formats", ()),
     )
     temporary = folder / "README.md.tmp"
     temporary.write_text(text, encoding="utf-8")
