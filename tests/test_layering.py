@@ -12,7 +12,15 @@ PACKAGE = Path(__file__).parent.parent / "atp"
 # From the bottom up; a module may import only from rows above its own, or from those named beside it.
 LEVELS: list[dict[str, tuple[str, ...]]] = [
     {"config": (), "embedded": (), "units": (), "space": ("units",), "modeling_atp": (), "rundir": ()},
-    {"config_help": (), "architecture": (), "data": (), "baselines": (), "cost": (), "prompting": ("data",)},
+    {
+        "config_help": (),
+        "architecture": (),
+        "data": (),
+        "baselines": (),
+        "cost": (),
+        "choice": (),
+        "prompting": ("data",),
+    },
     {
         "generator": (),
         "sampler": (),
