@@ -1,4 +1,4 @@
-"""Around training steps: checkpoints that survive anything, progress, throughput, mask history.
+"""Around training steps: checkpoints that survive anything, progress, throughput.
 
 Sits beside the training module in the Lightning trainer. Nothing here changes what is learnt. It knows the training
 modules' public state and nothing of Hydra or of the stages around training.
@@ -6,7 +6,6 @@ modules' public state and nothing of Hydra or of the stages around training.
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 import signal
@@ -16,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
@@ -231,36 +229,3 @@ def _figures(trainer: Trainer) -> str:
     if "train/tokens_per_second" in seen:
         parts.append(f"{number('train/tokens_per_second', '.0f')} tok/s")
     return "  ".join(parts)
-
-
-class MaskHistory(Callback):
-    """Appends the keep probability's mean per axis to a CSV file, so that the evolution of masks can be drawn later.
-
-    Args:
-        path: The CSV file; a resumed run goes on in it.
-        every_n_steps: Steps between rows.
-    """
-
-    def __init__(self, path: Path, every_n_steps: int) -> None:
-        self.path = path
-        self.every_n_steps = max(every_n_steps, 1)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Write a row when due."""
-        if (
-            not isinstance(pl_module, PruningModule)
-            or trainer.global_step % self.every_n_steps
-            or not trainer.is_global_zero
-        ):
-            return
-        with torch.no_grad():
-            kept = {name: float(mask.mean()) for name, mask in pl_module.space.split(pl_module.current_masks()).items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if is_new:
-                writer.writerow(["step", *kept])
-            writer.writerow([trainer.global_step, *(f"{value:.4f}" for value in kept.values())])

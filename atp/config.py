@@ -178,6 +178,7 @@ class ExportConfig:
 
     dtype: str | None = option(None, "dtype of the exported weights; unset keeps the base model's")
     max_shard_size: str = option("5GB", "largest safetensors file")
+    artifact: bool = option(False, "also hand the exported model to the loggers that keep artifacts (wandb, mlflow)")
 
 
 @dataclass

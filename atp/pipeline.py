@@ -27,9 +27,9 @@ from rich.console import Console
 from atp.architecture import layer_widths
 from atp.config import TrainConfig
 from atp.export.card import load_lines
-from atp.report.comparison import comparison_table
+from atp.report.comparison import comparison_cells, comparison_table
 from atp.report.page import write_report
-from atp.results import assemble, metric, write_card
+from atp.results import assemble, final_figures, metric, write_card
 from atp.rundir import RunDirectory, provenance
 from atp.stages import Stages
 
@@ -67,7 +67,11 @@ def run(cfg: DictConfig, run_dir: Path, *, overrides: list[str]) -> float | None
         log.info("%s is finished; nothing to do", run_dir)
     else:
         origin = provenance(overrides)
-        _execute(Stages(config, directory, plain, origin), config, directory, origin)
+        stages = Stages(config, directory, plain, origin)
+        try:
+            _execute(stages, config, directory, origin)
+        finally:
+            stages.close()
     if not (run_dir / "report.html").is_file():
         write_report(run_dir)
     metrics = directory.read_metrics()
@@ -105,6 +109,7 @@ def _execute(stages: Stages, config: TrainConfig, directory: RunDirectory, origi
         device=str(stages.device),
     )
     write_card(directory.path / "pruned", metrics)
+    stages.publish(final_figures(metrics), comparison_cells(metrics))
     directory.write_metrics(metrics)
 
 

@@ -17,7 +17,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
     {"objective": (), "removal": (), "importance": (), "export": ()},
     {"compaction": (), "restoration": ()},
     {"module": ()},
-    {"callbacks": (), "loggers": ()},
+    {"callbacks": (), "loggers": (), "monitoring": ("loggers",)},
     {"build": (), "results": ()},
     {"stages": ()},
     {"pipeline": ()},

@@ -117,6 +117,24 @@ def comparison_table(metrics: Mapping[str, Any]) -> Table:
     return table
 
 
+def comparison_cells(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Lay out the comparison as plain cells, for files and loggers.
+
+    Args:
+        metrics: Content of a run's `metrics.json`.
+
+    Returns:
+        Column names and rows: section, quantity, one cell per model, comparison.
+    """
+    models, section, cells = evaluated_models(metrics), "", []
+    for row in comparison_rows(metrics):
+        if row.heading:
+            section = row.label
+        else:
+            cells.append([section, row.label, *(row.cells.get(model, "") for model in models), row.against])
+    return ["section", "quantity", *map(model_label, models), "comparison"], cells
+
+
 def headlines(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Pick the figures a reader wants first.
 
