@@ -256,6 +256,9 @@ def merge_csv(folder: Path, target: Path) -> None:
             columns += [name for name in new[0] if name not in columns]
     if not rows:
         return
+    columns = [name for name in ("step", "epoch") if name in columns] + [
+        c for c in columns if c not in ("step", "epoch")
+    ]
     temporary = target.with_name(target.name + ".tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="")

@@ -27,7 +27,16 @@ METRICS = "metrics.json"
 _PACKAGES = ("torch", "transformers", "peft", "lightning", "hydra-core")
 
 # Settings that say where and how a run executes, not what it computes; they may differ when it goes on.
-_MAY_DIFFER = ("resume", "run_dir", "logger", "callbacks", "threads", "trainer.accelerator", "optimized_metric")
+_MAY_DIFFER = (
+    "resume",
+    "run_dir",
+    "logger",
+    "callbacks",
+    "threads",
+    "trainer.accelerator",
+    "optimized_metric",
+    "evaluate.shared",
+)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -295,7 +295,7 @@ class Stages:
         if isinstance(module, PruningModule):
             callbacks.insert(0, MaskMonitor(self.directory.path, logs / "mask_history.jsonl"))
             loggers += self.loggers
-        trainer = build.make_trainer(config, callbacks, loggers, self.data.num_batches)
+        trainer = build.make_trainer(config, callbacks, loggers, self.data.num_batches, self.directory.path)
         resume = checkpoint_path if checkpoint_path.is_file() else None
         trainer.fit(module, datamodule=self.data, ckpt_path=resume, weights_only=True)
         merge_csv(logs, self.directory.path / "metrics" / ("train.csv" if name == "joint" else f"{name}.csv"))

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "atp"
 # From the bottom up; a module may import only from rows above its own, or from those named beside it.
 LEVELS: list[dict[str, tuple[str, ...]]] = [
     {"config": (), "embedded": (), "space": (), "modeling_atp": (), "rundir": ()},
-    {"config_help": (), "architecture": (), "data": ()},
+    {"config_help": (), "architecture": (), "data": (), "sweep": ()},
     {"generator": (), "sampler": (), "lora": (), "selection": (), "evaluate": (), "report": ()},
     {"objective": (), "removal": (), "importance": (), "export": ()},
     {"compaction": (), "restoration": ()},
