@@ -14,7 +14,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
     {"config": (), "embedded": (), "space": (), "modeling_atp": (), "rundir": ()},
     {"config_help": (), "architecture": (), "data": (), "sweep": ()},
     {"generator": (), "sampler": (), "lora": (), "selection": (), "evaluate": (), "report": ()},
-    {"objective": (), "removal": (), "importance": (), "export": ()},
+    {"objective": (), "removal": (), "importance": (), "export": (), "compare": ()},
     {"compaction": (), "restoration": ()},
     {"module": ()},
     {"callbacks": (), "loggers": (), "monitoring": ("loggers",)},
