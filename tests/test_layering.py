@@ -17,7 +17,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
     {"objective": (), "removal": (), "importance": (), "export": (), "compare": ()},
     {"compaction": (), "restoration": ()},
     {"module": ()},
-    {"callbacks": (), "loggers": (), "monitoring": ("loggers",)},
+    {"callbacks": (), "loggers": (), "monitoring": ("loggers",), "dashboard": ("loggers",)},
     {"build": (), "results": ()},
     {"stages": ()},
     {"pipeline": ()},
@@ -28,6 +28,7 @@ OWNERS = {
     "hydra": {"config", "build", "cli"},
     "omegaconf": {"config", "cli", "pipeline"},
     "wandb": {"loggers"},
+    "wandb_workspaces": {"dashboard"},
     "datasets": {"data"},
 }
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import wandb_file
+
+from atp import dashboard
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS, EVERY = 12, 2
@@ -92,6 +95,21 @@ def test_pictures_tables_and_final_figures(logged: tuple[Path, str]) -> None:
     assert "smoke-pruned" in found["artifacts"]
     assert found["group"] == "smoke" and "sparsity 0.5" in found["tags"]
     assert found["config"]["prune"]["sparsity"] == 0.5
+
+
+def test_the_dashboard_draws_what_is_logged(logged: tuple[Path, str]) -> None:
+    run, _ = logged
+    (file,) = (run / "wandb").rglob("*.wandb")
+    found = wandb_file.read(file)
+    names = {
+        name.split(".")[0] if name.startswith(("mask_picture", "comp", "samp")) else name for name in found["history"]
+    }
+    names |= found["summary"].keys()
+    unmeasured = {name for name in dashboard.logged_names() if "speed" in name or "recovery.mean" in name}  # quick run
+    assert set(dashboard.logged_names()) - names == unmeasured
+    for panel in (panel for panels in dashboard.SECTIONS.values() for panel in panels):
+        if getattr(panel, "pattern", ""):
+            assert any(re.fullmatch(panel.pattern, name) for name in names), panel.pattern
 
 
 def test_lines_for_people_without_a_terminal(logged: tuple[Path, str]) -> None:
