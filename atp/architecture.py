@@ -50,12 +50,16 @@ class LayerWidths:
         num_key_value_heads: KV heads; divides num_attention_heads.
         head_dim: Size of one head; stored as 0 where the layer has none.
         intermediate_size: FFN channels; 0 means the layer has no FFN.
+        value_dim: Size of one head's values; None where it is head_dim.
+        rotary_pairs: Rotary pairs that queries and keys of every head keep, of head_dim / 2; None for all.
     """
 
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     intermediate_size: int
+    value_dim: int | None = None
+    rotary_pairs: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -68,11 +72,23 @@ class LayerWidths:
             )
         if not heads:
             object.__setattr__(self, "head_dim", 0)
+        if self.rotary_pairs is not None:
+            object.__setattr__(self, "rotary_pairs", tuple(self.rotary_pairs))
+            pairs = self.rotary_pairs
+            if not pairs or sorted(set(pairs)) != list(pairs) or not 0 <= pairs[0] <= pairs[-1] < self.head_dim // 2:
+                raise ValueError(f"rotary_pairs={pairs} must ascend within the {self.head_dim // 2} pairs of a head")
+        if self.value_dim is not None and self.value_dim < 1:
+            raise ValueError(f"value_dim={self.value_dim} must be positive; a layer without values has no heads either")
 
     @property
     def has_attention(self) -> bool:
         """Whether the layer keeps any head."""
         return self.num_attention_heads > 0
+
+    @property
+    def is_slim(self) -> bool:
+        """Whether heads keep only some of their dimensions, which no stock attention can hold."""
+        return self.value_dim is not None or self.rotary_pairs is not None
 
     @property
     def has_mlp(self) -> bool:
@@ -123,18 +139,28 @@ def layer_widths(config: PreTrainedConfig) -> list[LayerWidths]:
     for layer in config.per_layer_config:
         skip = getattr(layer, "skip", ())
         has_attention = "attention" not in skip
+        head_dim = _head_dim(vars(layer)) if has_attention else 0
+        value_dim, pairs = getattr(layer, "value_dim", None), getattr(layer, "rotary_pairs", None)
         widths.append(
             LayerWidths(
                 num_attention_heads=layer.num_attention_heads if has_attention else 0,
                 num_key_value_heads=layer.num_key_value_heads if has_attention else 0,
-                head_dim=_head_dim(vars(layer)) if has_attention else 0,
+                head_dim=head_dim,
                 intermediate_size=0 if "mlp" in skip else layer.intermediate_size,
+                value_dim=value_dim if has_attention and value_dim != head_dim else None,
+                rotary_pairs=pairs if has_attention and pairs and 2 * len(pairs) != head_dim else None,
             )
         )
     return widths
 
 
-def pruned_config(base_config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
+def pruned_config(
+    base_config: PreTrainedConfig,
+    widths: Sequence[LayerWidths],
+    *,
+    hidden_size: int | None = None,
+    epsilon_factor: float = 1.0,
+) -> PreTrainedConfig:
     """Makes the config of the base model cut to the given widths.
 
     Everything else is carried over: rotary parameters, tied embeddings, dtype, biases, special tokens, sliding window.
@@ -142,6 +168,8 @@ def pruned_config(base_config: PreTrainedConfig, widths: Sequence[LayerWidths]) 
     Args:
         base_config: Config of the model that was pruned.
         widths: Kept widths, one entry per layer.
+        hidden_size: Kept width of the residual stream; None keeps the base model's.
+        epsilon_factor: What the epsilon of the norms is multiplied by.
 
     Returns:
         The base config unchanged if nothing was cut; the family's stock config if one size fits all layers and the
@@ -154,13 +182,19 @@ def pruned_config(base_config: PreTrainedConfig, widths: Sequence[LayerWidths]) 
     base_family = family(base_config)
     dense = layer_widths(base_config)
     _check_widths(dense, widths)
-    if list(widths) == dense:
+    if hidden_size is not None and not 0 < hidden_size <= base_config.hidden_size:
+        raise ValueError(f"hidden_size={hidden_size} must lie between 1 and the base model's {base_config.hidden_size}")
+    is_narrower = hidden_size is not None and hidden_size != base_config.hidden_size
+    if list(widths) == dense and not is_narrower:
         return copy.deepcopy(base_config)
     fields = {key: value for key, value in base_config.to_dict().items() if key not in _NOT_ARCHITECTURE}
     # Explicit, as it no longer follows from the head count. Qwen2 has no such field, but its attention honours it.
     fields["head_dim"] = _head_dim(fields)
+    if is_narrower:
+        fields["hidden_size"] = hidden_size
+        fields["rms_norm_eps"] = fields["rms_norm_eps"] * epsilon_factor
     first = widths[0]
-    if first.has_attention and first.has_mlp and all(layer == first for layer in widths):
+    if first.has_attention and first.has_mlp and not first.is_slim and all(layer == first for layer in widths):
         stock = _stock_config(base_family, fields, first)
         if stock is not None:
             return stock
@@ -256,6 +290,11 @@ def _per_layer_config(base_family: str, fields: Mapping[str, Any], widths: Seque
             "num_key_value_heads": layer.num_key_value_heads,
             "intermediate_size": layer.intermediate_size,
         }
+        # What one layer says, transformers wants every layer to say, or the config as a whole.
+        if any(other.value_dim is not None for other in widths):
+            overrides["value_dim"] = layer.value_dim or fields["head_dim"]
+        if any(other.rotary_pairs is not None for other in widths):
+            overrides["rotary_pairs"] = list(layer.rotary_pairs or range(fields["head_dim"] // 2))
         absent = (("attention", layer.has_attention), ("mlp", layer.has_mlp))
         if skip := [name for name, present in absent if not present]:
             overrides["skip"] = skip

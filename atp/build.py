@@ -8,9 +8,11 @@ nothing of the order of stages.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from atp import embedded, modeling_atp
 from atp.architecture import family
-from atp.config import DataConfig, ModelConfig, PruneConfig, TrainConfig
+from atp.aware import AwareModule
+from atp.baselines import BASELINES, CALIBRATION_BATCHES, check_baselines
+from atp.config import DataConfig, LassoConfig, ModelConfig, PruneConfig, ScheduleConfig, TrainConfig, WarmStartConfig
+from atp.cost import make_cost
 from atp.data.batches import PruningDataModule
 from atp.data.records import Splits, limit
 from atp.data.sources import load_embedded, load_jsonl, load_legal_hub
 from atp.lora import MaskedModel, add_lora
 from atp.module import PruningModule, TuningModule
 from atp.objective import SparsitySchedule
+from atp.prompting import COLLABORATIVE_PROMPT, with_prompt
 from atp.selection import check_reachable
 from atp.space import PruningSpace
+from atp.units import CostModel
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +157,15 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
     )
 
 
+def prompted(config: PruneConfig, splits: Splits) -> Splits:
+    """The splits with the collaborative prompt where it is switched on."""
+    prompt = config.prompt
+    if not prompt.train and not prompt.inference:
+        return splits
+    text = COLLABORATIVE_PROMPT if prompt.text is None else prompt.text
+    return with_prompt(splits, text, train=prompt.train, inference=prompt.inference)
+
+
 def data_module(
     config: TrainConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase, context: int
 ) -> PruningDataModule:
@@ -169,9 +185,20 @@ def data_module(
 
 def pruning_space(config: PruneConfig, model: PreTrainedModel) -> PruningSpace:
     """The space of a model, with the target checked to be reachable in it."""
-    space = PruningSpace.from_model(model, config.space)
-    check_reachable(space, config.sparsity, min_units(config))
+    space = PruningSpace.from_model(model, config.space, config.protect_layers)
+    space.cost = cost_model(config, model)
+    check_reachable(space, config.sparsity, min_units(config), round_to=config.round_to)
     return space
+
+
+def cost_model(config: PruneConfig, model: PreTrainedModel) -> CostModel:
+    """What the budget counts.
+
+    Raises:
+        ValueError: An unknown cost, or a context below 1.
+    """
+    table = Path(config.latency_table) if config.latency_table else None
+    return make_cost(config.budget_of, context=config.budget_context, model=model, table=table)
 
 
 def min_units(config: PruneConfig) -> dict[str, int]:
@@ -195,7 +222,17 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
         shape=prune.schedule.shape,
     )
     masked = MaskedModel(_with_lora(config, model), space)
-    return PruningModule(
+    lasso = prune.lasso
+    aware: dict[str, Any] = {
+        "update": prune.update,
+        "lora_aware": prune.lora_aware,
+        "lasso": lasso.weight,
+        "final_lasso": lasso.final_weight,
+        "final_from": lasso.final_from,
+    }
+    is_plain = prune.update == "joint" and not prune.lora_aware and not lasso.weight and not lasso.final_weight
+    make: Any = PruningModule if is_plain else functools.partial(AwareModule, **aware)
+    module: PruningModule = make(
         masked,
         component("prune.generator", prune.generator, space=space),
         component("prune.sampler", prune.sampler),
@@ -207,15 +244,43 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
         min_units=min_units(prune),
         compaction=prune.compact,
         restore_ridge=prune.restore.ridge,
+        round_to=prune.round_to,
+        gates=prune.gates,
         distill=config.optim.distill,
         **_tuning(config),
     )
+    return module
 
 
 def tuning_module(config: TrainConfig, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> TuningModule:
     """Plain LoRA over a model, distilled as the pruned model is where a teacher is given."""
     distill = config.optim.distill if teacher is not None else 0.0
     return TuningModule(_with_lora(config, model), distill=distill, teacher=teacher, **_tuning(config))
+
+
+def two_stage(config: TrainConfig, name: str) -> TrainConfig:
+    """The run's configuration with its method replaced by the two-stage baseline of that name.
+
+    Raises:
+        ValueError: An unknown baseline.
+    """
+    check_baselines([name])
+    baseline = BASELINES[name]
+    prune = replace(
+        config.prune,
+        name=name,
+        gates="binary",
+        update="joint",
+        lora_aware=False,
+        lasso=LassoConfig(),
+        shape=baseline.shape,
+        generator={"_target_": "atp.generator.FixedScores"},
+        sampler={"_target_": "atp.sampler.Threshold"},
+        budget={"_target_": "atp.objective.Projection"},
+        warm_start=WarmStartConfig(batches=CALIBRATION_BATCHES, criterion=baseline.criterion, ranking=baseline.ranking),
+        schedule=ScheduleConfig(warmup=0.0, ramp=0.0, freeze_at=0.0),
+    )
+    return replace(config, prune=prune)
 
 
 def _with_lora(config: TrainConfig, model: PreTrainedModel) -> Any:

@@ -27,6 +27,11 @@ from atp.space import PruningSpace
 log = logging.getLogger(__name__)
 
 
+def can_compact(space: PruningSpace) -> bool:
+    """Whether the live model can be cut: head dimensions and the residual stream need other modules, not fewer rows."""
+    return {axis.kind for axis in space.axes} <= {"heads", "query_heads", "channels"}
+
+
 def live_units(space: PruningSpace, masks_U: Tensor) -> Tensor:
     """Units that stay in memory, [U] of 0 and 1: all kept ones, and the first of every axis that kept none."""
     live_U = masks_U.detach().float().cpu().clone()

@@ -82,9 +82,13 @@ class ScheduleConfig:
 
 @dataclass
 class WarmStartConfig:
-    """Start scores from the importance of the dense model's units, measured on training batches."""
+    """Scores from the importance of the dense model's units: a start for learnt ones, the verdict for fixed ones."""
 
     batches: int = option(0, "training batches to measure it on; 0 starts from the generator's own initialisation")
+    criterion: str = option("fisher", "importance: fisher, taylor, wanda, fluctuation, magnitude or random")
+    ranking: str = option(
+        "layer", "compare units by: layer (standardised log), zscore (standardised) or global (raw, across layers)"
+    )
     gain: float = option(1.0, "standard deviation of the starting logits within a layer")
 
 
@@ -97,18 +101,50 @@ class RestoreConfig:
 
 
 @dataclass
+class LassoConfig:
+    """Group lasso on the LoRA rows and columns of pruned units (ATP); off at zero."""
+
+    weight: float = option(0.0, "factor on its gradient")
+    final_weight: float = option(0.0, "factor in the last part of the run, which drives pruned rows to zero")
+    final_from: float = option(0.5, "where the last part begins, as a fraction of the run")
+
+
+@dataclass
+class PromptConfig:
+    """Compresso's collaborative prompt before the records' own prompts."""
+
+    train: bool = option(False, "put it before training and validation prompts")
+    inference: bool = option(False, "put it before test prompts; the pruned model is then to be used with it")
+    text: str | None = option(None, "the text; unset takes this project's own")
+
+
+@dataclass
 class PruneConfig:
     """What is pruned and how the decision is learnt: generator x sampler x budget."""
 
     name: str = option("l0", "short name for reports")
     sparsity: float = option(0.5, "fraction of decoder-block parameters to remove, in (0, 1)")
-    space: list[str] = option(["heads", "channels"], "unit kinds: heads, query_heads, channels")
+    space: list[str] = option(
+        ["heads", "channels"], "unit kinds: heads, query_heads, channels, qk_pairs, value_dims, hidden"
+    )
     shape: str = option("per_layer", "per_layer, or uniform: equal widths in every layer")
+    round_to: int = option(1, "kept FFN channels and hidden dimensions are multiples of this")
+    budget_of: str = option("parameters", "what sparsity counts: parameters, macs, latency (measured here) or memory")
+    latency_table: str | None = option(None, "file of measured latencies; unset measures them once per run")
+    budget_context: int = option(1024, "tokens in the cache, for a budget of macs, latency or memory")
+    protect_layers: list[int] = option([], "layers of which nothing is pruned; negative ones count from the end")
     min_heads: int = option(1, "KV heads every layer keeps; 0 lets attention blocks vanish")
     min_channels: int = option(1, "FFN channels every layer keeps; 0 lets FFN blocks vanish")
     generator: dict[str, Any] = option({}, "how scores are made (config group prune/generator)")
     sampler: dict[str, Any] = option({}, "scores to masks (config group prune/sampler)")
     budget: dict[str, Any] = option({}, "what drives sparsity to the target (config group prune/budget)")
+    gates: str = option(
+        "binary", "factors of kept units: binary (none), soft (kept as learnt) or calibrated (train after the freeze)"
+    )
+    update: str = option("joint", "joint: masks and adapters in one pass; alternate: masks on a batch of their own")
+    lora_aware: bool = option(False, "mask the frozen weights only while training; evaluation masks both")
+    lasso: LassoConfig = field(default_factory=LassoConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     restore: RestoreConfig = field(default_factory=RestoreConfig)
@@ -166,7 +202,9 @@ class EvaluateConfig:
     max_generate: int = option(64, "completions to generate per task for ROUGE")
     reference: bool = option(True, "also tune the dense model with LoRA on the same data and steps")
     baselines: list[str] = option(
-        [], "prune at once, then tune: random, uniform (magnitude within layers at equal widths)"
+        [],
+        "prune at once, then tune: taylor, taylor_global, wanda, fluctuation, magnitude, uniform (magnitude within "
+        "layers at equal widths), random, random_uniform",
     )
     samples: int = option(4, "generated samples kept for the report")
     speed: bool = option(True, "measure prefill and decode latency of dense and pruned")

@@ -43,14 +43,24 @@ class FreeLogits(Generator):
     Args:
         space: The pruning space.
         initial_std: Standard deviation of the normal initialisation around zero.
+        lower: Least logit; parameters that a step took below it are set back. None for no limit.
+        upper: Greatest logit.
     """
 
-    def __init__(self, space: PruningSpace, initial_std: float = 0.01) -> None:
+    def __init__(
+        self, space: PruningSpace, initial_std: float = 0.01, lower: float | None = None, upper: float | None = None
+    ) -> None:
         super().__init__()
+        if lower is not None and upper is not None and not lower < upper:
+            raise ValueError(f"prune.generator limits are ({lower}, {upper}); lower must be below upper")
+        self.lower, self.upper = lower, upper
         self.logits_U = nn.Parameter(torch.randn(space.num_units) * initial_std)
 
     def forward(self) -> Tensor:
         """The parameters themselves, [U]."""
+        if self.lower is not None or self.upper is not None:
+            with torch.no_grad():
+                self.logits_U.clamp_(self.lower, self.upper)
         return self.logits_U
 
     @torch.no_grad()
@@ -88,7 +98,8 @@ class TransformerGenerator(Generator):
         super().__init__()
         if width % num_heads:
             raise ValueError(f"prune.generator.width is {width}; it must be a multiple of num_heads = {num_heads}")
-        tokens_LE = torch.empty(len(space.layers), width)
+        # an axis of the whole model has the last token, index -1, to itself
+        tokens_LE = torch.empty(len(space.layers) + (space.hidden is not None), width)
         nn.init.orthogonal_(tokens_LE)
         self.register_buffer("tokens_LE", tokens_LE)
         layer = nn.TransformerEncoderLayer(width, num_heads, feedforward, dropout, batch_first=True)
@@ -103,51 +114,83 @@ class TransformerGenerator(Generator):
         return torch.cat([head(features_LE[i]) for head, i in zip(self.heads, self.axis_layers, strict=True)])
 
 
-class RandomScores(Generator):
-    """Scores drawn once and never trained: the random baseline.
+class GRUGenerator(Generator):
+    """DISP-LLM's generator: a bidirectional GRU over one fixed token per layer (section 1.9 of the methods note).
+
+    Tokens are drawn once and do not train. After LayerNorm and GELU, each axis has its own bias-free linear head.
 
     Args:
         space: The pruning space.
-        seed: Seed of the draw, so that it does not depend on what ran before.
+        token_width: Width of a token.
+        width: Width of each direction.
+    """
+
+    tokens_LE: Tensor
+
+    def __init__(self, space: PruningSpace, token_width: int = 32, width: int = 64) -> None:
+        super().__init__()
+        self.register_buffer("tokens_LE", torch.randn(len(space.layers) + (space.hidden is not None), token_width))
+        self.gru = nn.GRU(token_width, width, bidirectional=True, batch_first=True)
+        self.norm = nn.LayerNorm(2 * width)
+        self.axis_layers = [axis.layer for axis in space.axes]
+        self.heads = nn.ModuleList(nn.Linear(2 * width, axis.size, bias=False) for axis in space.axes)
+
+    def forward(self) -> Tensor:
+        """Logits [U] of one pass over the layers' tokens."""
+        states_LE, _ = self.gru(self.tokens_LE.unsqueeze(0))
+        features_LE = nn.functional.gelu(self.norm(states_LE.squeeze(0)))
+        return torch.cat([head(features_LE[i]) for head, i in zip(self.heads, self.axis_layers, strict=True)])
+
+
+class GradientScores(Generator):
+    """LoRAPrune's scores: a running mean of the importance seen while training, as ranks within layer and kind.
+
+    The share of a unit's own layer and kind that matters less than it does, so that one threshold cuts every layer and
+    kind by the same share. Nothing here trains; :meth:`observe` is fed after every backward pass.
+
+    Args:
+        space: The pruning space.
+        decay: Share of the running mean that each step keeps; 0.9 in LoRAPrune's code.
+    """
+
+    mean_U: Tensor
+
+    def __init__(self, space: PruningSpace, decay: float = 0.9) -> None:
+        super().__init__()
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"prune.generator.decay is {decay}; it must lie in [0, 1)")
+        self.decay = decay
+        self.sizes = [axis.size for axis in space.axes]
+        self.register_buffer("mean_U", torch.zeros(space.num_units))
+
+    @torch.no_grad()
+    def observe(self, importance_U: Tensor) -> None:
+        """Take a step's importance [U] into the running mean."""
+        self.mean_U.mul_(self.decay).add_(importance_U.to(self.mean_U), alpha=1.0 - self.decay)
+
+    def forward(self) -> Tensor:
+        """Ranks in (-0.5, 0.5), [U]."""
+        ranks = [(v.argsort(stable=True).argsort() + 0.5) / v.numel() - 0.5 for v in self.mean_U.split(self.sizes)]
+        return torch.cat(ranks)
+
+
+class FixedScores(Generator):
+    """Scores that never train: two-stage pruning, judged once by :mod:`atp.criteria` and cut before the first step.
+
+    Args:
+        space: The pruning space.
     """
 
     scores_U: Tensor
 
-    def __init__(self, space: PruningSpace, seed: int = 0) -> None:
+    def __init__(self, space: PruningSpace) -> None:
         super().__init__()
-        draw = torch.Generator().manual_seed(seed)
-        self.register_buffer("scores_U", torch.rand(space.num_units, generator=draw))
+        self.register_buffer("scores_U", torch.zeros(space.num_units))
 
     def forward(self) -> Tensor:
-        """The drawn scores, [U]."""
+        """The scores, [U]."""
         return self.scores_U
 
-
-class MagnitudeScores(Generator):
-    """Root mean square of the weights that each unit owns, computed once: the classic one-shot baseline.
-
-    Args:
-        space: The pruning space.
-        state: Dense weights by parameter name, as in the base model's ``state_dict``.
-    """
-
-    scores_U: Tensor
-
-    def __init__(self, space: PruningSpace, state: dict[str, Tensor]) -> None:
-        super().__init__()
-        sums_by_axis = {a.name: torch.zeros(a.size, dtype=torch.double) for a in space.axes}
-        numbers = {name: value.clone() for name, value in sums_by_axis.items()}
-        for weight in space.weights:
-            squared = state[f"{weight.module}.weight"].detach().double().square()
-            for side, sums in ((weight.rows, squared.sum(1)), (weight.columns, squared.sum(0))):
-                per_entry = weight.rows.size * weight.columns.size / side.size
-                for factor in side.factors:
-                    by_unit = sums.view(factor.tile, factor.axis.size, factor.repeat)
-                    sums_by_axis[factor.axis.name] += by_unit.sum((0, 2))
-                    numbers[factor.axis.name] += per_entry * factor.tile * factor.repeat
-        scores_U = torch.cat([(sums_by_axis[a.name] / numbers[a.name]).sqrt() for a in space.axes])
-        self.register_buffer("scores_U", scores_U.float())
-
-    def forward(self) -> Tensor:
-        """The magnitudes, [U]."""
-        return self.scores_U
+    def warm_start(self, scores_U: Tensor) -> None:
+        """Take over the scores, [U]."""
+        self.scores_U.copy_(scores_U)

@@ -4,8 +4,9 @@ Sits between the loaded base model and the training module: wraps the seven line
 into the forward pass at the pruning space's sites, and merges adapters back for removal. This is the only file that
 knows PEFT's internals. It knows masks as tensors and nothing of how they come about.
 
-A site's mask multiplies the *input* of its output projection, before base weight and adapter alike, so a zero removes
-the unit's part in both branches. What the other projections compute for a removed unit then has no path to the output.
+A site's mask multiplies the *input* of an output projection, before base weight and adapter alike, or the *output* of a
+projection or embedding, after both, so a zero removes the unit's part in both branches. What the other projections
+compute for a removed unit then has no path to the output.
 
 Shape suffixes: U units, B batch, T tokens.
 """
@@ -103,19 +104,31 @@ class MaskedModel(nn.Module):
     Args:
         peft_model: From :func:`add_lora`.
         space: The pruning space of its base model.
+
+    Attributes:
+        aware: Whether masks leave the adapters' branch alone; see :meth:`set_masks`.
     """
 
     def __init__(self, peft_model: PeftModel, space: PruningSpace) -> None:
         super().__init__()
         self.peft_model = peft_model
         self.space = space
+        self.aware = False
         self._masks: dict[Side, Tensor] = {}
+        self._frozen_masks: dict[Side, Tensor] = {}
         self.is_compact = False
         for site in space.sites:
             module = peft_model.get_submodule(_PREFIX + site.module)
-            module.register_forward_pre_hook(self._hook(site.side))
+            if site.on == "input":
+                module.register_forward_pre_hook(self._on_input(site.side))
+            else:
+                module.register_forward_hook(self._on_output(site.side))
+        self._own_rows = [weight for weight in space.weights if _has_own_rows(weight)]
+        for weight in self._own_rows:
+            linear: Any = self.linear(weight.module)
+            getattr(linear, "base_layer", linear).register_forward_hook(self._on_frozen_output(weight.rows))
 
-    def _hook(self, side: Side) -> Any:
+    def _on_input(self, side: Side) -> Any:
         def multiply(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             mask = self._masks.get(side)
             if mask is None:
@@ -124,17 +137,58 @@ class MaskedModel(nn.Module):
 
         return multiply
 
+    def _on_output(self, side: Side) -> Any:
+        def multiply(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            mask = self._masks.get(side)
+            return None if mask is None else output * mask.to(output.dtype)
+
+        return multiply
+
+    def _on_frozen_output(self, side: Side) -> Any:
+        def multiply(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            mask = self._frozen_masks.get(side)
+            return None if mask is None else output * mask.to(output.dtype)
+
+        return multiply
+
+    def linear(self, module: str) -> nn.Module:
+        """The (wrapped) linear of the base model's name ``module``."""
+        return self.peft_model.get_submodule(_PREFIX + module)
+
+    def base_weight(self, module: str) -> nn.Parameter:
+        """The frozen base weight [rows, columns] of the linear ``module``."""
+        linear: Any = self.linear(module)
+        return getattr(linear, "base_layer", linear).weight
+
+    def adapter(self, module: str) -> tuple[nn.Parameter, nn.Parameter, float] | None:
+        """The adapter of the linear ``module``: A [r, columns], B [rows, r] and their scale; None without one."""
+        linear: Any = self.linear(module)
+        if not isinstance(linear, LoraLayer):
+            return None
+        factors: Any = linear
+        return factors.lora_A["default"].weight, factors.lora_B["default"].weight, factors.scaling["default"]
+
     def set_masks(self, masks_U: Tensor | None) -> None:
         """Masks for the forward passes to come, [U] in [0, 1]; None runs the unmasked model.
 
         Gradients flow to ``masks_U`` when it requires them, so masks must be set anew for every backward pass. A
         compact model's masks are fixed; for it this does nothing.
+
+        While :attr:`aware` is set, masks multiply the frozen branch of the projections alone and adapters see
+        everything (ATP's LoRA-aware forward pass; section 1.4 of the methods note); only the residual stream is masked
+        as a whole.
         """
         if self.is_compact:
             return
-        by_axis = self.space.split(masks_U) if masks_U is not None else None
+        self._masks, self._frozen_masks = {}, {}
+        if masks_U is None:
+            return
+        by_axis = self.space.split(masks_U)
         sides = {site.side for site in self.space.sites}
-        self._masks = {side: side.expand(by_axis) for side in sides} if by_axis is not None else {}
+        if self.aware:
+            sides = {side for side in sides if any(f.axis.kind == "hidden" for f in side.factors)}
+            self._frozen_masks = {weight.rows: weight.rows.expand(by_axis) for weight in self._own_rows}
+        self._masks = {side: side.expand(by_axis) for side in sides}
 
     def fix_masks(self, masks_U: Tensor, live_U: Tensor) -> None:
         """Note that the weights were cut to ``live_U`` and fit the module structure to it.
@@ -170,11 +224,12 @@ class MaskedModel(nn.Module):
         """
         if self.is_compact:
             raise RuntimeError("the live model was cut to its masks; set prune.compact=false to keep the dense one")
-        masks, self._masks = self._masks, {}
+        masks, frozen = self._masks, self._frozen_masks
+        self._masks, self._frozen_masks = {}, {}
         try:
             yield
         finally:
-            self._masks = masks
+            self._masks, self._frozen_masks = masks, frozen
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
@@ -228,6 +283,11 @@ def _refit(module: nn.Module) -> None:
     if isinstance(module, LoraLayer):
         base: Any = module.get_base_layer()
         module.out_features, module.in_features = base.weight.shape
+
+
+def _has_own_rows(weight: Weight) -> bool:
+    """Whether pruned units own rows of a weight, besides the residual stream."""
+    return any(factor.axis.kind != "hidden" for factor in weight.rows.factors)
 
 
 @torch.no_grad()

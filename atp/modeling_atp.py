@@ -17,8 +17,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
@@ -122,6 +128,9 @@ def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, layer_id
         layer_config.num_attention_heads = layer_config.num_key_value_heads = 1
     if MLP in skip:
         layer_config.intermediate_size = 1
+    pairs, value_dim = getattr(layer_config, "rotary_pairs", None), getattr(layer_config, "value_dim", None)
+    if ATTENTION not in skip and (pairs is not None or value_dim is not None):
+        return build_slim_layer(layer_class, config, layer_config, layer_idx)
     layer: Any = layer_class(layer_config, layer_idx)
     # The forward pass reads the attention kernel from here: it must follow the model's setting, not a copy of it.
     layer.self_attn.config = config
@@ -129,6 +138,76 @@ def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, layer_id
         layer.self_attn = NoHeads(layer_idx)
         layer.input_layernorm = nn.Identity()
     if MLP in skip:
+        layer.mlp = NoChannels()
+        layer.post_attention_layernorm = nn.Identity()
+    return layer
+
+
+class SlimAttention(nn.Module):
+    """Stock attention whose heads keep only some dimensions; mixed into the family's own attention class.
+
+    Rotary pairs keep the frequencies they had (`rotary_pairs` of `rotary_dim` / 2) and scores their scale, so that the
+    dimensions that are left compute what they did; values have a size of their own (`value_dim`).
+    """
+
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the block's output (B, T, D) and the attention weights, where the kernel gives them."""
+        shape = hidden_states.shape[:-1]
+        queries = self.q_proj(hidden_states).view(*shape, -1, self.head_dim)
+        keys = self.k_proj(hidden_states).view(*shape, -1, self.head_dim)
+        if hasattr(self, "q_norm"):
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        values = self.v_proj(hidden_states).view(*shape, -1, self.value_dim).transpose(1, 2)
+        columns = torch.tensor(self.rotary_columns, device=hidden_states.device)
+        cos, sin = (table.index_select(-1, columns) for table in position_embeddings)
+        queries, keys = apply_rotary_pos_emb(queries.transpose(1, 2), keys.transpose(1, 2), cos, sin)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = kernel(
+            self,
+            queries,
+            keys,
+            values,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+
+def build_slim_layer(
+    layer_class: type[nn.Module], config: PreTrainedConfig, layer_config: Any, layer_idx: int
+) -> nn.Module:
+    """Builds a layer whose heads keep only some of their dimensions; arguments as of `build_layer`."""
+    rotary_dim = layer_config.head_dim
+    pairs = getattr(layer_config, "rotary_pairs", None) or list(range(rotary_dim // 2))
+    layer_config.head_dim = 2 * len(pairs)
+    mlp_skipped = MLP in getattr(layer_config, "skip", ())
+    if mlp_skipped:
+        layer_config.intermediate_size = 1
+    layer: Any = layer_class(layer_config, layer_idx)
+    attention = layer.self_attn
+    value_dim = getattr(layer_config, "value_dim", None) or rotary_dim
+    hidden, has_bias = layer_config.hidden_size, (attention.v_proj.bias is not None, attention.o_proj.bias is not None)
+    attention.v_proj = nn.Linear(hidden, layer_config.num_key_value_heads * value_dim, bias=has_bias[0])
+    attention.o_proj = nn.Linear(layer_config.num_attention_heads * value_dim, hidden, bias=has_bias[1])
+    attention.__class__ = type(f"Slim{type(attention).__name__}", (SlimAttention, type(attention)), {})
+    attention.config = config
+    attention.value_dim, attention.rotary_dim, attention.rotary_pairs = value_dim, rotary_dim, tuple(pairs)
+    attention.rotary_columns = [*pairs, *(pair + rotary_dim // 2 for pair in pairs)]
+    attention.scaling = rotary_dim**-0.5
+    if mlp_skipped:
         layer.mlp = NoChannels()
         layer.post_attention_layernorm = nn.Identity()
     return layer

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
-from atp.compaction import compact, rewrap
-from atp.generator import Generator
+from atp.compaction import can_compact, compact, rewrap
+from atp.criteria import lora_gradient
+from atp.gates import Gates
+from atp.generator import Generator, GradientScores
 from atp.lora import MaskedModel, trainable_parameters
 from atp.objective import Budget, Phase, SparsitySchedule, distillation_loss
 from atp.restoration import restore
@@ -210,6 +212,8 @@ class PruningModule(TuningModule):
             model costs. Not possible with ``distill``, whose teacher is the dense base.
         restore_ridge: Ridge of the least-squares restoration at the freeze, which happens when ``calibration`` is set
             to something that gives batches.
+        round_to: Kept widths are multiples of this, see :func:`atp.selection.select`.
+        gates: ``binary``, or what kept units are scaled by after the freeze, see :class:`atp.gates.Gates`.
         **tuning: Arguments of :class:`TuningModule`.
     """
 
@@ -232,6 +236,8 @@ class PruningModule(TuningModule):
         min_units: Mapping[str, int] | None = None,
         compaction: bool = False,
         restore_ridge: float = 1e-3,
+        round_to: int = 1,
+        gates: str = "binary",
         **tuning: Any,
     ) -> None:
         super().__init__(model, **tuning)
@@ -239,13 +245,16 @@ class PruningModule(TuningModule):
         self.space = model.space
         self.generator, self.sampler, self.budget, self.schedule = generator, sampler, budget, schedule
         self.generator_lr, self.multiplier_lr = generator_lr, multiplier_lr
-        self.shape, self.min_units = shape, min_units
         if compaction and self.distill:
             log.warning("prune.compact is ignored: optim.distill needs the dense base as its teacher")
-        self.compaction = compaction and not self.distill
+        if compaction and not can_compact(self.space):
+            log.info("the live model is not cut at the freeze: only heads and channels can be, not the whole space")
+        self.compaction = compaction and not self.distill and can_compact(self.space) and gates == "binary"
         self.restore_ridge = restore_ridge
         self.calibration: Callable[[], Iterable[Batch]] | None = None
         self._restored: list[str] = []
+        self.shape, self.min_units, self.round_to = shape, min_units, round_to
+        self.gates = None if gates == "binary" else Gates(self.space.num_units, gates)
         self.register_buffer("final_masks_U", torch.ones(self.space.num_units))
         self.register_buffer("final_scores_U", torch.ones(self.space.num_units))
         self.register_buffer("is_frozen", torch.zeros((), dtype=torch.bool))
@@ -272,8 +281,18 @@ class PruningModule(TuningModule):
         """Fix the deterministic architecture that meets the target; from here on only adapters train."""
         logits_U = self.logits()
         self.final_scores_U.copy_(self.sampler.confidence(self._shifted(logits_U, self.schedule.target)))
-        masks_U = select(self.space, logits_U, self.schedule.target, shape=self.shape, min_units=self.min_units)
+        masks_U = select(
+            self.space,
+            logits_U,
+            self.schedule.target,
+            shape=self.shape,
+            min_units=self.min_units,
+            round_to=self.round_to,
+        )
         self.final_masks_U.copy_(masks_U)
+        if self.gates is not None:
+            soft_U = self.sampler.deterministic(self._shifted(logits_U, self.schedule.target))
+            self.gates.start(soft_U, self.final_masks_U)
         self.is_frozen.fill_(True)
         self.sampled_U = None
         sparsity = float(self.space.sparsity(masks_U.double()))
@@ -297,6 +316,10 @@ class PruningModule(TuningModule):
         if bool(state["is_compact"]) and not self.is_compact:
             self.final_masks_U.copy_(state["final_masks_U"])
             self.compact()
+
+    def frozen_masks(self) -> Tensor:
+        """What the model is multiplied by once masks are final, [U]: masks times the kept units' gates."""
+        return self.final_masks_U if self.gates is None else self.final_masks_U * self.gates()
 
     @torch.no_grad()
     def logits(self) -> Tensor:
@@ -341,6 +364,11 @@ class PruningModule(TuningModule):
             output = self.masked(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return output.logits
 
+    def on_after_backward(self) -> None:
+        """Feed generators that score by the adapters' gradients."""
+        if isinstance(self.generator, GradientScores) and not self.is_frozen:
+            self.generator.observe(lora_gradient(self.masked))
+
     def _apply_masks(self) -> Tensor:
         """Set this step's masks; return the budget term."""
         phase, target = self.phase, self.schedule.target_at(self.global_step)
@@ -348,21 +376,21 @@ class PruningModule(TuningModule):
         self.log("mask/phase", float(list(Phase).index(phase)))
         if phase is not Phase.PRUNING:
             masks_U = self.current_masks()
-            self.masked.set_masks(masks_U if phase is Phase.FROZEN else None)
+            self.masked.set_masks(self.frozen_masks() if phase is Phase.FROZEN else None)
             self._log_masks(self.space.sparsity(masks_U), target if phase is Phase.FROZEN else 0.0)
             return nothing
         logits_U = self._shifted(self.generator().float(), target)
         masks_U = self.sampler(logits_U)
         self.sampled_U = masks_U.detach()
         self.masked.set_masks(masks_U)
-        expected = self.space.sparsity(self.sampler.keep_probability(logits_U))
+        expected = self.space.reduction(self.sampler.keep_probability(logits_U))
         self._log_masks(expected, target)
-        return self.budget(expected, self.space.sparsity(masks_U), target)
+        return self.budget(expected, self.space.reduction(masks_U), target)
 
     @torch.no_grad()
     def _shift(self, logits_U: Tensor, target: float) -> float:
         def sparsity_of(shift: float) -> float:
-            return float(self.space.sparsity(self.sampler.keep_probability(logits_U + shift)))
+            return float(self.space.reduction(self.sampler.keep_probability(logits_U + shift)))
 
         return self.budget.shift(sparsity_of, target)
 
@@ -382,7 +410,7 @@ class PruningModule(TuningModule):
     def on_validation_start(self) -> None:
         """Validate with noise-free masks."""
         with torch.no_grad():
-            self.masked.set_masks(self.current_masks())
+            self.masked.set_masks(self.frozen_masks() if self.is_frozen else self.current_masks())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Adapters, generator, and multipliers that ascend."""
@@ -390,6 +418,8 @@ class PruningModule(TuningModule):
         generator = [p for p in self.generator.parameters() if p.requires_grad]
         if generator:
             groups.append({"name": "generator", "params": generator, "lr": self.generator_lr, "weight_decay": 0.0})
+        if self.gates is not None and self.gates.kind == "calibrated":
+            groups.append({"name": "gates", "params": [self.gates.scale_U], "lr": self.lr, "weight_decay": 0.0})
         ascending = self.budget.multipliers()
         if ascending:
             groups.append(
@@ -412,4 +442,6 @@ class PruningModule(TuningModule):
     def _own_state(self) -> set[str]:
         buffers = {"final_masks_U", "final_scores_U", "is_frozen", "is_compact"}
         buffers |= {f"model.{name}" for name in self._restored}
+        if self.gates is not None:
+            buffers |= {"gates.values_U", "gates.scale_U"}
         return super()._own_state() | buffers | {f"generator.{name}" for name, _ in self.generator.named_buffers()}

@@ -147,7 +147,8 @@ class MaskMonitor(Callback):
         self._drawn_flips, self._drawn_steps = 0.0, 0
         kept = module.space.split(decided_U.float())
         for axis in module.space.axes:
-            found[f"{axis.kind}_kept/layer_{axis.layer:02d}"] = float(kept[axis.name].sum())
+            where = f"layer_{axis.layer:02d}" if axis.layer >= 0 else "all_layers"
+            found[f"{axis.kind}_kept/{where}"] = float(kept[axis.name].sum())
         return found
 
     def _picture(self, trainer: Trainer, module: PruningModule, sure_U: Tensor) -> None:

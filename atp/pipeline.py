@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from atp.architecture import layer_widths
+from atp.baselines import check_baselines
 from atp.config import TrainConfig
 from atp.export.card import load_lines
 from atp.report.comparison import comparison_cells, comparison_table
@@ -35,8 +36,6 @@ from atp.stages import Stages
 from atp.sweep import SharedResults, sweep_of
 
 log = logging.getLogger(__name__)
-
-BASELINES = ("random", "uniform")
 
 
 def run(cfg: DictConfig, run_dir: Path, *, overrides: list[str], go_on: bool = False) -> float | None:
@@ -57,9 +56,7 @@ def run(cfg: DictConfig, run_dir: Path, *, overrides: list[str], go_on: bool = F
     """
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, TrainConfig)
-    unknown = set(config.evaluate.baselines) - set(BASELINES)
-    if unknown:
-        raise ValueError(f"evaluate.baselines holds {sorted(unknown)}; known: {', '.join(BASELINES)}")
+    check_baselines(config.evaluate.baselines)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     plain.pop("run_dir")  # named after the moment of composing, so it differs when the run goes on
     directory = RunDirectory(run_dir, plain, overrides, resume=go_on or config.resume is not None)

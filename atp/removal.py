@@ -49,9 +49,36 @@ def _layer_widths(layer: LayerSpace, masks: Mapping[str, Tensor]) -> LayerWidths
             f"{layer.prefix}: the kept KV heads keep {per_group} query heads each; every group must keep the same "
             "positive number"
         )
-    channels = int(masks[layer.axes["channels"].name].sum()) if "channels" in layer.axes else layer.ffn_width
     kv_heads = int(heads_K.sum())
-    return LayerWidths(int(sum(per_group)), kv_heads, layer.head_dim if kv_heads else 0, channels)
+    channels = _kept(layer, "channels", masks, layer.ffn_width)
+    if not kv_heads:
+        return LayerWidths(0, 0, 0, channels)
+    pairs = layer.rotary_pairs
+    if "qk_pairs" in layer.axes:
+        pairs = tuple(pairs[i] for i in masks[layer.axes["qk_pairs"].name].nonzero().flatten().tolist())
+    values = _kept(layer, "value_dims", masks, layer.value_dim)
+    if not pairs or not values:
+        raise ValueError(f"{layer.prefix}: the kept heads keep no dimension; keep one or remove the heads")
+    return LayerWidths(
+        int(sum(per_group)),
+        kv_heads,
+        layer.rotary_dim,
+        channels,
+        value_dim=values if values != layer.rotary_dim else None,
+        rotary_pairs=pairs if 2 * len(pairs) != layer.rotary_dim else None,
+    )
+
+
+def _kept(layer: LayerSpace, kind: str, masks: Mapping[str, Tensor], dense: int) -> int:
+    return int(masks[layer.axes[kind].name].sum()) if kind in layer.axes else dense
+
+
+def config_after(config: PreTrainedConfig, space: PruningSpace, masks_U: Tensor) -> PreTrainedConfig:
+    """Config of the smaller model: widths of every layer and of the residual stream, epsilon of its norms."""
+    masks = space.split(_binary(masks_U))
+    hidden = int(masks[space.hidden.name].sum()) if space.hidden else None
+    _, epsilon = space.norm_scales(masks)
+    return pruned_config(config, widths_after(space, masks_U), hidden_size=hidden, epsilon_factor=epsilon)
 
 
 def slice_tensors(
@@ -70,6 +97,9 @@ def slice_tensors(
     for weight in space.weights:
         rows[f"{weight.module}.weight"] = rows[f"{weight.module}.bias"] = weight.rows
         columns[f"{weight.module}.weight"] = weight.columns
+    for name, (row_side, column_side) in space.others.items():
+        rows[name], columns[name] = row_side, column_side
+    scales, _ = space.norm_scales(masks)
     gone = tuple(
         prefix
         for layer in space.layers
@@ -86,6 +116,8 @@ def slice_tensors(
             tensor = tensor.index_select(0, kept_rows.to(tensor.device))
         if kept_columns is not None:
             tensor = tensor.index_select(1, kept_columns.to(tensor.device))
+        if name in scales:
+            tensor = (tensor.double() * scales[name]).to(tensor.dtype)
         yield name, tensor
 
 
@@ -114,7 +146,7 @@ def remove(
     """
     state = {name: tensor.detach() for name, tensor in slice_tensors(tensors, space, masks_U)}
     dtype = dtype or next(t.dtype for t in state.values() if t.is_floating_point())
-    small = build_model(pruned_config(config, widths_after(space, masks_U)), dtype=dtype, device=device)
+    small = build_model(config_after(config, space, masks_U), dtype=dtype, device=device)
     missing, unexpected = small.load_state_dict({k: v.to(dtype) for k, v in state.items()}, strict=False)
     tied = set(getattr(small, "_tied_weights_keys", None) or {}) if small.config.tie_word_embeddings else set()
     if unexpected or set(missing) - tied:

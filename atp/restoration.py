@@ -53,7 +53,7 @@ def restore(
     if ridge < 0:
         raise ValueError(f"prune.restore.ridge is {ridge}; it cannot be negative")
     masks = masked.space.split(masks_U.detach())
-    cut = {site.module: site.side.expand(masks) > 0 for site in masked.space.sites}
+    cut = {site.module: site.side.expand(masks) > 0 for site in masked.space.sites if site.on == "input"}
     cut = {name: kept_D for name, kept_D in cut.items() if not kept_D.all() and kept_D.any()}
     training = masked.training
     masked.eval()

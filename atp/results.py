@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from atp.architecture import LayerWidths
+from atp.baselines import BASELINES
 from atp.config import TrainConfig
 from atp.evaluate.quality import recovery
 from atp.export.card import base_license, model_card
 
 FORMAT = 1
-MODELS = ("dense", "dense_lora", "pruned", "random", "uniform")
+MODELS = ("dense", "dense_lora", "pruned", *BASELINES)
 
 
 def assemble(
@@ -85,7 +86,7 @@ def assemble(
     }
     if "dense_lora" in values:
         metrics["recovery"] = recovery(values["pruned"], values["dense_lora"])
-    baselines = {name: results[name] for name in ("random", "uniform") if name in results}
+    baselines = {name: results[name] for name in BASELINES if name in results}
     if baselines:
         metrics["baselines"] = {
             name: {

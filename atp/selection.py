@@ -4,8 +4,9 @@ Sits between the generator (which made the scores) and removal (which cuts). The
 up, skips what would overshoot, and so ends within one unit's cost of the target; noise has no part in it. It knows the
 costs through the pruning space and nothing of training.
 
-Within one layer the counts interact: dropping a KV head saves more while its group still has all its query heads. Query
-heads leave one per group at a time, because grouped-query attention needs equal groups.
+Counts interact: dropping a KV head saves more while its group still has all its query heads, and a dimension of the
+residual stream saves more while layers are wide. Query heads leave one per group at a time, because grouped-query
+attention needs equal groups.
 
 Shape suffixes: U units.
 """
@@ -13,18 +14,37 @@ Shape suffixes: U units.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from atp.space import LayerSpace, PruningSpace
+from atp.space import PruningSpace
+from atp.units import WHOLE_MODEL, CostModel, Counts, LayerSpace
 
-DEFAULT_MIN_UNITS: Mapping[str, int] = {"heads": 1, "query_heads": 1, "channels": 1}
+DEFAULT_MIN_UNITS: Mapping[str, int] = {
+    "heads": 1,
+    "query_heads": 1,
+    "channels": 1,
+    "qk_pairs": 1,
+    "value_dims": 1,
+    "hidden": 1,
+}
 """Units every layer keeps of each kind.
 
 One head and one channel avoid the traps of caches and engines with empty blocks.
 """
+
+_FIELD = {
+    "heads": "heads",
+    "query_heads": "queries",
+    "channels": "channels",
+    "qk_pairs": "pairs",
+    "value_dims": "values",
+    "hidden": "hidden",
+}
+_ROUNDED = ("channels", "hidden")
 
 
 def select(
@@ -34,20 +54,22 @@ def select(
     *,
     shape: str = "per_layer",
     min_units: Mapping[str, int] | None = None,
+    round_to: int = 1,
 ) -> Tensor:
     """Choose the units to keep.
 
     Args:
         space: The pruning space.
         scores_U: Higher means more worth keeping, comparable over all units, shape [U]. Ties go by position.
-        sparsity: Fraction of decoder-block parameters to remove.
+        sparsity: Fraction of the budget's cost (decoder-block parameters, unless ``space.cost`` is set) to remove.
         shape: ``per_layer`` ranks all units together; ``uniform`` keeps equal counts in every layer, ranked within
             layers.
         min_units: Units that each layer keeps, by kind; missing kinds take :data:`DEFAULT_MIN_UNITS`.
+        round_to: Kept numbers of channels and of hidden dimensions are multiples of this.
 
     Returns:
         0/1 masks of shape [U], float32, whose sparsity is at most ``sparsity`` and less than one unit's cost below it
-        (``uniform``: one unit in every layer).
+        (``uniform``: one unit in every layer; ``round_to``: that many units).
 
     Raises:
         ValueError: A sparsity that the space cannot reach, scores that are not finite, or an unknown shape.
@@ -56,127 +78,198 @@ def select(
         raise ValueError(
             f"scores hold {int((~torch.isfinite(scores_U)).sum())} values that are not finite: training diverged"
         )
-    layers = _layers(space, scores_U.detach().double().cpu(), min_units)
-    budget = sparsity * space.total_parameters
-    _check_reachable(layers, sparsity, space)
+    choice = _ModelChoice(space, scores_U.detach().double().cpu(), min_units, round_to)
+    _check_reachable(choice, sparsity)
+    budget = sparsity * space.total_cost
     if shape == "per_layer":
-        _greedy(layers, budget)
+        _greedy(choice, budget)
     elif shape == "uniform":
-        _uniform(layers, sparsity, budget)
+        _uniform(choice, sparsity, budget)
     else:
         raise ValueError(f"prune.shape is {shape!r}; known: per_layer, uniform")
     masks_U = torch.zeros(space.num_units)
-    for layer in layers:
-        masks_U[layer.kept_units()] = 1.0
+    masks_U[choice.kept_units()] = 1.0
     return masks_U
 
 
-def reachable_sparsity(space: PruningSpace, min_units: Mapping[str, int] | None = None) -> float:
+def reachable_sparsity(space: PruningSpace, min_units: Mapping[str, int] | None = None, *, round_to: int = 1) -> float:
     """Largest sparsity the space allows when every layer keeps ``min_units``."""
-    layers = _layers(space, torch.zeros(space.num_units, dtype=torch.double), min_units)
-    return sum(layer.removable() for layer in layers) / space.total_parameters
+    scores_U = torch.zeros(space.num_units, dtype=torch.double)
+    return _ModelChoice(space, scores_U, min_units, round_to).removable() / space.total_cost
 
 
-def check_reachable(space: PruningSpace, sparsity: float, min_units: Mapping[str, int] | None = None) -> None:
+def check_reachable(
+    space: PruningSpace, sparsity: float, min_units: Mapping[str, int] | None = None, *, round_to: int = 1
+) -> None:
     """Raise ValueError when ``sparsity`` is outside (0, 1) or cannot be met; to be called before any training."""
     if not 0.0 < sparsity < 1.0:
         raise ValueError(
             f"prune.sparsity is {sparsity}; it is the fraction of block parameters to remove, between 0 and 1"
         )
-    _check_reachable(_layers(space, torch.zeros(space.num_units, dtype=torch.double), min_units), sparsity, space)
+    scores_U = torch.zeros(space.num_units, dtype=torch.double)
+    _check_reachable(_ModelChoice(space, scores_U, min_units, round_to), sparsity)
 
 
-def _check_reachable(layers: list[_LayerChoice], sparsity: float, space: PruningSpace) -> None:
-    most = sum(layer.removable() for layer in layers) / space.total_parameters
+def _check_reachable(choice: _ModelChoice, sparsity: float) -> None:
+    most = choice.removable() / choice.space.total_cost
     if sparsity > most:
-        kinds = sorted({axis.kind for axis in space.axes})
+        kinds = sorted({axis.kind for axis in choice.space.axes})
         raise ValueError(
             f"prune.sparsity is {sparsity}, but cutting {' + '.join(kinds)} down to the units every layer keeps "
             f"removes at most {most:.4f} of the "
-            "block parameters; lower it, add kinds to prune.space, or lower prune.min_heads / prune.min_channels"
+            f"block {choice.space.cost.of}; lower it, add kinds to prune.space, or lower prune.min_heads / "
+            "prune.min_channels"
         )
 
 
 class _LayerChoice:
-    """What is still kept of one layer, and what each possible next cut would save."""
+    """What is still kept of one layer, and in which order its units go."""
 
-    def __init__(self, layer: LayerSpace, scores: Mapping[str, Tensor], least: Mapping[str, int]) -> None:
-        self.layer, self.least = layer, least
-        self.heads = layer.num_kv_heads
-        self.queries = layer.group_size
-        self.channels = layer.ffn_width
+    def __init__(self, layer: LayerSpace, scores: Mapping[str, Tensor], least: Mapping[str, int], step: int) -> None:
+        self.layer = layer
+        self.counts = layer.dense
         self.order: dict[str, list[int]] = {}
-        self.scores = {kind: scores[axis.name] for kind, axis in layer.axes.items()}
-        for kind in ("heads", "channels"):
-            if kind in self.scores:
+        self.scores = {kind: scores[axis.name] for kind, axis in layer.axes.items() if axis.layer != WHOLE_MODEL}
+        self.steps = {kind: step if kind in _ROUNDED else 1 for kind in self.scores}
+        self.least = {kind: _floor(least[kind], self.steps[kind], self.count(kind)) for kind in self.scores}
+        for kind in self.scores:
+            if kind != "query_heads":
                 self.order[kind] = torch.argsort(self.scores[kind], stable=True).tolist()
         if "query_heads" in self.scores:
             grouped = self.scores["query_heads"].view(layer.num_kv_heads, layer.group_size)
             self.query_order = torch.argsort(grouped, dim=1, stable=True)
             self.query_scores = grouped.sort(dim=1, stable=True).values
 
-    def removable(self) -> int:
-        heads = self.least["heads"] if "heads" in self.scores else self.heads
-        queries = self.least["query_heads"] if "query_heads" in self.scores else self.queries
-        channels = self.least["channels"] if "channels" in self.scores else self.channels
-        return self.total() - self.size(
-            min(heads, self.heads), min(queries, self.queries), min(channels, self.channels)
-        )
+    def count(self, kind: str) -> int:
+        return int(getattr(self.counts, _FIELD[kind]))
 
-    def total(self) -> int:
-        return self.size(self.layer.num_kv_heads, self.layer.group_size, self.layer.ffn_width)
+    def smallest(self) -> Counts:
+        least = {_FIELD[kind]: min(self.least[kind], self.count(kind)) for kind in self.scores}
+        return self.layer.dense._replace(**least)
 
-    def size(self, heads: int, queries: int, channels: int) -> int:
-        return self.layer.parameters(heads, queries, channels)
-
-    def saving(self, kind: str) -> int:
-        """Parameters saved by the next cut of this kind; zero when the layer keeps its minimum."""
-        now = getattr(self, _COUNT[kind])
-        if kind not in self.scores or now <= self.least[kind] or (kind == "query_heads" and self.heads == 0):
-            return 0
-        after = {"heads": self.heads, "query_heads": self.queries, "channels": self.channels}
-        after[kind] -= 1
-        return self.size(self.heads, self.queries, self.channels) - self.size(*after.values())
+    def after(self, kind: str) -> Counts | None:
+        """Counts after the next cut of this kind; None when the layer keeps its minimum."""
+        now = self.count(kind)
+        if now <= self.least[kind] or (kind not in ("heads", "channels") and self.counts.heads == 0):
+            return None
+        return self.counts._replace(**{_FIELD[kind]: _next(now, self.steps[kind], self.least[kind])})
 
     def score(self, kind: str) -> float:
         """Score of what the next cut of this kind removes; for query heads, the mean over kept groups."""
-        cut = self.layer.group_size - self.queries
+        cut = self.layer.group_size - self.counts.queries
         if kind == "query_heads":
-            kept = self.order.get("heads", list(range(self.layer.num_kv_heads)))[-self.heads :] if self.heads else []
+            kept = self.kept("heads")
             return float(self.query_scores[kept, cut].mean())
-        done = len(self.order[kind]) - getattr(self, _COUNT[kind])
-        return float(self.scores[kind][self.order[kind][done]])
+        return _next_score(self.scores[kind], self.order[kind], self.count(kind), self.steps[kind], self.least[kind])
 
-    def cut(self, kind: str) -> None:
-        setattr(self, _COUNT[kind], getattr(self, _COUNT[kind]) - 1)
+    def kept(self, kind: str) -> list[int]:
+        """Kept units of a kind, by position in their axis."""
+        if kind not in self.order:
+            return list(range(self.counts.heads)) if kind == "heads" else []
+        return self.order[kind][len(self.order[kind]) - self.count(kind) :]
 
     def kept_units(self) -> list[int]:
         """Flat indices of the kept units.
 
         Query heads of a removed KV head are not kept either.
         """
-        kept: list[int] = []
-        axes = self.layer.axes
-        heads = self.order["heads"][len(self.order["heads"]) - self.heads :] if "heads" in axes else range(self.heads)
-        if "heads" in axes:
-            kept += [axes["heads"].offset + unit for unit in heads]
-        if "query_heads" in axes:
-            size = self.layer.group_size
-            for head in heads:
-                kept += [
-                    axes["query_heads"].offset + head * size + int(q)
-                    for q in self.query_order[head, size - self.queries :]
-                ]
-        if "channels" in axes:
-            order = self.order["channels"]
-            kept += [axes["channels"].offset + unit for unit in order[len(order) - self.channels :]]
+        found = [self.layer.axes[kind].offset + unit for kind in self.order for unit in self.kept(kind)]
+        if "query_heads" in self.scores:
+            size, offset = self.layer.group_size, self.layer.axes["query_heads"].offset
+            for head in self.kept("heads"):
+                found += [offset + head * size + int(q) for q in self.query_order[head, size - self.counts.queries :]]
+        return found
+
+
+class _ModelChoice:
+    """What is still kept of the model, and what each possible next cut would save."""
+
+    def __init__(
+        self, space: PruningSpace, scores_U: Tensor, min_units: Mapping[str, int] | None, round_to: int
+    ) -> None:
+        if round_to < 1:
+            raise ValueError(f"prune.round_to is {round_to}; kept widths are multiples of it, so it must be at least 1")
+        least = _least(space, min_units)
+        scores = space.split(scores_U)
+        self.space, self.cost = space, space.cost
+        self.layers = [_LayerChoice(layer, scores, least, round_to) for layer in space.layers]
+        self.hidden_step = round_to
+        self.hidden_scores = scores[space.hidden.name] if space.hidden else torch.zeros(0)
+        self.hidden_order = torch.argsort(self.hidden_scores, stable=True).tolist()
+        self.hidden = len(self.hidden_order)
+        self.hidden_least = _floor(least["hidden"], round_to, self.hidden)
+
+    def size(self, layer: _LayerChoice, counts: Counts, cost: CostModel | None = None) -> float:
+        return layer.layer.cost(counts, cost or self.cost)
+
+    def removable(self) -> float:
+        hidden = {"hidden": self.hidden_least} if self.hidden else {}
+        smallest = sum(self.size(layer, layer.smallest()._replace(**hidden)) for layer in self.layers)
+        return self.space.total_cost - smallest
+
+    def cuts(self) -> list[tuple[int, str]]:
+        """Every place where something may be cut: layer and kind."""
+        found = [(i, kind) for i, layer in enumerate(self.layers) for kind in layer.scores]
+        return [*found, (WHOLE_MODEL, "hidden")] if self.hidden else found
+
+    def saving(self, index: int, kind: str) -> float:
+        """Cost saved by the next cut; zero when the minimum is kept."""
+        if index == WHOLE_MODEL:
+            if self.hidden <= self.hidden_least:
+                return 0.0
+            hidden = _next(self.hidden, self.hidden_step, self.hidden_least)
+            return sum(
+                self.size(layer, layer.counts) - self.size(layer, layer.counts._replace(hidden=hidden))
+                for layer in self.layers
+            )
+        layer = self.layers[index]
+        after = layer.after(kind)
+        return 0.0 if after is None else self.size(layer, layer.counts) - self.size(layer, after)
+
+    def score(self, index: int, kind: str) -> float:
+        if index == WHOLE_MODEL:
+            return _next_score(self.hidden_scores, self.hidden_order, self.hidden, self.hidden_step, self.hidden_least)
+        return self.layers[index].score(kind)
+
+    def cut(self, index: int, kind: str) -> None:
+        if index == WHOLE_MODEL:
+            self.set_hidden(_next(self.hidden, self.hidden_step, self.hidden_least))
+            return
+        after = self.layers[index].after(kind)
+        assert after is not None
+        self.layers[index].counts = after
+
+    def set_hidden(self, hidden: int) -> None:
+        self.hidden = hidden
+        for layer in self.layers:
+            layer.counts = layer.counts._replace(hidden=hidden)
+
+    def kept_units(self) -> list[int]:
+        kept = [unit for layer in self.layers for unit in layer.kept_units()]
+        if self.space.hidden:
+            order = self.hidden_order
+            kept += [self.space.hidden.offset + unit for unit in order[len(order) - self.hidden :]]
         return kept
 
 
-_COUNT = {"heads": "heads", "query_heads": "queries", "channels": "channels"}
+def _floor(least: int, step: int, count: int) -> int:
+    """Least count that is a multiple of the step; the count itself where no such multiple is below it."""
+    return min(-(-least // step) * step, count)
 
 
-def _layers(space: PruningSpace, scores_U: Tensor, min_units: Mapping[str, int] | None) -> list[_LayerChoice]:
+def _next(count: int, step: int, least: int) -> int:
+    """The next smaller count: the nearest multiple of the step."""
+    return max(count - (count % step or step), least)
+
+
+def _next_score(scores: Tensor, order: list[int], count: int, step: int, least: int) -> float:
+    """Mean score of the units that the next cut removes."""
+    done = len(order) - count
+    going = order[done : done + count - _next(count, step, least)]
+    return float(scores[going].mean()) if len(going) > 1 else float(scores[going[0]])
+
+
+def _least(space: PruningSpace, min_units: Mapping[str, int] | None) -> dict[str, int]:
     least = {**DEFAULT_MIN_UNITS, **(min_units or {})}
     if least["query_heads"] < 1:
         raise ValueError(
@@ -191,68 +284,127 @@ def _layers(space: PruningSpace, scores_U: Tensor, min_units: Mapping[str, int] 
                     "which a removed block would lose; "
                     f"set prune.min_{kind} to at least 1"
                 )
-    by_axis = space.split(scores_U)
-    return [_LayerChoice(layer, by_axis, least) for layer in space.layers]
+    return least
 
 
-def _greedy(layers: list[_LayerChoice], budget: float) -> None:
+def _greedy(choice: _ModelChoice, budget: float) -> None:
     """Cut the lowest-scored unit of all layers that still fits the budget, until none fits."""
-    heap = [
-        (layer.score(kind), i, kind)
-        for i, layer in enumerate(layers)
-        for kind in layer.scores
-        if layer.saving(kind) > 0
-    ]
+    heap = [(choice.score(*cut), *cut) for cut in choice.cuts() if choice.saving(*cut) > 0]
     heapq.heapify(heap)
     too_big: set[tuple[int, str]] = set()
-    removed = 0
+    removed = 0.0
     while heap:
         score, index, kind = heapq.heappop(heap)
-        layer = layers[index]
-        saving = layer.saving(kind)
+        saving = choice.saving(index, kind)
         if saving == 0:
             continue
-        if removed + saving > budget + 1e-6:
+        if removed + saving > budget + 1e-6 * max(budget, 1e-6):
             too_big.add((index, kind))
             continue
-        if layer.score(kind) != score:  # the groups behind a query-head score have changed since it was pushed
-            heapq.heappush(heap, (layer.score(kind), index, kind))
+        if choice.score(index, kind) != score:  # the groups behind a query-head score have changed since it was pushed
+            heapq.heappush(heap, (choice.score(index, kind), index, kind))
             continue
-        layer.cut(kind)
+        choice.cut(index, kind)
         removed += saving
-        smaller_now = [other for other in layer.scores if (index, other) in too_big and kind != "channels"]
-        too_big.difference_update((index, other) for other in smaller_now)
-        for again in (kind, *smaller_now):
-            if layer.saving(again) > 0:
-                heapq.heappush(heap, (layer.score(again), index, again))
+        smaller_now = sorted(cut for cut in too_big if _touches((index, kind), cut, bool(choice.space.hidden)))
+        too_big.difference_update(smaller_now)
+        for again in ((index, kind), *smaller_now):
+            if choice.saving(*again) > 0:
+                heapq.heappush(heap, (choice.score(*again), *again))
 
 
-def _uniform(layers: list[_LayerChoice], sparsity: float, budget: float) -> None:
-    """Equal counts in every layer, head counts nearest to the kept fraction, channels to meet the budget."""
-    first = layers[0]
-    if len({(x.layer.num_kv_heads, x.layer.group_size, x.layer.ffn_width) for x in layers}) > 1:
+def _touches(done: tuple[int, str], other: tuple[int, str], has_hidden: bool) -> bool:
+    """Whether a cut made another one cheaper: kinds of one attention block do, and the residual stream meets all."""
+    if has_hidden and WHOLE_MODEL in (done[0], other[0]):
+        return True
+    return done[0] == other[0] and done[1] != "channels" and other[1] != "channels"
+
+
+def _uniform(choice: _ModelChoice, sparsity: float, budget: float) -> None:
+    """Equal counts in every layer: head counts nearest to the kept fraction, channels to meet the budget.
+
+    Where head dimensions or the residual stream are pruned too, all kinds keep about the same fraction, found by
+    bisection, and counts around it are tried.
+    """
+    layers = [layer for layer in choice.layers if layer.scores]
+    first = layers[0] if layers else choice.layers[0]
+    if len({layer.layer.dense for layer in layers}) > 1:
         raise ValueError(
             "prune.shape is 'uniform', but the layers of this model already differ in width; use prune.shape=per_layer"
         )
+    dense = first.layer.dense
+    share = _share(choice, first, 1.0 - sparsity)
+    total = choice.space.total_cost
 
-    def options(kind: str, count: int) -> range:
-        return range(first.least[kind], count + 1) if kind in first.scores else range(count, count + 1)
+    def options(kind: str) -> range | list[int]:
+        count = int(getattr(dense, _FIELD[kind]))
+        if kind == "hidden" and choice.hidden:
+            return _around(share * count, choice.hidden_step, choice.hidden_least, count)
+        if kind not in first.scores:
+            return [count]
+        if kind in ("heads", "query_heads"):
+            return range(first.least[kind], count + 1)
+        return _around(share * count, 1, first.least[kind], count)
 
-    best: tuple[float, float, int, int, int] | None = None
-    total = sum(layer.total() for layer in layers)
-    for heads in options("heads", first.heads):
-        for queries in options("query_heads", first.queries):
-            for_attention = len(layers) * (first.total() - first.size(heads, queries, first.channels))
-            per_channel = len(layers) * first.layer.costs.channel
-            cut = max(int((budget - for_attention + 1e-6) // per_channel), 0) if "channels" in first.scores else 0
-            channels = max(first.channels - cut, first.least["channels"])
-            removed = for_attention + (first.channels - channels) * per_channel
-            if removed > budget + 1e-6:
-                continue
-            kept_attention = heads * queries / max(first.layer.num_heads, 1)
-            gap = (budget - removed) // max(per_channel, 1) / total
-            candidate = (gap, abs(kept_attention - (1 - sparsity)), heads, queries, channels)
-            best = min(best, candidate) if best else candidate
-    assert best is not None  # cutting nothing always fits the budget
+    step = first.steps.get("channels", 1)
+    best: tuple[float, float, Counts] | None = None
+    combinations = itertools.product(
+        *(options(k) for k in ("heads", "query_heads", "qk_pairs", "value_dims", "hidden"))
+    )
+    for heads, queries, pairs, values, hidden in combinations:
+        trial = Counts(heads, queries, dense.channels, pairs, values, hidden)
+        for_others = _removed(choice, layers, trial)
+        per_channel = len(layers) * (choice.size(first, trial) - choice.size(first, trial._replace(channels=0)))
+        per_channel /= max(dense.channels, 1)
+        channels = dense.channels
+        if "channels" in first.scores and per_channel > 0:
+            cut = max(int((budget - for_others + 1e-6) // per_channel), 0)
+            channels = min(max(-(-(dense.channels - cut) // step) * step, first.least["channels"]), dense.channels)
+        trial = trial._replace(channels=channels)
+        removed = _removed(choice, layers, trial)
+        if removed > budget + 1e-6:
+            continue
+        gap = (budget - removed) // max(per_channel * step, 1e-12) / total
+        uneven = abs(heads * queries / max(first.layer.num_heads, 1) - share)
+        candidate = (gap, uneven, trial)
+        best = min(best, candidate) if best else candidate
+    if best is None:
+        raise ValueError(
+            f"prune.shape is 'uniform', and no equal widths remove just {sparsity} with prune.round_to = {step}; lower "
+            "prune.round_to or raise prune.sparsity"
+        )
+    if choice.hidden:
+        choice.set_hidden(best[2].hidden)
     for layer in layers:
-        layer.heads, layer.queries, layer.channels = best[2:]
+        layer.counts = best[2]
+
+
+def _removed(choice: _ModelChoice, layers: list[_LayerChoice], trial: Counts) -> float:
+    """Cost removed when these layers keep ``trial``, and all layers its hidden width."""
+    chosen = set(map(id, layers))
+    kept = sum(
+        choice.size(layer, trial if id(layer) in chosen else layer.layer.dense._replace(hidden=trial.hidden))
+        for layer in choice.layers
+    )
+    return choice.space.total_cost - kept
+
+
+def _share(choice: _ModelChoice, first: _LayerChoice, kept: float) -> float:
+    """Fraction of every kind to keep so that a layer keeps ``kept`` of its cost; ``kept`` for heads and channels."""
+    fine = [kind for kind in ("qk_pairs", "value_dims", "hidden") if kind in first.layer.axes]
+    if not fine:
+        return kept
+    kinds = {_FIELD[kind] for kind in first.layer.axes}
+    dense = first.layer.dense
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        trial = Counts(*(n * middle if name in kinds else n for name, n in zip(Counts._fields, dense, strict=True)))  # type: ignore[arg-type]
+        low, high = (middle, high) if choice.size(first, trial) < kept * choice.size(first, dense) else (low, middle)
+    return high
+
+
+def _around(wanted: float, step: int, least: int, count: int) -> list[int]:
+    """Counts near a wanted one: multiples of the step, or all there is."""
+    near = round(wanted / step) * step
+    return sorted({min(max(near + i * step, least), count) for i in (-2, -1, 0, 1, 2)})

@@ -1,20 +1,8 @@
 """What may be cut: the pruning space of a LLaMA-family model, described as data.
 
-Sits at the bottom of the flow, between the loaded Hugging Face model and everything that makes, samples, counts or
-applies masks. This is the only file that knows how Hugging Face names the modules of a decoder layer.
-
-The vocabulary:
-
-* a *unit* is the smallest thing that is kept or removed (a KV head with its query heads, one query head, one FFN
-  channel);
-* an :class:`Axis` is the set of like units of one layer; all axes lie end to end in one flat vector of U units;
-* a :class:`Side` is one dimension of a weight matrix, as a product of axes (the rows of ``q_proj`` belong to KV heads
-  *and* query heads);
-* a :class:`Weight` has a row side and a column side, from which its remaining size and its kept indices follow;
-* a :class:`Site` is a place in the forward pass where multiplying by a side's mask has the effect of removing its
-  units.
-
-It knows nothing of how scores are made, sampled or trained, and nothing of LoRA.
+Sits between the loaded Hugging Face model and everything that makes, samples, counts or applies masks. This is the only
+file that knows how Hugging Face names the modules of a decoder layer; the words it describes them in are those of
+:mod:`atp.units`. It knows nothing of how scores are made, sampled or trained, and nothing of LoRA.
 
 Shape suffixes: U units, D hidden, N query heads, K KV heads, H head dim, F FFN width, L layers.
 """
@@ -22,150 +10,44 @@ Shape suffixes: U units, D hidden, N query heads, K KV heads, H head dim, F FFN 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
+
+from atp.units import (
+    KINDS,
+    PARAMETERS,
+    WHOLE_MODEL,
+    Axis,
+    CostModel,
+    Factor,
+    LayerCosts,
+    LayerSpace,
+    Side,
+    Site,
+    Weight,
+)
+
+__all__ = [
+    "FAMILIES",
+    "KINDS",
+    "Axis",
+    "Factor",
+    "LayerCosts",
+    "LayerSpace",
+    "PruningSpace",
+    "Side",
+    "Site",
+    "Weight",
+    "block_parameters",
+]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Base ``model_type`` values whose decoder layers this file can describe; each also in its per-layer form
 ``atp_<family>``."""
 
-KINDS = ("heads", "query_heads", "channels")
-"""Unit kinds that a space can be made of."""
-
 _OUTPUTS = {"heads": "self_attn.o_proj", "channels": "mlp.down_proj"}
 """Output projection of the block that each kind makes up."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Like units of one layer.
-
-    Attributes:
-        name: Unique name, ``layers.<i>.<kind>``.
-        kind: One of :data:`KINDS`.
-        layer: Index of the decoder layer.
-        size: Number of units.
-        offset: Position of the first unit in the flat unit vector.
-    """
-
-    name: str
-    kind: str
-    layer: int
-    size: int
-    offset: int
-
-
-@dataclass(frozen=True)
-class Factor:
-    """How an axis lies along a side: each unit covers ``repeat`` entries in a row, the pattern ``tile`` times."""
-
-    axis: Axis
-    repeat: int = 1
-    tile: int = 1
-
-
-@dataclass(frozen=True)
-class Side:
-    """One dimension of a weight.
-
-    An entry is kept where the masks of all ``factors`` are one; a side without factors is never cut.
-    """
-
-    size: int
-    factors: tuple[Factor, ...] = ()
-
-    def expand(self, masks: Mapping[str, Tensor]) -> Tensor:
-        """Mask of every entry of this side, shape [size]; differentiable in ``masks``."""
-        parts = [masks[f.axis.name].repeat_interleave(f.repeat).repeat(f.tile) for f in self.factors]
-        return torch.stack(parts).prod(0) if len(parts) > 1 else parts[0]
-
-    def count(self, masks: Mapping[str, Tensor]) -> Tensor | int:
-        """Sum of :meth:`expand`: kept entries, or expected ones for independent keep probabilities."""
-        if not self.factors:
-            return self.size
-        if len(self.factors) == 1:
-            factor = self.factors[0]
-            return masks[factor.axis.name].sum() * (factor.repeat * factor.tile)
-        return self.expand(masks).sum()
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A linear layer's weight [rows, columns] (and bias [rows]) with the sides that decide what is left of it."""
-
-    module: str
-    rows: Side
-    columns: Side
-    has_bias: bool
-
-    def count(self, masks: Mapping[str, Tensor]) -> Tensor | int:
-        """Kept (or expected) parameters, bias included."""
-        rows = self.rows.count(masks)
-        return rows * self.columns.count(masks) + (rows if self.has_bias else 0)
-
-
-@dataclass(frozen=True)
-class Site:
-    """Multiplying the input of ``module`` by the mask of ``side`` removes the side's units from the function."""
-
-    module: str
-    side: Side
-
-
-@dataclass(frozen=True)
-class LayerCosts:
-    """Parameters owned by one KV head (without query heads), one query head, one channel; ``fixed`` never goes."""
-
-    key_value: int = 0
-    query: int = 0
-    channel: int = 0
-    fixed: int = 0
-
-
-@dataclass(frozen=True)
-class LayerSpace:
-    """One decoder layer: its shape, and its axes by kind (absent where nothing of a kind is pruned).
-
-    Attributes:
-        prefix: Module name of the layer.
-        num_heads: Query heads N of the dense layer; zero when it has no attention.
-        num_kv_heads: KV heads K.
-        head_dim: Head dimension H.
-        ffn_width: FFN channels F; zero when it has no FFN.
-        axes: Axes by kind.
-        costs: What each unit costs.
-        output_bias: Kinds whose output projection carries a bias, so that the block may not vanish as a whole.
-    """
-
-    prefix: str
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_width: int
-    axes: Mapping[str, Axis] = field(default_factory=dict)
-    costs: LayerCosts = LayerCosts()
-    output_bias: tuple[str, ...] = ()
-
-    @property
-    def group_size(self) -> int:
-        """Query heads per KV head."""
-        return self.num_heads // self.num_kv_heads if self.num_kv_heads else 0
-
-    def parameters(self, heads: int, queries: int, channels: int) -> int:
-        """Parameters of the linears with so many KV heads, query heads per KV head, and channels."""
-        costs = self.costs
-        return heads * (costs.key_value + queries * costs.query) + channels * costs.channel + costs.fixed
-
-    @property
-    def absent_blocks(self) -> dict[str, tuple[str, ...]]:
-        """Parameter name prefixes that go when a kind has no unit left, by kind."""
-        return {
-            "heads": (f"{self.prefix}.self_attn.", f"{self.prefix}.input_layernorm."),
-            "channels": (f"{self.prefix}.mlp.", f"{self.prefix}.post_attention_layernorm."),
-        }
 
 
 class PruningSpace:
@@ -176,31 +58,45 @@ class PruningSpace:
         axes: All axes, in flat order.
         weights: Every prunable linear weight of the decoder blocks.
         sites: Where masks act in the forward pass.
+        others: Sides of further tensors that shrink with units but are in no budget (norms, embeddings), by name.
+
+    Attributes:
+        cost: What the budget counts; parameters unless set otherwise.
 
     Use :meth:`from_model` to make one.
     """
 
     def __init__(
-        self, layers: Sequence[LayerSpace], axes: Sequence[Axis], weights: Sequence[Weight], sites: Sequence[Site]
+        self,
+        layers: Sequence[LayerSpace],
+        axes: Sequence[Axis],
+        weights: Sequence[Weight],
+        sites: Sequence[Site],
+        others: Mapping[str, tuple[Side, Side]] | None = None,
     ) -> None:
         self.layers = tuple(layers)
         self.axes = tuple(axes)
         self.weights = tuple(weights)
         self.sites = tuple(sites)
+        self.others = dict(others or {})
+        self.cost: CostModel = PARAMETERS
         self.num_units = sum(axis.size for axis in self.axes)
         self.total_parameters = sum(w.rows.size * w.columns.size + w.has_bias * w.rows.size for w in self.weights)
 
     @classmethod
-    def from_model(cls, model: nn.Module, kinds: Iterable[str] = ("heads", "channels")) -> PruningSpace:
+    def from_model(
+        cls, model: nn.Module, kinds: Iterable[str] = ("heads", "channels"), protect: Iterable[int] = ()
+    ) -> PruningSpace:
         """Describe a Hugging Face causal LM, dense or already pruned.
 
         Args:
             model: A model of one of :data:`FAMILIES`, not yet wrapped by PEFT.
             kinds: Unit kinds to prune. ``query_heads`` needs grouped-query attention: every group keeps the same
                 number.
+            protect: Layers of which nothing is pruned; negative indices count from the end.
 
         Raises:
-            ValueError: Unknown family or kind, or no unit to prune.
+            ValueError: Unknown family or kind, a protected layer that is not there, or no unit to prune.
         """
         model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
         if model_type.removeprefix("atp_") not in FAMILIES:
@@ -213,10 +109,12 @@ class PruningSpace:
                 raise ValueError(f"prune.space holds {kind!r}; known kinds: {', '.join(KINDS)}")
         if hasattr(model, "peft_config"):
             raise ValueError("the model is wrapped by PEFT already; describe its space before adding adapters")
-        builder = _Builder(wanted)
-        for index, layer in enumerate(model.get_submodule("model.layers").children()):
-            builder.add_layer(index, f"model.layers.{index}", layer)
-        space = cls(builder.layers, builder.axes, builder.weights, builder.sites)
+        layers = list(model.get_submodule("model.layers").children())
+        protected = _protected(protect, len(layers))
+        builder = _Builder(wanted, model)
+        for index, layer in enumerate(layers):
+            builder.add_layer(index, f"model.layers.{index}", layer, prunable=index not in protected)
+        space = builder.space()
         if not space.num_units:
             raise ValueError(f"prune.space is {list(wanted)}, which gives this {model_type} model no unit to prune")
         return space
@@ -238,7 +136,12 @@ class PruningSpace:
         Returns:
             Scalar, differentiable in ``flat_U``; double precision when ``flat_U`` is.
         """
+        return self.remaining(flat_U, PARAMETERS)
+
+    def remaining(self, flat_U: Tensor, cost: CostModel | None = None) -> Tensor:
+        """Kept cost, the budget's unless given, for masks or probabilities [U], as :meth:`remaining_parameters`."""
         masks = self.split(flat_U)
+        cost = cost or self.cost
         counts: dict[Side, Tensor | int] = {}
 
         def count(side: Side) -> Tensor | int:
@@ -248,20 +151,48 @@ class PruningSpace:
 
         total = flat_U.new_zeros(())
         for weight in self.weights:
-            rows = count(weight.rows)
-            total = total + rows * count(weight.columns) + (rows if weight.has_bias else 0)
+            rows, columns = count(weight.rows), count(weight.columns)
+            per_entry = cost.attention if ".self_attn." in weight.module else cost.ffn
+            total = total + per_entry * (rows * columns) + (cost.bias * rows if weight.has_bias else 0)
+            name = weight.module.rpartition(".")[2]
+            if cost.scores and name in ("q_proj", "o_proj"):
+                total = total + cost.scores * (rows if name == "q_proj" else columns)
+            if cost.cache and name in ("k_proj", "v_proj"):
+                total = total + cost.cache * rows
         return total
 
     def sparsity(self, flat_U: Tensor) -> Tensor:
         """Fraction of decoder-block parameters removed (or its expectation)."""
         return 1.0 - self.remaining_parameters(flat_U) / self.total_parameters
 
+    def reduction(self, flat_U: Tensor) -> Tensor:
+        """Fraction of the budget's cost removed (or its expectation); :meth:`sparsity` unless :attr:`cost` is set."""
+        if self.cost is PARAMETERS:
+            return self.sparsity(flat_U)
+        return 1.0 - self.remaining(flat_U) / self.total_cost
+
+    @property
+    def total_cost(self) -> float:
+        """Cost of the dense model by the budget's measure."""
+        return sum(layer.cost(layer.dense, self.cost) for layer in self.layers)
+
+    @property
+    def hidden(self) -> Axis | None:
+        """Axis of the residual stream, where it is pruned."""
+        return next((axis for axis in self.axes if axis.kind == "hidden"), None)
+
     def kept_heads(self, flat_U: Tensor) -> Tensor:
         """Query heads kept over all layers, from masks [U]."""
         masks = self.split(flat_U)
         total = flat_U.new_zeros(())
         for layer in self.layers:
-            total = total + (_head_side(layer).count(masks) // max(layer.head_dim, 1) if layer.num_heads else 0)
+            if not layer.num_heads:
+                continue
+            heads = masks[layer.axes["heads"].name] if "heads" in layer.axes else flat_U.new_ones(layer.num_kv_heads)
+            heads = heads.repeat_interleave(layer.group_size)
+            total = (
+                total + (heads * masks[layer.axes["query_heads"].name] if "query_heads" in layer.axes else heads).sum()
+            )
         return total
 
     def kept_channels(self, flat_U: Tensor) -> Tensor:
@@ -289,89 +220,177 @@ class PruningSpace:
             attention: Any = module_named(f"{layer.prefix}.self_attn")
             attention.num_key_value_groups = int(left.sum(1).max())
 
+    def norm_scales(self, masks: Mapping[str, Tensor]) -> tuple[dict[str, float], float]:
+        """What keeps RMSNorms the same function once dimensions with mask zero are gone.
 
-def _head_side(layer: LayerSpace, *, key_value: bool = False) -> Side:
-    """Side along the attention width: query heads (rows of q, columns of o), or KV heads (rows of k and v)."""
-    factors = []
-    if "heads" in layer.axes:
-        factors.append(Factor(layer.axes["heads"], repeat=layer.head_dim * (1 if key_value else layer.group_size)))
-    if "query_heads" in layer.axes and not key_value:
-        factors.append(Factor(layer.axes["query_heads"], repeat=layer.head_dim))
-    heads = layer.num_kv_heads if key_value else layer.num_heads
-    return Side(heads * layer.head_dim, tuple(factors))
+        A norm over D dimensions of which d are kept and the rest are zero equals one over d dimensions with weight
+        times sqrt(D / d) and epsilon times D / d. There is one epsilon per model, so norms of queries and keys get
+        theirs by scaling the projection before them.
+
+        Returns:
+            Factor by tensor name, and the factor of the model's epsilon.
+        """
+        factors: dict[str, float] = {}
+        hidden = self.hidden
+        ratio = hidden.size / float(masks[hidden.name].sum()) if hidden else 1.0
+        for name, (rows, _) in self.others.items():
+            if "norm" in name and any(f.axis.kind == "hidden" for f in rows.factors):
+                factors[name] = ratio**0.5
+        for layer in self.layers:
+            for short in ("q", "k"):
+                name = f"{layer.prefix}.self_attn.{short}_norm.weight"
+                if name not in self.others:
+                    continue
+                axis = layer.axes.get("qk_pairs")
+                own = axis.size / float(masks[axis.name].sum()) if axis else 1.0
+                factors[name] = own**0.5
+                for tensor in ("weight", "bias"):
+                    factors[f"{layer.prefix}.self_attn.{short}_proj.{tensor}"] = (ratio / own) ** 0.5
+        return {name: factor for name, factor in factors.items() if factor != 1.0}, ratio
 
 
-def _costs(linears: Mapping[str, nn.Linear], num_heads: int, num_kv_heads: int, ffn_width: int) -> LayerCosts:
-    def owned(names: Iterable[str], units: int) -> int:
-        """Parameters per unit of the named linears, without the output biases, which no unit owns."""
-        total = 0
-        for name in names:
-            if name in linears:
-                linear = linears[name]
-                total += linear.weight.numel() + (
-                    0 if linear.bias is None or name in _OUTPUTS.values() else linear.bias.numel()
-                )
-        return total // units if units else 0
+def block_parameters(model: nn.Module) -> int:
+    """Parameters of the linears of a model's decoder blocks: the denominator of sparsity."""
+    layers = model.get_submodule("model.layers")
+    return sum(p.numel() for m in layers.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False))
 
-    return LayerCosts(
-        key_value=owned(("self_attn.k_proj", "self_attn.v_proj"), num_kv_heads),
-        query=owned(("self_attn.q_proj", "self_attn.o_proj"), num_heads),
-        channel=owned(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), ffn_width),
-        fixed=sum(
-            linears[name].bias.numel()
-            for name in _OUTPUTS.values()
-            if name in linears and linears[name].bias is not None
-        ),
-    )
+
+def _protected(protect: Iterable[int], num_layers: int) -> set[int]:
+    indices = list(protect)
+    for index in indices:
+        if not -num_layers <= index < num_layers:
+            raise ValueError(
+                f"prune.protect_layers holds {index}, but the model has {num_layers} layers; "
+                f"give indices from {-num_layers} to {num_layers - 1}"
+            )
+    return {index % num_layers for index in indices}
 
 
 class _Builder:
     """Collects axes, weights and sites layer by layer."""
 
-    def __init__(self, kinds: tuple[str, ...]) -> None:
+    def __init__(self, kinds: tuple[str, ...], model: nn.Module) -> None:
         self.kinds = kinds
         self.layers: list[LayerSpace] = []
         self.axes: list[Axis] = []
         self.weights: list[Weight] = []
         self.sites: list[Site] = []
+        self.others: dict[str, tuple[Side, Side]] = {}
         self._offset = 0
+        self.width = cast(nn.Embedding, model.get_submodule("model.embed_tokens")).embedding_dim
+        self.hidden: Axis | None = None
+        self.stream = Side(self.width)
+        if "hidden" in kinds:
+            self._add_stream(model)
 
-    def add_layer(self, index: int, prefix: str, layer: nn.Module) -> None:
+    def space(self) -> PruningSpace:
+        return PruningSpace(self.layers, self.axes, self.weights, self.sites, self.others)
+
+    def _add_stream(self, model: nn.Module) -> None:
+        """The axis of the residual stream, which embeddings, norms and the output head share."""
+        self.hidden = self._axis(WHOLE_MODEL, "hidden", self.width)
+        self.stream = Side(self.width, (Factor(self.hidden),))
+        self.sites.append(Site("model.embed_tokens", self.stream, "output"))
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                self.others[name] = (Side(parameter.shape[0]), self.stream)
+            elif name == "model.norm.weight" or name.endswith("layernorm.weight"):
+                self.others[name] = (self.stream, Side(1))
+
+    def add_layer(self, index: int, prefix: str, layer: nn.Module, *, prunable: bool = True) -> None:
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        q_proj, k_proj, down_proj = (linears.get(n) for n in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"))
-        head_dim = cast(int, layer.get_submodule("self_attn").head_dim) if q_proj is not None else 0
-        num_heads = q_proj.out_features // head_dim if q_proj is not None else 0
-        num_kv_heads = k_proj.out_features // head_dim if k_proj is not None else 0
-        ffn_width = down_proj.in_features if down_proj is not None else 0
-        axes: dict[str, Axis] = {}
-        if num_kv_heads and "heads" in self.kinds:
-            axes["heads"] = self._axis(index, "heads", num_kv_heads)
-        if num_heads > num_kv_heads and "query_heads" in self.kinds:
-            axes["query_heads"] = self._axis(index, "query_heads", num_heads)
-        if ffn_width and "channels" in self.kinds:
-            axes["channels"] = self._axis(index, "channels", ffn_width)
-        biased = [kind for kind, name in _OUTPUTS.items() if name in linears and linears[name].bias is not None]
-        costs = _costs(linears, num_heads, num_kv_heads, ffn_width)
-        described = LayerSpace(prefix, num_heads, num_kv_heads, head_dim, ffn_width, axes, costs, tuple(biased))
+        described = self._describe(index, prefix, layer, linears, self.kinds if prunable else ())
         self.layers.append(described)
         self._add_weights(described, linears)
+        if "qk_pairs" in described.axes or (self.hidden and described.num_heads):
+            per_head = Side(described.head_dim, _tiled(described, "qk_pairs", 2))
+            for name in ("q_norm", "k_norm"):
+                if f"self_attn.{name}" in dict(layer.named_modules()):
+                    self.others[f"{prefix}.self_attn.{name}.weight"] = (per_head, Side(1))
+
+    def _describe(
+        self, index: int, prefix: str, layer: nn.Module, linears: Mapping[str, nn.Linear], kinds: tuple[str, ...]
+    ) -> LayerSpace:
+        q_proj, k_proj, down_proj = (linears.get(n) for n in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"))
+        attention: Any = layer.get_submodule("self_attn")
+        head_dim = cast(int, attention.head_dim) if q_proj is not None else 0
+        num_heads = q_proj.out_features // head_dim if q_proj is not None else 0
+        num_kv_heads = k_proj.out_features // head_dim if k_proj is not None else 0
+        value_dim = int(getattr(attention, "value_dim", head_dim))
+        ffn_width = down_proj.in_features if down_proj is not None else 0
+        sizes = {
+            "heads": num_kv_heads,
+            "query_heads": num_heads if num_heads > num_kv_heads else 0,
+            "channels": ffn_width,
+            "qk_pairs": head_dim // 2 if num_heads else 0,
+            "value_dims": value_dim if num_heads else 0,
+        }
+        axes = {kind: self._axis(index, kind, size) for kind, size in sizes.items() if size and kind in kinds}
+        if self.hidden:
+            axes["hidden"] = self.hidden
+        return LayerSpace(
+            prefix,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            value_dim if num_heads else 0,
+            ffn_width,
+            self.width,
+            rotary_dim=int(getattr(attention, "rotary_dim", head_dim)),
+            rotary_pairs=tuple(getattr(attention, "rotary_pairs", None) or range(head_dim // 2)),
+            axes=axes,
+            biased=frozenset(name.rpartition(".")[2] for name, linear in linears.items() if linear.bias is not None),
+            output_bias=tuple(k for k, name in _OUTPUTS.items() if name in linears and linears[name].bias is not None),
+        )
 
     def _axis(self, layer: int, kind: str, size: int) -> Axis:
-        axis = Axis(f"layers.{layer}.{kind}", kind, layer, size, self._offset)
+        name = kind if layer == WHOLE_MODEL else f"layers.{layer}.{kind}"
+        axis = Axis(name, kind, layer, size, self._offset)
         self.axes.append(axis)
         self._offset += size
         return axis
 
     def _add_weights(self, layer: LayerSpace, linears: Mapping[str, nn.Linear]) -> None:
-        heads, kv_heads = _head_side(layer), _head_side(layer, key_value=True)
-        channel_axis = layer.axes.get("channels")
-        channels = Side(layer.ffn_width, (Factor(channel_axis),) if channel_axis else ())
-        cut_rows = {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads, "self_attn.v_proj": kv_heads}
-        cut_rows |= {"mlp.gate_proj": channels, "mlp.up_proj": channels}
-        cut_columns = {"self_attn.o_proj": heads, "mlp.down_proj": channels}
+        queries = Side(layer.num_heads * layer.head_dim, _head_factors(layer, "qk_pairs", shared=False))
+        keys = Side(layer.num_kv_heads * layer.head_dim, _head_factors(layer, "qk_pairs", shared=True))
+        values = Side(layer.num_kv_heads * layer.value_dim, _head_factors(layer, "value_dims", shared=True))
+        outputs = Side(layer.num_heads * layer.value_dim, _head_factors(layer, "value_dims", shared=False))
+        channels = Side(layer.ffn_width, (Factor(layer.axes["channels"]),) if "channels" in layer.axes else ())
+        sides = {
+            "self_attn.q_proj": (queries, self.stream),
+            "self_attn.k_proj": (keys, self.stream),
+            "self_attn.v_proj": (values, self.stream),
+            "self_attn.o_proj": (self.stream, outputs),
+            "mlp.gate_proj": (channels, self.stream),
+            "mlp.up_proj": (channels, self.stream),
+            "mlp.down_proj": (self.stream, channels),
+        }
         for name, linear in linears.items():
-            rows = cut_rows.get(name, Side(linear.out_features))
-            columns = cut_columns.get(name, Side(linear.in_features))
-            self.weights.append(Weight(f"{layer.prefix}.{name}", rows, columns, linear.bias is not None))
-            if name in cut_columns and columns.factors:
-                self.sites.append(Site(f"{layer.prefix}.{name}", columns))
+            rows, columns = sides.get(name, (Side(linear.out_features), Side(linear.in_features)))
+            module = f"{layer.prefix}.{name}"
+            self.weights.append(Weight(module, rows, columns, linear.bias is not None))
+            if name in _OUTPUTS.values():
+                if columns.factors:
+                    self.sites.append(Site(module, columns))
+                if self.hidden:
+                    self.sites.append(Site(module, self.stream, "output"))
+            elif name in ("self_attn.q_proj", "self_attn.k_proj") and "qk_pairs" in layer.axes:
+                tile = 2 * (layer.num_heads if name.endswith("q_proj") else layer.num_kv_heads)
+                self.sites.append(Site(module, Side(linear.out_features, _tiled(layer, "qk_pairs", tile)), "output"))
+
+
+def _head_factors(layer: LayerSpace, dims: str, *, shared: bool) -> tuple[Factor, ...]:
+    """Factors of a side along the attention width: of query heads, or of KV heads (``shared``)."""
+    size = layer.head_dim if dims == "qk_pairs" else layer.value_dim
+    heads = layer.num_kv_heads if shared else layer.num_heads
+    factors = []
+    if "heads" in layer.axes:
+        factors.append(Factor(layer.axes["heads"], repeat=size * (1 if shared else layer.group_size)))
+    if "query_heads" in layer.axes and not shared:
+        factors.append(Factor(layer.axes["query_heads"], repeat=size))
+    return (*factors, *_tiled(layer, dims, heads * (2 if dims == "qk_pairs" else 1)))
+
+
+def _tiled(layer: LayerSpace, kind: str, tile: int) -> tuple[Factor, ...]:
+    """The pattern of an axis inside a head, repeated; rotary pairs lie half a head apart, hence twice per head."""
+    return (Factor(layer.axes[kind], tile=tile),) if kind in layer.axes else ()

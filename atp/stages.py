@@ -26,23 +26,26 @@ from transformers import PreTrainedModel
 
 from atp import build
 from atp.architecture import is_stock
+from atp.aware import AwareModule
 from atp.callbacks import ProgressReport, RunCheckpoint, Throughput
 from atp.compaction import expanded_state
-from atp.config import TrainConfig
+from atp.config import TrainConfig, WarmStartConfig
+from atp.criteria import importance, rank
 from atp.evaluate.measure import compare_speed, count_parameters, file_mib, macs_per_token, peak_memory, weights_mib
 from atp.evaluate.quality import evaluate, samples
 from atp.export.huggingface import export_hf
 from atp.export.loading import load_exported
-from atp.generator import MagnitudeScores, RandomScores
-from atp.importance import fisher_importance, standardise
+from atp.gates import fold
+from atp.generator import FixedScores
 from atp.loggers import close_loggers, csv_logger, log_figures, log_folder, log_table, merge_csv, write_csv
 from atp.lora import merge_in_place, merged_tensors
 from atp.module import PruningModule, TuningModule
 from atp.monitoring import MaskMonitor, TrainingHealth
+from atp.prompting import COLLABORATIVE_PROMPT, FILE
 from atp.removal import max_logit_difference, remove, widths_after
+from atp.restoration import restore
 from atp.rundir import RunDirectory, write_json
-from atp.selection import select
-from atp.space import KINDS, PruningSpace
+from atp.space import block_parameters
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +69,13 @@ class Stages:
     ) -> None:
         self.config, self.directory, self.plain_config, self.origin = config, directory, plain_config, origin
         self.device = build.device_of(config)
+        if config.prune.budget_of == "latency" and config.prune.latency_table is None:
+            config.prune.latency_table = str(directory.path / "latency.json")
         if config.threads:
             torch.set_num_threads(config.threads)
         log.info("run directory: %s", directory.path)
         self.tokenizer = build.load_tokenizer(config.model)
-        self.splits = build.load_splits(config.data, config.seed)
+        self.splits = build.prompted(config.prune, build.load_splits(config.data, config.seed))
         dense = self.dense()
         self.base_config, self.generation_config = dense.config, dense.generation_config
         self.data = build.data_module(config, self.splits, self.tokenizer, dense.config.max_position_embeddings)
@@ -114,22 +119,26 @@ class Stages:
         """Train masks and adapters together; leaves ``checkpoints/joint.ckpt``."""
         module = build.pruning_module(self.config, self.dense())
         if not self.directory.checkpoint("joint").is_file():
-            self._warm_start(module)
+            self._warm_start(module, self.config.prune.warm_start)
         if self.config.prune.restore.batches > 0:
             module.calibration = self._calibration
+        if isinstance(module, AwareModule):
+            module.calibration_batch = self.data.calibration_batch
         with peak_memory(self.device) as peak:
             self._fit("joint", module)
         return {"train_peak_mib": peak.mib, "train_peak_kind": peak.kind}
 
-    def _warm_start(self, module: PruningModule) -> None:
+    def _warm_start(self, module: PruningModule, settings: WarmStartConfig) -> None:
         """Let the generator begin with the importance of the dense model's units."""
-        settings = self.config.prune.warm_start
         if settings.batches < 1:
+            if isinstance(module.generator, FixedScores):
+                raise ValueError("prune.warm_start.batches is 0, but fixed scores come from importance; set it above 0")
             return
         self.data.setup("fit")
-        batches = itertools.islice(self.data.train_dataloader(), settings.batches)
-        importance_U = fisher_importance(module.masked.to(self.device), to_device(batches, self.device))
-        module.generator.warm_start(settings.gain * standardise(self.space, importance_U.cpu()))
+        batches = to_device(itertools.islice(self.data.train_dataloader(), settings.batches), self.device)
+        masked = module.masked.to(self.device)
+        importance_U = importance(settings.criterion, masked, batches, self.config.seed).cpu()
+        module.generator.warm_start(settings.gain * rank(settings.ranking, self.space, importance_U))
 
     def _calibration(self) -> Iterator[dict[str, Tensor]]:
         """The batches that restoration is fitted on."""
@@ -146,8 +155,12 @@ class Stages:
         self._write_masks(masks_U, module.final_scores_U.cpu())
         log.info("removal: cutting %d of %d units", int((masks_U < 0.5).sum()), self.space.num_units)
         masked = module.masked.to(self.device).eval()
-        masked.set_masks(masks_U.to(self.device))
-        removed = remove(merged_tensors(masked.peft_model), self.base_config, self.space, masks_U, device=self.device)
+        with torch.no_grad():
+            masked.set_masks(module.frozen_masks())
+        tensors = merged_tensors(masked.peft_model)
+        if module.gates is not None:
+            tensors = fold(tensors, self.space, module.gates(), tied=self.base_config.tie_word_embeddings)
+        removed = remove(tensors, self.base_config, self.space, masks_U, device=self.device)
         removed.generation_config = copy.deepcopy(self.generation_config)
         batches = self._check_batches()
         masked_vs_removed = max_logit_difference(masked, removed, batches)
@@ -162,6 +175,9 @@ class Stages:
             dtype=build.DTYPES[self.config.export.dtype] if self.config.export.dtype else None,
             max_shard_size=self.config.export.max_shard_size,
         )
+        prompt = self.config.prune.prompt
+        if prompt.inference:
+            (path / FILE).write_text((prompt.text or COLLABORATIVE_PROMPT) + "\n", encoding="utf-8")
         removed_vs_reloaded = max_logit_difference(removed, self.pruned(), batches)
         return {
             "max_abs_logit_diff": max(masked_vs_removed, removed_vs_reloaded),
@@ -179,7 +195,7 @@ class Stages:
 
     def tune(self, name: str, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> dict[str, Any]:
         """LoRA-tune a model on the run's data and steps, then evaluate it."""
-        blocks = PruningSpace.from_model(model, KINDS).total_parameters
+        blocks = block_parameters(model)
         module = build.tuning_module(self.config, model, teacher)
         self._fit(name, module)
         tuned = merge_in_place(module.model)
@@ -191,15 +207,16 @@ class Stages:
         return self.tune(name, self._cut_at_once(name), teacher)
 
     def _cut_at_once(self, name: str) -> PreTrainedModel:
-        """The dense model pruned to the same budget before any training."""
-        dense = self.dense()
-        sparsity, least = self.config.prune.sparsity, build.min_units(self.config.prune)
-        if name == "random":
-            masks_U = select(self.space, RandomScores(self.space, self.config.seed)(), sparsity, min_units=least)
-        else:
-            scores_U = MagnitudeScores(self.space, dense.state_dict())()
-            masks_U = select(self.space, scores_U, sparsity, shape="uniform", min_units=least)
-        return remove(dense.state_dict().items(), self.base_config, self.space, masks_U)
+        """The dense model pruned to the same budget before any training, restored as the run's own model is."""
+        config = build.two_stage(self.config, name)
+        module = build.pruning_module(config, self.dense())
+        self._warm_start(module, config.prune.warm_start)
+        module.freeze_masks()
+        masks_U = module.final_masks_U.cpu()
+        settings = config.prune.restore
+        if settings.batches > 0:
+            restore(module.masked, module.final_masks_U.to(self.device), self._calibration, ridge=settings.ridge)
+        return remove(merged_tensors(module.masked.peft_model), self.base_config, self.space, masks_U)
 
     def evaluate_model(self, model: PreTrainedModel) -> dict[str, Any]:
         """Quality on the test records."""

@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from atp import build
+from atp.baselines import BASELINES
 from atp.cli import compose_config
 from atp.config import TrainConfig, config_dir
 from atp.loggers import is_logged_in, merge_csv
@@ -34,7 +35,28 @@ def test_every_method_builds(preset: str) -> None:
     assert isinstance(module, PruningModule)
     assert module.generator().shape == (module.space.num_units,)
     groups = {group["name"] for group in module.parameter_groups()}
-    assert {"lora", "generator"} <= groups
+    assert "lora" in groups
+    assert ("generator" in groups) is any(p.requires_grad for p in module.generator.parameters())
+    module.freeze_masks()  # the architecture that scores as they are now lead to
+    space = module.space
+    unit = space.layers[0].costs.channel * (len(space.layers) if module.shape == "uniform" else 1)
+    reached = float(space.sparsity(module.final_masks_U.double()))
+    assert made.prune.sparsity - unit / space.total_parameters < reached <= made.prune.sparsity
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baseline_and_preset_of_one_name_are_one_method(name: str) -> None:
+    preset, baseline = config(f"prune={name}").prune, build.two_stage(config("prune=l0"), name).prune
+    for field in ("shape", "sampler", "schedule", "generator", "budget"):
+        mine, other = getattr(preset, field), getattr(baseline, field)
+        if isinstance(mine, dict):
+            mine, other = mine["_target_"], other["_target_"]
+        if field == "schedule":
+            assert mine.freeze_at == other.freeze_at == 0.0
+        else:
+            assert mine == other, field
+    first, second = preset.warm_start, baseline.warm_start
+    assert (first.criterion, first.ranking) == (second.criterion, second.ranking)
 
 
 @pytest.mark.parametrize("experiment", names("experiment"))

@@ -10,7 +10,7 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp.generator import FreeLogits, Generator, MagnitudeScores, RandomScores, TransformerGenerator
+from atp.generator import FreeLogits, Generator, TransformerGenerator
 from atp.objective import L0Lagrangian, LogRatio, Phase, SparsitySchedule
 from atp.sampler import GumbelSigmoid, HardConcrete, Sampler
 from atp.space import PruningSpace
@@ -84,24 +84,6 @@ def test_transformer_generator_tells_layers_apart_and_keeps_its_tokens() -> None
     torch.testing.assert_close(tokens @ tokens.T, torch.eye(2), atol=1e-5, rtol=0)
     assert "tokens_LE" not in dict(generator.named_parameters())
     assert torch.equal(generator(), generator())
-
-
-def test_fixed_scores() -> None:
-    assert torch.equal(RandomScores(space(), 3)(), RandomScores(space(), 3)())
-    assert not torch.equal(RandomScores(space(), 3)(), RandomScores(space(), 4)())
-    model = tiny_model("llama", "gqa")
-    with torch.no_grad():
-        for name in ("gate_proj", "up_proj"):
-            model.get_submodule(f"model.layers.1.mlp.{name}").weight[7] = 0.0
-        model.get_submodule("model.layers.1.mlp.down_proj").weight[:, 7] = 0.0
-    scores = space().split(MagnitudeScores(space(), model.state_dict())())
-    assert int(scores["layers.1.channels"].argmin()) == 7
-    assert float(scores["layers.1.channels"][7]) == 0.0
-    weight = model.get_submodule("model.layers.0.mlp.up_proj").weight[4]
-    gate = model.get_submodule("model.layers.0.mlp.gate_proj").weight[4]
-    down = model.get_submodule("model.layers.0.mlp.down_proj").weight[:, 4]
-    by_hand = torch.cat([weight, gate, down]).square().mean().sqrt()
-    torch.testing.assert_close(scores["layers.0.channels"][4], by_hand)
 
 
 def test_lagrangian_pushes_to_the_target_from_both_sides() -> None:

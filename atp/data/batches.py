@@ -235,6 +235,7 @@ class PruningDataModule(lightning.LightningDataModule):
         self.max_validation_examples = max_validation_examples
         self._train: list[Example] = []
         self._validation: list[Example] = []
+        self._calibration_order: BatchOrder | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Tokenise both splits, once, and log :meth:`describe`."""
@@ -270,6 +271,14 @@ class PruningDataModule(lightning.LightningDataModule):
             rank=0 if trainer is None else trainer.global_rank,
             world_size=1 if trainer is None else trainer.world_size,
         )
+
+    def calibration_batch(self, index: int) -> Batch:
+        """Return a training batch of an order of its own: for steps that learn masks apart from adapters."""
+        self.setup()
+        if self._calibration_order is None:
+            lengths = [len(example.input_ids) for example in self._train]
+            self._calibration_order = BatchOrder(lengths, self.batch_size, self.seed + 1)
+        return _Collate(self.encoder.pad_id)([self._train[i] for i in self._calibration_order[index]])
 
     def val_dataloader(self) -> FixedBatches:
         """Return the validation batches, always the same, sorted by length."""

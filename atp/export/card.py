@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 
@@ -166,16 +168,18 @@ def _sparsity(
 
 
 def _widths_table(widths: Sequence[LayerWidths], dense: Sequence[LayerWidths] | None) -> str:
-    names = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
-    widest = LayerWidths(*(max(getattr(layer, name) for layer in widths) for name in names))
-    scale = dense or [widest] * len(widths)
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    # not as LayerWidths: the widest counts may stem from different layers and fit no layer together
+    widest = SimpleNamespace(**{name: max(getattr(layer, name) for layer in widths) for name in names})
+    scale: Sequence[Any] = dense or [widest] * len(widths)
+    slim = any(layer.is_slim for layer in widths)
     lines = [
         "## Widths per layer",
         "",
         f"Each as kept / {'base model' if dense else 'widest layer'}.",
         "",
-        "| layer | query heads | KV heads | FFN channels |",
-        "|---|---|---|---|",
+        "| layer | query heads | KV heads | FFN channels |" + " query/key dims | value dims |" * slim,
+        "|---|---|---|---|" + "---|---|" * slim,
     ]
     for index, (kept, full) in enumerate(zip(widths, scale, strict=True)):
         cells = [
@@ -183,6 +187,9 @@ def _widths_table(widths: Sequence[LayerWidths], dense: Sequence[LayerWidths] | 
             f"{kept.num_key_value_heads} / {full.num_key_value_heads}",
             _bar(kept.intermediate_size, full.intermediate_size),
         ]
+        if slim:
+            pairs = kept.head_dim // 2 if kept.rotary_pairs is None else len(kept.rotary_pairs)
+            cells += [f"{2 * pairs} / {kept.head_dim}", f"{kept.value_dim or kept.head_dim} / {kept.head_dim}"]
         lines.append(f"| {index} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -24,8 +24,14 @@ MODEL_LABELS = {
     "dense": "dense base",
     "dense_lora": "dense + LoRA",
     "pruned": "pruned",
-    "random": "random masks",
+    "taylor": "Taylor, equal widths",
+    "taylor_global": "Taylor, all layers",
+    "wanda": "Wanda, equal widths",
+    "fluctuation": "fluctuation",
+    "magnitude": "magnitude",
     "uniform": "uniform widths",
+    "random": "random masks",
+    "random_uniform": "random, equal widths",
 }
 _LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss")
 _COUNTED = {"perplexity": " tokens", "bits_per_byte": " bytes"}

@@ -1,0 +1,157 @@
+"""The quality benchmark's findings: means and spreads over seeds, excess loss, targets, table and plot.
+
+Reads finished cells only. Excess loss is nats per token above dense + LoRA on held-out text, the difference taken seed
+by seed; every method stands at the rate with the lowest *validation* loss.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+TWO_STAGE = ("taylor", "taylor_global", "wanda", "fluctuation", "magnitude", "uniform", "random", "random_uniform")
+Row = dict[str, Any]
+
+
+def best_rate(cells: Iterable[Mapping[str, Any]]) -> float:
+    """The rate with the lowest mean validation loss, among those that most seeds have."""
+    by_rate: dict[float, list[float]] = defaultdict(list)
+    for cell in cells:
+        by_rate[cell["cell"]["lr"]].append(cell["validation_loss"])
+    most = max(map(len, by_rate.values()))
+    return min((r for r, losses in by_rate.items() if len(losses) == most), key=lambda r: statistics.mean(by_rate[r]))
+
+
+def summarise(cells: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """One row per setting, sparsity, method and arm, at its best rate."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    for cell in cells:
+        of = cell["cell"]
+        groups[of["setting"], of["sparsity"], of["method"], of["arm"], of["steps"]].append(cell)
+    rows = [_row(key, found) for key, found in groups.items()]
+    tuned = {(row["setting"], row["steps"]): row for row in rows if row["method"] == "dense_lora"}
+    for row in rows:  # runs stretched to equal time stand against the reference of the usual length
+        usual = [reference for (setting, _), reference in tuned.items() if setting == row["setting"]]
+        reference = tuned.get((row["setting"], row["steps"]), usual[0] if usual else None)
+        if reference is not None:
+            shared = row["losses"].keys() & reference["losses"].keys()
+            excess = [row["losses"][seed] - reference["losses"][seed] for seed in sorted(shared)]
+            row["excess"], row["excess_sd"] = _mean_sd(excess)
+            row["recovery"] = _recovery(row["values"], reference["values"])
+    return sorted(rows, key=lambda r: (r["setting"], r["sparsity"], r.get("excess", 0.0)))
+
+
+def targets(rows: Sequence[Row], default: str) -> list[str]:
+    """How the default preset's excess loss stands to the best two-stage method's, in words."""
+    lines = []
+    for mine in (row for row in rows if row["method"] == default and "excess" in row):
+        place = (mine["setting"], mine["sparsity"], mine["arm"])
+        rivals = [r for r in two_stage_rows(rows, *place) if "excess" in r]
+        for steps, how in ((True, "equal tokens"), (False, "equal time")):
+            found = [r for r in rivals if (r["steps"] == mine["steps"]) is steps]
+            if not found:
+                continue
+            best = min(found, key=lambda r: r["excess"])
+            ratio = mine["excess"] / best["excess"] if best["excess"] > 0 else float("nan")
+            label = f"{place[0]} {place[1]:.0%}{' ' + place[2] if place[2] else ''}"
+            speed = mine["fit_seconds"] / max(best["fit_seconds"], 1e-9)
+            lines.append(
+                f"{label}: {default} {mine['excess']:.3f} vs best two-stage {best['method']} {best['excess']:.3f} nats "
+                f"= {ratio:.2f}x at {how} (its training took {speed:.2f}x the time)"
+            )
+    return lines
+
+
+def two_stage_rows(rows: Sequence[Row], setting: str, sparsity: float, arm: str) -> list[Row]:
+    """The two-stage rows of one place in the grid."""
+    place = (setting, sparsity, arm)
+    return [r for r in rows if is_two_stage(r["method"]) and (r["setting"], r["sparsity"], r["arm"]) == place]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown table."""
+    names = ("setting", "sparsity", "method", "lr", "seeds", "loss, nats/token", "excess", "bits/byte", "recovery %")
+    head = "| " + " | ".join([*names, "M parameters", "fit, s"]) + " |"
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+    for row in rows:
+        name = " + ".join(filter(None, [row["method"], row["arm"], f"{row['steps']} steps" if row["steps"] else ""]))
+        excess = f"{row['excess']:.3f} ± {row['excess_sd']:.3f}" if "excess" in row else ""
+        recovery = f"{row['recovery']:.1f}" if row.get("recovery") is not None else ""
+        cells = [row["setting"], f"{row['sparsity']:.0%}", name, f"{row['lr']:g}", len(row["losses"])]
+        cells += [
+            f"{row['loss']:.3f} ± {row['loss_sd']:.3f}",
+            excess,
+            f"{row['values']['bits_per_byte']:.3f}",
+            recovery,
+        ]
+        cells += [f"{row['parameters'] / 1e6:.2f}" if row["parameters"] else "", f"{row['fit_seconds']:.0f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Held-out loss against parameters, one panel per setting, bars of one standard deviation over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    settings = sorted({row["setting"] for row in rows})
+    figure, axes = pyplot.subplots(1, len(settings), figsize=(6.5 * len(settings), 5), squeeze=False)
+    for ax, setting in zip(axes.flat, settings, strict=True):
+        here = [row for row in rows if row["setting"] == setting and row["parameters"]]
+        for name in sorted({(row["method"], row["arm"]) for row in here}):
+            line = sorted((r for r in here if (r["method"], r["arm"]) == name), key=lambda r: r["parameters"])
+            sizes, losses = [r["parameters"] / 1e6 for r in line], [r["loss"] for r in line]
+            style = "--" if is_two_stage(name[0]) else ":" if name[0] in ("dense", "dense_lora", "scratch") else "-"
+            label = " + ".join(filter(None, name))
+            ax.errorbar(sizes, losses, [r["loss_sd"] for r in line], fmt="o" + style, capsize=3, label=label, ms=4)
+        ax.set(title=setting, xlabel="parameters, millions", ylabel="held-out loss, nats per token")
+        ax.legend(fontsize=7)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _row(key: tuple[Any, ...], cells: Sequence[Mapping[str, Any]]) -> Row:
+    setting, sparsity, method, arm, steps = key
+    rate = best_rate(cells)
+    at_best = [cell for cell in cells if cell["cell"]["lr"] == rate]
+    losses = {cell["cell"]["seed"]: cell["loss"] for cell in at_best}
+    mean, spread = _mean_sd(list(losses.values()))
+    names = set.intersection(*(set(cell["values"]) for cell in at_best))
+    return {
+        "setting": setting,
+        "sparsity": sparsity,
+        "method": method,
+        "arm": arm,
+        "steps": steps,
+        "lr": rate,
+        "losses": losses,
+        "loss": mean,
+        "loss_sd": spread,
+        "values": {name: statistics.mean(cell["values"][name] for cell in at_best) for name in sorted(names)},
+        "parameters": statistics.mean(cell["parameters"] for cell in at_best),
+        "reached": statistics.mean(cell["sparsity"] for cell in at_best),
+        "fit_seconds": statistics.mean(cell["fit_seconds"] for cell in at_best),
+        "rates_tried": sorted({cell["cell"]["lr"] for cell in cells}),
+    }
+
+
+def _recovery(values: Mapping[str, float], reference: Mapping[str, float]) -> float | None:
+    from atp.evaluate.quality import recovery
+
+    return recovery(values, reference).get("mean")
+
+
+def is_two_stage(method: str) -> bool:
+    """Whether a method cuts without training the choice jointly."""
+    return method in TWO_STAGE or method == "loraprune"
+
+
+def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
