@@ -133,6 +133,23 @@ def write_card(folder: Path, metrics: Mapping[str, Any]) -> None:
     os.replace(temporary, folder / "README.md")
 
 
+def final_figures(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of ``metrics.json`` that loggers keep as a run's summary, as ``final/<dotted path>``."""
+    wanted = ("sparsity", "parameters", "removal", "eval", "recovery", "macs", "memory", "files", "speed")
+    found: dict[str, float] = {}
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                walk(value, f"{path}.{key}")
+        elif isinstance(node, (int, float)) and not isinstance(node, bool):
+            found[f"final/{path}"] = float(node)
+
+    for key in wanted:
+        walk(metrics.get(key), key)
+    return found
+
+
 def metric(metrics: Mapping[str, Any], path: str) -> float:
     """A value of ``metrics.json`` by dotted path (metric names may hold slashes, not dots).
 

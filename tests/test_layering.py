@@ -20,6 +20,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
         "cost": (),
         "choice": (),
         "prompting": ("data",),
+        "sweep": (),
     },
     {
         "generator": (),
@@ -39,10 +40,11 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
         "cost": (),
         "lasso": (),
         "export": (),
+        "compare": (),
     },
     {"compaction": (), "restoration": ()},
     {"module": ()},
-    {"callbacks": (), "loggers": (), "aware": ()},
+    {"callbacks": (), "loggers": (), "aware": (), "monitoring": ("loggers",), "dashboard": ("loggers",)},
     {"build": (), "results": (), "generate": ()},
     {"stages": ()},
     {"pipeline": ()},
@@ -53,6 +55,7 @@ OWNERS = {
     "hydra": {"config", "build", "cli"},
     "omegaconf": {"config", "cli", "pipeline"},
     "wandb": {"loggers"},
+    "wandb_workspaces": {"dashboard"},
     "datasets": {"data"},
 }
 
