@@ -494,14 +494,18 @@ def make_loggers(config: TrainConfig, run_dir: Path) -> list[Logger]:
 
 
 def make_trainer(
-    config: TrainConfig, callbacks: Sequence[Callback], loggers: Sequence[Logger], num_batches: int
+    config: TrainConfig,
+    callbacks: Sequence[Callback],
+    loggers: Sequence[Logger],
+    num_batches: int,
+    run_dir: Path = Path(),
 ) -> Trainer:
     """The Lightning trainer of one fit."""
     settings = config.trainer
     for name in ("max_steps", "accumulate_grad_batches", "log_every_n_steps"):
         if getattr(settings, name) < 1:
             raise ValueError(f"trainer.{name} is {getattr(settings, name)}; it must be at least 1")
-    own = [component(f"callbacks.{name}", node) for name, node in config.callbacks.items()]
+    own = [component(f"callbacks.{name}", node, run_dir=str(run_dir)) for name, node in config.callbacks.items()]
     validates = settings.val_checks > 0
     return Trainer(
         max_steps=settings.max_steps,

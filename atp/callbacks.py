@@ -1,4 +1,4 @@
-"""Around training steps: checkpoints that survive anything, progress, throughput, mask history.
+"""Around training steps: checkpoints that survive anything, progress, throughput, bad trials.
 
 Sits beside the training module in the Lightning trainer. Nothing here changes what is learnt. It knows the training
 modules' public state and nothing of Hydra or of the stages around training.
@@ -6,17 +6,17 @@ modules' public state and nothing of Hydra or of the stages around training.
 
 from __future__ import annotations
 
-import csv
+import json
 import logging
 import os
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from atp.module import PruningModule, TrainingDiverged, TuningModule
 from atp.objective import Phase
+from atp.rundir import write_json
 
 log = logging.getLogger(__name__)
 
@@ -233,34 +234,63 @@ def _figures(trainer: Trainer) -> str:
     return "  ".join(parts)
 
 
-class MaskHistory(Callback):
-    """Appends the keep probability's mean per axis to a CSV file, so that the evolution of masks can be drawn later.
+class TrialStopped(Exception):
+    """A run of a sweep was given up early; the message says on what grounds.
 
-    Args:
-        path: The CSV file; a resumed run goes on in it.
-        every_n_steps: Steps between rows.
+    Attributes:
+        value: The metric's last value.
     """
 
-    def __init__(self, path: Path, every_n_steps: int) -> None:
-        self.path = path
-        self.every_n_steps = max(every_n_steps, 1)
+    def __init__(self, message: str, value: float) -> None:
+        super().__init__(message)
+        self.value = value
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Write a row when due."""
-        if (
-            not isinstance(pl_module, PruningModule)
-            or trainer.global_step % self.every_n_steps
-            or not trainer.is_global_zero
-        ):
+
+class StopBadTrial(Callback):
+    """Stops a run that does worse than the median of the sweep's other runs had done by the same step.
+
+    The median rule of Vizier (Golovin et al. 2017, section 3.2.2) in the form Optuna uses: this run's value against the
+    others' values at the same step. Only runs with equal steps and an equal target are comparable, and only once their
+    masks are fixed. Each run writes its values to ``trial.json``, so it works with any sweeper and launcher.
+
+    Args:
+        run_dir: The run directory; the others lie beside it.
+        metric: What to compare, lower is better.
+        after: Fraction of the run before which nothing is stopped.
+        min_trials: Other runs that must have got as far.
+    """
+
+    def __init__(self, run_dir: str, metric: str = "val/perplexity", after: float = 0.5, min_trials: int = 3) -> None:
+        if not 0.0 <= after <= 1.0:
+            raise ValueError(f"callbacks.stop_bad_trials.after is {after}; it is a fraction of the run, from 0 to 1")
+        if min_trials < 1:
+            raise ValueError(f"callbacks.stop_bad_trials.min_trials is {min_trials}; it must be at least 1")
+        self.run_dir, self.metric, self.after, self.min_trials = Path(run_dir), metric, after, min_trials
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the value; give up if it is a bad one."""
+        if trainer.sanity_checking or not isinstance(pl_module, PruningModule):
             return
-        with torch.no_grad():
-            kept = {name: float(mask.mean()) for name, mask in pl_module.space.split(pl_module.current_masks()).items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if is_new:
-                writer.writerow(["step", *kept])
-            writer.writerow([trainer.global_step, *(f"{value:.4f}" for value in kept.values())])
+        if self.metric not in trainer.callback_metrics:
+            known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+            raise ValueError(f"callbacks.stop_bad_trials.metric is {self.metric!r}, of what is logged: {known}")
+        value, step = float(trainer.callback_metrics[self.metric]), str(trainer.global_step)
+        own = self.run_dir / "trial.json"
+        write_json(own, {**_trial_values(own), step: value})
+        others = [_trial_values(path) for path in self.run_dir.parent.glob("*/trial.json") if path != own]
+        there = [values[step] for values in others if step in values]
+        if trainer.global_step < self.after * int(trainer.max_steps) or len(there) < self.min_trials:
+            return
+        median = statistics.median(there)
+        if not value <= median:
+            raise TrialStopped(
+                f"{self.metric} is {value:.4g} at step {step}, above the median {median:.4g} of {len(there)} others",
+                value,
+            )
+
+
+def _trial_values(path: Path) -> dict[str, float]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,19 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from atp import sweep
 from atp.config import config_dir, register_schema, schema_fields
 from atp.config_help import help_text
 from atp.rundir import find_run, saved_overrides
 
 log = logging.getLogger(__name__)
 
+FAILED = 1
 USER_ERROR = 2
 _MAPPINGS = ("data.fields", "data.tasks", "data.path", "evaluate.path")
 INTERRUPTED = 130
@@ -46,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments without the program name; the process' own when None.
 
     Raises:
-        SystemExit: With 2 after a user's mistake, 130 after an interruption, 1 after any other failure.
+        SystemExit: With 2 after a user's mistake, 130 after an interruption, 1 after any other failure, also of a
+            sweep's job.
     """
     register_schema()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -64,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(USER_ERROR) from None
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.argv = [sys.argv[0], *arguments]
+    SweepCallback.failed_jobs = 0
     hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")(_job)()
+    if SweepCallback.failed_jobs:
+        raise SystemExit(FAILED)
 
 
 def _job(cfg: DictConfig) -> float | None:
@@ -72,10 +80,11 @@ def _job(cfg: DictConfig) -> float | None:
     from atp.pipeline import run
     from atp.stages import RunInterrupted
 
-    is_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith(("resume=", "run_dir="))]
     try:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            return _sweep_job(cfg, run_dir, overrides)
         return run(cfg, run_dir, overrides=overrides)
     except RunInterrupted as interruption:
         log.warning("%s", interruption)
@@ -84,10 +93,58 @@ def _job(cfg: DictConfig) -> float | None:
         log.warning("interrupted; go on with: python train.py resume=%s", run_dir)
         raise SystemExit(INTERRUPTED) from None
     except (ValueError, OSError, RuntimeError) as error:
-        if is_sweep or not is_expected(error):
+        if not is_expected(error):
             raise
         log.error("%s", error)
         raise SystemExit(USER_ERROR) from None
+
+
+def _sweep_job(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | None:
+    """One job of a sweep: skipped if finished, continued if it was interrupted; a failure is noted, not raised."""
+    import torch
+
+    from atp.callbacks import TrialStopped
+    from atp.pipeline import run
+
+    job = sweep.read_job(run_dir)
+    if job.state == "stopped":
+        log.info("%s was stopped as a bad trial (%s); skipped", run_dir, job.reason)
+        return None
+    if cfg.trainer.accelerator != "cpu":
+        sweep.lease_gpu(run_dir.parent, torch.cuda.device_count())
+    sweep.clear_mark(run_dir)
+    try:
+        return run(cfg, run_dir, overrides=overrides, go_on=True)
+    except TrialStopped as stop:
+        log.info("%s: stopped: %s", run_dir.name, stop)
+        sweep.mark_job(run_dir, "stopped", str(stop))
+        return stop.value if str(cfg.optimized_metric).endswith("perplexity") else None
+    except Exception as error:
+        log.error("%s: %s", run_dir.name, error, exc_info=not is_expected(error))
+        sweep.mark_job(run_dir, "failed", f"{type(error).__name__}: {error}")
+        return None
+
+
+class SweepCallback(Callback):
+    """Hydra's word that a sweep begins and ends, on the machine that started it."""
+
+    failed_jobs = 0
+
+    def __init__(self) -> None:
+        self._started = 0.0
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Make or reopen the sweep's folder."""
+        self._started = time.time()
+        sweep.start_sweep(Path(config.hydra.sweep.dir), list(config.hydra.overrides.task))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Say what became of the jobs, failed ones with their reason."""
+        folder = Path(config.hydra.sweep.dir)
+        jobs = sweep.read_jobs(folder)
+        SweepCallback.failed_jobs = sum(job.state == "failed" and job.time >= self._started for job in jobs)
+        for line in sweep.summary_lines(folder, jobs):
+            sys.stdout.write(line + "\n")
 
 
 def is_expected(error: BaseException) -> bool:
@@ -147,6 +204,13 @@ def _explain_missing(error: MissingConfigException) -> str:
     name = error.missing_cfg_file or ""
     group, _, choice = str(name).rpartition("/")
     options = [str(o) for o in error.options or []]
+    if group in ("hydra/sweeper", "hydra/launcher") and choice in (
+        "optuna",
+        "joblib",
+        "submitit_local",
+        "submitit_slurm",
+    ):
+        return f"{group}={choice} is not installed: pip install 'atp[sweep]'"
     if not group or not options:
         return str(error).splitlines()[0]
     return f"there is no {group}={choice}; {_nearest(choice, options, '')}"

@@ -9,11 +9,14 @@ the other modules take plain keyword arguments.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 SCHEMA_NAME = "schema"
 
@@ -238,6 +241,9 @@ class EvaluateConfig:
     speed_prompt_tokens: int = option(128, "prompt length of the speed measurement")
     speed_new_tokens: int = option(32, "decoded tokens of the speed measurement")
     speed_repeats: int = option(5, "repeats, dense and pruned in alternation")
+    shared: str | None = option(
+        None, "folder that keeps dense and dense + LoRA results for other runs; a sweep has one of its own"
+    )
 
 
 @dataclass
@@ -252,6 +258,7 @@ class ExportConfig:
     verify: bool = option(True, "load every exported format in a fresh process and compare its logits")
     verify_tokens: int = option(1024, "tokens of the test data that formats are compared on")
     push_to_hub: str | None = option(None, "hub repository to upload the export to; never without being asked")
+    artifact: bool = option(False, "also hand the exported model to the loggers that keep artifacts (wandb, mlflow)")
 
 
 @dataclass
@@ -265,6 +272,7 @@ class TrainConfig:
     threads: int | None = option(None, "CPU threads; unset leaves it to torch")
     optimized_metric: str = option("eval.pruned.perplexity", "key of metrics.json that a sweep optimises")
     experiment: Any = option(None, "config group: a complete preset")
+    sweep: Any = option(None, "config group: which values to run, by grid or search; starts a sweep")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
@@ -276,6 +284,21 @@ class TrainConfig:
     logger: dict[str, Any] = option({}, "loggers beside the CSV file that every run has, each a _target_ node")
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+
+
+def folder_name(text: str) -> str:
+    """A readable name for a folder, from overrides: no separators, at most 150 characters.
+
+    Long names end in a digest of the whole, so that different overrides never share a folder.
+    """
+    name = re.sub(r"[^\w.,=+-]+", "_", text).strip("_,") or "default"
+    if len(name) <= 150:
+        return name
+    return f"{name[:139]}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+# At import, since jobs in other processes resolve it before anything else of this package runs.
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 
 def register_schema() -> None:

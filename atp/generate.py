@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time (0)")
     made.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1)")
     made.add_argument("--seed", type=int, default=0, help="seed of sampling (0)")
-    made.add_argument("--task", choices=("casehold", "billsum"), help="fill the prompt into this task's template")
+    made.add_argument("--task", help="fill the prompt into this task's template, e.g. casehold or billsum")
     made.add_argument("--chat", action="store_true", help="use the tokenizer's chat template")
     return made
 
@@ -71,14 +71,10 @@ def _prompt(arguments: argparse.Namespace) -> str:
         raise ValueError("there is no prompt; give --prompt TEXT, or pipe a text in")
     if arguments.task and arguments.chat:
         raise ValueError("--task and --chat are two ways of framing the prompt; choose one")
-    if arguments.task == "casehold":
-        from atp.data.sources import CASEHOLD_PROMPT
+    if arguments.task:
+        from atp.data.tasks import fill_prompt
 
-        return CASEHOLD_PROMPT.format(citing_prompt=prompt)
-    if arguments.task == "billsum":
-        from atp.data.sources import BILLSUM_PROMPT
-
-        return BILLSUM_PROMPT.format(text=prompt)
+        return fill_prompt(arguments.task, prompt)
     return str(prompt)
 
 

@@ -338,6 +338,14 @@ class PruningModule(TuningModule):
             return torch.ones_like(self.final_masks_U)
         return self.sampler.deterministic(self._shifted(self.logits(), self.schedule.target_at(self.global_step)))
 
+    def mask_state(self) -> tuple[Tensor, Tensor]:
+        """Noise-free masks and how sure each unit is to stay, both [U] as of now: for records and pictures."""
+        if self.is_frozen:
+            return self.final_masks_U, self.final_masks_U
+        shifted_U = self._shifted(self.logits(), self.schedule.target_at(self.global_step))
+        masks_U = self.current_masks() if self.phase is Phase.WARMUP else self.sampler.deterministic(shifted_U)
+        return masks_U, self.sampler.confidence(shifted_U)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Task loss of the masked model plus the budget term, in one forward pass."""
         budget_loss = self._apply_masks()

@@ -31,23 +31,25 @@ from atp.config import TrainConfig
 from atp.data import check
 from atp.export.bundle import upload
 from atp.export.card import load_lines
-from atp.report.comparison import comparison_table
+from atp.report.comparison import comparison_cells, comparison_table
 from atp.report.evidence import evidence_tables
 from atp.report.page import write_report
-from atp.results import assemble, metric, write_card
+from atp.results import assemble, final_figures, metric, write_card
 from atp.rundir import RunDirectory, provenance
 from atp.stages import Stages
+from atp.sweep import SharedResults, sweep_of
 
 log = logging.getLogger(__name__)
 
 
-def run(cfg: DictConfig, run_dir: Path, *, overrides: list[str]) -> float | None:
+def run(cfg: DictConfig, run_dir: Path, *, overrides: list[str], go_on: bool = False) -> float | None:
     """Execute a run, or the rest of one.
 
     Args:
         cfg: The composed configuration.
         run_dir: The run directory.
         overrides: The command line's overrides, kept for resuming.
+        go_on: Go on with what lies in the directory, as a sweep does when it is started again.
 
     Returns:
         The metric named by ``optimized_metric``.
@@ -61,14 +63,21 @@ def run(cfg: DictConfig, run_dir: Path, *, overrides: list[str]) -> float | None
     check_baselines(config.evaluate.baselines)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     plain.pop("run_dir")  # named after the moment of composing, so it differs when the run goes on
-    directory = RunDirectory(run_dir, plain, overrides, resume=config.resume is not None)
+    directory = RunDirectory(run_dir, plain, overrides, resume=go_on or config.resume is not None)
+    if go_on and directory.is_finished:
+        log.info("%s is finished; skipped", run_dir)
+        return metric(directory.read_metrics(), config.optimized_metric)
     console = Console()
     _quiet_libraries()
     if directory.is_finished:
         log.info("%s is finished; nothing to do", run_dir)
     else:
         origin = provenance(overrides)
-        _execute(Stages(config, directory, plain, origin), config, directory, origin)
+        stages = Stages(config, directory, plain, origin)
+        try:
+            _execute(stages, config, directory, origin)
+        finally:
+            stages.close()
     if not (run_dir / "report.html").is_file():
         write_report(run_dir)
     metrics = directory.read_metrics()
@@ -122,7 +131,11 @@ def _execute(stages: Stages, config: TrainConfig, directory: RunDirectory, origi
     for name in config.evaluate.baselines:
         work[name] = functools.partial(stages.tune_baseline, name)
     work |= {"samples": stages.write_samples, "cost": stages.measure}
-    results = {name: _stage(name, do, config.seed, directory) for name, do in work.items()}
+    shared = _shared_results(config, directory, stages.plain_config)
+    results: dict[str, dict[str, Any]] = {}
+    for number, (name, do) in enumerate(work.items(), 1):
+        log.info("stage %d of %d: %s", number, len(work), name)
+        results[name] = _stage(name, do, config.seed, directory, shared)
     metrics = assemble(
         results,
         config=config,
@@ -136,6 +149,7 @@ def _execute(stages: Stages, config: TrainConfig, directory: RunDirectory, origi
         device=str(stages.device),
     )
     write_card(directory.path / "pruned", metrics)
+    stages.publish(final_figures(metrics), comparison_cells(metrics))
     _upload(config.export.push_to_hub, directory.path / "pruned", metrics)
     directory.write_metrics(metrics)
 
@@ -151,18 +165,31 @@ def _upload(repository: str | None, folder: Path, metrics: dict[str, Any]) -> No
         log.info("uploaded to %s", upload(folder, repository))
 
 
-def _stage(name: str, work: Callable[[], dict[str, Any]], seed: int, directory: RunDirectory) -> dict[str, Any]:
+def _shared_results(config: TrainConfig, directory: RunDirectory, plain: dict[str, Any]) -> SharedResults | None:
+    sweep = sweep_of(directory.path)
+    folder = Path(config.evaluate.shared) if config.evaluate.shared else sweep and sweep / "shared"
+    return SharedResults(folder, plain) if folder else None
+
+
+def _stage(
+    name: str,
+    work: Callable[[], dict[str, Any]],
+    seed: int,
+    directory: RunDirectory,
+    shared: SharedResults | None = None,
+) -> dict[str, Any]:
     """A stage's result, with the seconds it took; done once however often the run is resumed."""
 
     def timed() -> dict[str, Any]:
-        log.info("stage: %s", name)
         seed_everything(seed, workers=True, verbose=False)
         started = time.perf_counter()
         result = work()
         gc.collect()
         return {**result, "seconds": round(time.perf_counter() - started, 2)}
 
-    return directory.stage(name, timed)
+    if shared is None or name not in SharedResults.STAGES:
+        return directory.stage(name, timed)
+    return directory.stage(name, lambda: shared.take(name, timed))
 
 
 def _quiet_libraries() -> None:

@@ -154,7 +154,7 @@ def write_card(folder: Path, metrics: Mapping[str, Any]) -> None:
         base_model=base,
         license_id=base_license(base),
         datasets=[run["data"]["name"]],
-        method=f"Masks ({run['method']}) and LoRA adapters trained jointly for {run['steps']} steps, adapters merged.",
+        method=f"Masks ({run['method']}) and LoRA adapters trained jointly for {run['steps']} steps.",
         target_sparsity=metrics["sparsity"]["target"],
         block_sparsity=metrics["sparsity"]["blocks"],
         model_sparsity=metrics["sparsity"]["model"],
@@ -163,6 +163,8 @@ def write_card(folder: Path, metrics: Mapping[str, Any]) -> None:
         metrics={name: metrics["eval"][name] for name in ("dense", "dense_lora", "pruned") if name in metrics["eval"]},
         recovery=metrics.get("recovery"),
         prompt=_prompt_text(metrics.get("prompt") or {}),
+        files=[str(path.relative_to(folder)) for path in sorted(folder.glob("*/*")) if path.is_file()],
+        checks=metrics["export"].get("formats", ()),
     )
     temporary = folder / "README.md.tmp"
     temporary.write_text(text, encoding="utf-8")
@@ -174,6 +176,23 @@ def _prompt_text(prompt: Mapping[str, Any]) -> str | None:
     if not prompt.get("inference") or not (prompt.get("system") or prompt.get("template") != "{{ prompt }}"):
         return None
     return "\n\n".join(part for part in (prompt.get("system"), prompt.get("template")) if part)
+
+
+def final_figures(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of ``metrics.json`` that loggers keep as a run's summary, as ``final/<dotted path>``."""
+    wanted = ("sparsity", "parameters", "removal", "eval", "recovery", "macs", "memory", "files", "speed")
+    found: dict[str, float] = {}
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                walk(value, f"{path}.{key}")
+        elif isinstance(node, (int, float)) and not isinstance(node, bool):
+            found[f"final/{path}"] = float(node)
+
+    for key in wanted:
+        walk(metrics.get(key), key)
+    return found
 
 
 def metric(metrics: Mapping[str, Any], path: str) -> float:

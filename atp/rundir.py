@@ -7,6 +7,7 @@ do.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -27,7 +28,16 @@ METRICS = "metrics.json"
 _PACKAGES = ("torch", "transformers", "peft", "lightning", "hydra-core")
 
 # Settings that say where and how a run executes, not what it computes; they may differ when it goes on.
-_MAY_DIFFER = ("resume", "run_dir", "logger", "callbacks", "threads", "trainer.accelerator", "optimized_metric")
+_MAY_DIFFER = (
+    "resume",
+    "run_dir",
+    "logger",
+    "callbacks",
+    "threads",
+    "trainer.accelerator",
+    "optimized_metric",
+    "evaluate.shared",
+)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -60,6 +70,14 @@ def find_run(name: str, run_name: str | None = None, root: Path = RUNS) -> Path:
     if not found:
         raise ValueError(f"resume=last: there is no run under {root / (run_name or '')}; start one without resume")
     return found[-1].parent
+
+
+def notebook_dir(name: str, root: Path = RUNS) -> Path:
+    """A folder that is not there yet, for what a notebook's session writes: ``runs/notebooks/<name>/<number>``."""
+    folder = root / "notebooks" / name
+    number = next(n for n in itertools.count(1) if not (folder / str(n)).exists())
+    (folder / str(number)).mkdir(parents=True)
+    return folder / str(number)
 
 
 def saved_overrides(run_dir: Path) -> list[str]:

@@ -20,31 +20,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from atp.choice import DEFAULT_MIN_UNITS, FIELD, LayerChoice, ModelChoice
 from atp.space import PruningSpace
-from atp.units import WHOLE_MODEL, CostModel, Counts, LayerSpace
+from atp.units import WHOLE_MODEL, Counts
 
-DEFAULT_MIN_UNITS: Mapping[str, int] = {
-    "heads": 1,
-    "query_heads": 1,
-    "channels": 1,
-    "qk_pairs": 1,
-    "value_dims": 1,
-    "hidden": 1,
-}
-"""Units every layer keeps of each kind.
-
-One head and one channel avoid the traps of caches and engines with empty blocks.
-"""
-
-_FIELD = {
-    "heads": "heads",
-    "query_heads": "queries",
-    "channels": "channels",
-    "qk_pairs": "pairs",
-    "value_dims": "values",
-    "hidden": "hidden",
-}
-_ROUNDED = ("channels", "hidden")
+__all__ = ["DEFAULT_MIN_UNITS", "check_reachable", "reachable_sparsity", "select"]
 
 
 def select(
@@ -78,7 +58,7 @@ def select(
         raise ValueError(
             f"scores hold {int((~torch.isfinite(scores_U)).sum())} values that are not finite: training diverged"
         )
-    choice = _ModelChoice(space, scores_U.detach().double().cpu(), min_units, round_to)
+    choice = ModelChoice(space, scores_U.detach().double().cpu(), min_units, round_to)
     _check_reachable(choice, sparsity)
     budget = sparsity * space.total_cost
     if shape == "per_layer":
@@ -95,7 +75,7 @@ def select(
 def reachable_sparsity(space: PruningSpace, min_units: Mapping[str, int] | None = None, *, round_to: int = 1) -> float:
     """Largest sparsity the space allows when every layer keeps ``min_units``."""
     scores_U = torch.zeros(space.num_units, dtype=torch.double)
-    return _ModelChoice(space, scores_U, min_units, round_to).removable() / space.total_cost
+    return ModelChoice(space, scores_U, min_units, round_to).removable() / space.total_cost
 
 
 def check_reachable(
@@ -107,10 +87,10 @@ def check_reachable(
             f"prune.sparsity is {sparsity}; it is the fraction of block parameters to remove, between 0 and 1"
         )
     scores_U = torch.zeros(space.num_units, dtype=torch.double)
-    _check_reachable(_ModelChoice(space, scores_U, min_units, round_to), sparsity)
+    _check_reachable(ModelChoice(space, scores_U, min_units, round_to), sparsity)
 
 
-def _check_reachable(choice: _ModelChoice, sparsity: float) -> None:
+def _check_reachable(choice: ModelChoice, sparsity: float) -> None:
     most = choice.removable() / choice.space.total_cost
     if sparsity > most:
         kinds = sorted({axis.kind for axis in choice.space.axes})
@@ -122,172 +102,7 @@ def _check_reachable(choice: _ModelChoice, sparsity: float) -> None:
         )
 
 
-class _LayerChoice:
-    """What is still kept of one layer, and in which order its units go."""
-
-    def __init__(self, layer: LayerSpace, scores: Mapping[str, Tensor], least: Mapping[str, int], step: int) -> None:
-        self.layer = layer
-        self.counts = layer.dense
-        self.order: dict[str, list[int]] = {}
-        self.scores = {kind: scores[axis.name] for kind, axis in layer.axes.items() if axis.layer != WHOLE_MODEL}
-        self.steps = {kind: step if kind in _ROUNDED else 1 for kind in self.scores}
-        self.least = {kind: _floor(least[kind], self.steps[kind], self.count(kind)) for kind in self.scores}
-        for kind in self.scores:
-            if kind != "query_heads":
-                self.order[kind] = torch.argsort(self.scores[kind], stable=True).tolist()
-        if "query_heads" in self.scores:
-            grouped = self.scores["query_heads"].view(layer.num_kv_heads, layer.group_size)
-            self.query_order = torch.argsort(grouped, dim=1, stable=True)
-            self.query_scores = grouped.sort(dim=1, stable=True).values
-
-    def count(self, kind: str) -> int:
-        return int(getattr(self.counts, _FIELD[kind]))
-
-    def smallest(self) -> Counts:
-        least = {_FIELD[kind]: min(self.least[kind], self.count(kind)) for kind in self.scores}
-        return self.layer.dense._replace(**least)
-
-    def after(self, kind: str) -> Counts | None:
-        """Counts after the next cut of this kind; None when the layer keeps its minimum."""
-        now = self.count(kind)
-        if now <= self.least[kind] or (kind not in ("heads", "channels") and self.counts.heads == 0):
-            return None
-        return self.counts._replace(**{_FIELD[kind]: _next(now, self.steps[kind], self.least[kind])})
-
-    def score(self, kind: str) -> float:
-        """Score of what the next cut of this kind removes; for query heads, the mean over kept groups."""
-        cut = self.layer.group_size - self.counts.queries
-        if kind == "query_heads":
-            kept = self.kept("heads")
-            return float(self.query_scores[kept, cut].mean())
-        return _next_score(self.scores[kind], self.order[kind], self.count(kind), self.steps[kind], self.least[kind])
-
-    def kept(self, kind: str) -> list[int]:
-        """Kept units of a kind, by position in their axis."""
-        if kind not in self.order:
-            return list(range(self.counts.heads)) if kind == "heads" else []
-        return self.order[kind][len(self.order[kind]) - self.count(kind) :]
-
-    def kept_units(self) -> list[int]:
-        """Flat indices of the kept units.
-
-        Query heads of a removed KV head are not kept either.
-        """
-        found = [self.layer.axes[kind].offset + unit for kind in self.order for unit in self.kept(kind)]
-        if "query_heads" in self.scores:
-            size, offset = self.layer.group_size, self.layer.axes["query_heads"].offset
-            for head in self.kept("heads"):
-                found += [offset + head * size + int(q) for q in self.query_order[head, size - self.counts.queries :]]
-        return found
-
-
-class _ModelChoice:
-    """What is still kept of the model, and what each possible next cut would save."""
-
-    def __init__(
-        self, space: PruningSpace, scores_U: Tensor, min_units: Mapping[str, int] | None, round_to: int
-    ) -> None:
-        if round_to < 1:
-            raise ValueError(f"prune.round_to is {round_to}; kept widths are multiples of it, so it must be at least 1")
-        least = _least(space, min_units)
-        scores = space.split(scores_U)
-        self.space, self.cost = space, space.cost
-        self.layers = [_LayerChoice(layer, scores, least, round_to) for layer in space.layers]
-        self.hidden_step = round_to
-        self.hidden_scores = scores[space.hidden.name] if space.hidden else torch.zeros(0)
-        self.hidden_order = torch.argsort(self.hidden_scores, stable=True).tolist()
-        self.hidden = len(self.hidden_order)
-        self.hidden_least = _floor(least["hidden"], round_to, self.hidden)
-
-    def size(self, layer: _LayerChoice, counts: Counts, cost: CostModel | None = None) -> float:
-        return layer.layer.cost(counts, cost or self.cost)
-
-    def removable(self) -> float:
-        hidden = {"hidden": self.hidden_least} if self.hidden else {}
-        smallest = sum(self.size(layer, layer.smallest()._replace(**hidden)) for layer in self.layers)
-        return self.space.total_cost - smallest
-
-    def cuts(self) -> list[tuple[int, str]]:
-        """Every place where something may be cut: layer and kind."""
-        found = [(i, kind) for i, layer in enumerate(self.layers) for kind in layer.scores]
-        return [*found, (WHOLE_MODEL, "hidden")] if self.hidden else found
-
-    def saving(self, index: int, kind: str) -> float:
-        """Cost saved by the next cut; zero when the minimum is kept."""
-        if index == WHOLE_MODEL:
-            if self.hidden <= self.hidden_least:
-                return 0.0
-            hidden = _next(self.hidden, self.hidden_step, self.hidden_least)
-            return sum(
-                self.size(layer, layer.counts) - self.size(layer, layer.counts._replace(hidden=hidden))
-                for layer in self.layers
-            )
-        layer = self.layers[index]
-        after = layer.after(kind)
-        return 0.0 if after is None else self.size(layer, layer.counts) - self.size(layer, after)
-
-    def score(self, index: int, kind: str) -> float:
-        if index == WHOLE_MODEL:
-            return _next_score(self.hidden_scores, self.hidden_order, self.hidden, self.hidden_step, self.hidden_least)
-        return self.layers[index].score(kind)
-
-    def cut(self, index: int, kind: str) -> None:
-        if index == WHOLE_MODEL:
-            self.set_hidden(_next(self.hidden, self.hidden_step, self.hidden_least))
-            return
-        after = self.layers[index].after(kind)
-        assert after is not None
-        self.layers[index].counts = after
-
-    def set_hidden(self, hidden: int) -> None:
-        self.hidden = hidden
-        for layer in self.layers:
-            layer.counts = layer.counts._replace(hidden=hidden)
-
-    def kept_units(self) -> list[int]:
-        kept = [unit for layer in self.layers for unit in layer.kept_units()]
-        if self.space.hidden:
-            order = self.hidden_order
-            kept += [self.space.hidden.offset + unit for unit in order[len(order) - self.hidden :]]
-        return kept
-
-
-def _floor(least: int, step: int, count: int) -> int:
-    """Least count that is a multiple of the step; the count itself where no such multiple is below it."""
-    return min(-(-least // step) * step, count)
-
-
-def _next(count: int, step: int, least: int) -> int:
-    """The next smaller count: the nearest multiple of the step."""
-    return max(count - (count % step or step), least)
-
-
-def _next_score(scores: Tensor, order: list[int], count: int, step: int, least: int) -> float:
-    """Mean score of the units that the next cut removes."""
-    done = len(order) - count
-    going = order[done : done + count - _next(count, step, least)]
-    return float(scores[going].mean()) if len(going) > 1 else float(scores[going[0]])
-
-
-def _least(space: PruningSpace, min_units: Mapping[str, int] | None) -> dict[str, int]:
-    least = {**DEFAULT_MIN_UNITS, **(min_units or {})}
-    if least["query_heads"] < 1:
-        raise ValueError(
-            "min_units query_heads must be at least 1: a KV head without query heads computes nothing; prune 'heads' "
-            "instead"
-        )
-    for layer in space.layers:
-        for kind in layer.output_bias:
-            if least[kind] < 1:
-                raise ValueError(
-                    f"prune.min_{kind} is {least[kind]}, but the output projection of {layer.prefix} has a bias, "
-                    "which a removed block would lose; "
-                    f"set prune.min_{kind} to at least 1"
-                )
-    return least
-
-
-def _greedy(choice: _ModelChoice, budget: float) -> None:
+def _greedy(choice: ModelChoice, budget: float) -> None:
     """Cut the lowest-scored unit of all layers that still fits the budget, until none fits."""
     heap = [(choice.score(*cut), *cut) for cut in choice.cuts() if choice.saving(*cut) > 0]
     heapq.heapify(heap)
@@ -320,7 +135,7 @@ def _touches(done: tuple[int, str], other: tuple[int, str], has_hidden: bool) ->
     return done[0] == other[0] and done[1] != "channels" and other[1] != "channels"
 
 
-def _uniform(choice: _ModelChoice, sparsity: float, budget: float) -> None:
+def _uniform(choice: ModelChoice, sparsity: float, budget: float) -> None:
     """Equal counts in every layer: head counts nearest to the kept fraction, channels to meet the budget.
 
     Where head dimensions or the residual stream are pruned too, all kinds keep about the same fraction, found by
@@ -337,7 +152,7 @@ def _uniform(choice: _ModelChoice, sparsity: float, budget: float) -> None:
     total = choice.space.total_cost
 
     def options(kind: str) -> range | list[int]:
-        count = int(getattr(dense, _FIELD[kind]))
+        count = int(getattr(dense, FIELD[kind]))
         if kind == "hidden" and choice.hidden:
             return _around(share * count, choice.hidden_step, choice.hidden_least, count)
         if kind not in first.scores:
@@ -379,7 +194,7 @@ def _uniform(choice: _ModelChoice, sparsity: float, budget: float) -> None:
         layer.counts = best[2]
 
 
-def _removed(choice: _ModelChoice, layers: list[_LayerChoice], trial: Counts) -> float:
+def _removed(choice: ModelChoice, layers: list[LayerChoice], trial: Counts) -> float:
     """Cost removed when these layers keep ``trial``, and all layers its hidden width."""
     chosen = set(map(id, layers))
     kept = sum(
@@ -389,12 +204,12 @@ def _removed(choice: _ModelChoice, layers: list[_LayerChoice], trial: Counts) ->
     return choice.space.total_cost - kept
 
 
-def _share(choice: _ModelChoice, first: _LayerChoice, kept: float) -> float:
+def _share(choice: ModelChoice, first: LayerChoice, kept: float) -> float:
     """Fraction of every kind to keep so that a layer keeps ``kept`` of its cost; ``kept`` for heads and channels."""
     fine = [kind for kind in ("qk_pairs", "value_dims", "hidden") if kind in first.layer.axes]
     if not fine:
         return kept
-    kinds = {_FIELD[kind] for kind in first.layer.axes}
+    kinds = {FIELD[kind] for kind in first.layer.axes}
     dense = first.layer.dense
     low, high = 0.0, 1.0
     for _ in range(40):

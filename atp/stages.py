@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 from atp import build
 from atp.architecture import is_stock
 from atp.aware import AwareModule
-from atp.callbacks import MaskHistory, ProgressReport, RunCheckpoint, Throughput
+from atp.callbacks import ProgressReport, RunCheckpoint, Throughput
 from atp.compaction import expanded_state
 from atp.config import TrainConfig, WarmStartConfig
 from atp.criteria import importance, rank
@@ -40,9 +41,10 @@ from atp.export.loading import load_exported
 from atp.export.verification import as_plain
 from atp.gates import fold
 from atp.generator import FixedScores
-from atp.loggers import close_loggers, csv_logger, merge_csv
+from atp.loggers import close_loggers, csv_logger, log_figures, log_folder, log_table, merge_csv, write_csv
 from atp.lora import base_tensors, extract_adapter, merge_in_place, merged_tensors
 from atp.module import PruningModule, TuningModule
+from atp.monitoring import MaskMonitor, TrainingHealth
 from atp.removal import max_logit_difference, remove, slice_adapter, widths_after
 from atp.restoration import restore
 from atp.rundir import RunDirectory, write_json
@@ -99,6 +101,39 @@ class Stages:
             onnx=config.export.onnx,
             push_to_hub=config.export.push_to_hub,
         )
+        self._loggers: list[Logger] | None = None
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """The chosen loggers, opened at first use; :meth:`close` finishes them."""
+        if self._loggers is None:
+            self._loggers = build.make_loggers(self.config, self.directory.path)
+            for logger in self._loggers:
+                logger.log_hyperparams(self.plain_config)
+        return self._loggers
+
+    def close(self) -> None:
+        """Finish the loggers, whatever happened."""
+        opened, self._loggers = self._loggers or [], None
+        close_loggers(opened)
+
+    def publish(self, figures: Mapping[str, float], table: tuple[list[str], list[list[str]]]) -> None:
+        """Hand samples, final figures, the comparison and, on request, the exported model to the loggers."""
+        columns, rows = table
+        write_csv(self.directory.path / "comparison.csv", columns, rows)
+        if not self.loggers:
+            return
+        samples_file = self.directory.path / "samples.json"
+        if samples_file.is_file():
+            fields = ["prompt", "reference", "dense", "pruned"]
+            written = json.loads(samples_file.read_text(encoding="utf-8"))
+            log_table(self.loggers, "samples", fields, [[row[field] for field in fields] for row in written])
+        log_table(self.loggers, "comparison", columns, rows)
+        log_figures(self.loggers, figures)
+        if self.config.export.artifact:
+            folder = self.directory.path / "pruned"
+            if not log_folder(self.loggers, f"{self.config.name}-pruned", folder):
+                log.warning("export.artifact=true has no effect: none of the chosen loggers keeps artifacts")
 
     def fit_jointly(self) -> dict[str, Any]:
         """Train masks and adapters together; leaves ``checkpoints/joint.ckpt``."""
@@ -349,21 +384,15 @@ class Stages:
         """Train to the end, from the checkpoint if there is one."""
         config, checkpoint_path = self.config, self.directory.checkpoint(name)
         checkpoint = RunCheckpoint(checkpoint_path, config.trainer.checkpoint_every_n_steps)
-        callbacks: list[Callback] = [Throughput(), ProgressReport(name), checkpoint]
+        callbacks: list[Callback] = [Throughput(), TrainingHealth(), ProgressReport(name), checkpoint]
         logs = self.directory.path / "metrics" / name
         loggers: list[Logger] = [csv_logger(logs)]
-        try:
-            if isinstance(module, PruningModule):
-                callbacks.append(MaskHistory(logs / "masks.csv", config.trainer.log_every_n_steps))
-                chosen = build.make_loggers(config, self.directory.path)
-                loggers += chosen
-                for logger in chosen:
-                    logger.log_hyperparams(self.plain_config)
-            trainer = build.make_trainer(config, callbacks, loggers, self.data.num_batches)
-            resume = checkpoint_path if checkpoint_path.is_file() else None
-            trainer.fit(module, datamodule=self.data, ckpt_path=resume, weights_only=True)
-        finally:
-            close_loggers(loggers)
+        if isinstance(module, PruningModule):
+            callbacks.insert(0, MaskMonitor(self.directory.path, logs / "mask_history.jsonl"))
+            loggers += self.loggers
+        trainer = build.make_trainer(config, callbacks, loggers, self.data.num_batches, self.directory.path)
+        resume = checkpoint_path if checkpoint_path.is_file() else None
+        trainer.fit(module, datamodule=self.data, ckpt_path=resume, weights_only=True)
         merge_csv(logs, self.directory.path / "metrics" / ("train.csv" if name == "joint" else f"{name}.csv"))
         if checkpoint.interrupted:
             raise RunInterrupted(

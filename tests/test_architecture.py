@@ -222,6 +222,7 @@ def test_generation_with_a_cache_equals_generation_without(case, shape):
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     greedy = model.generate(**batch, **options, use_cache=False)
     assert torch.equal(model.generate(**batch, **options), greedy)
+    assert torch.equal(model.generate(**batch, **options, cache_implementation="static"), greedy)
     beams = model.generate(**batch, **options, num_beams=3, use_cache=False)
     assert torch.equal(model.generate(**batch, **options, num_beams=3), beams)
     alone = model.generate(batch["input_ids"][2:, 8:], **options)

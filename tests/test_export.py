@@ -459,6 +459,16 @@ def test_card_has_hub_metadata_and_the_figures():
     assert "- Only clauses were tried." in text
 
 
+def test_card_says_how_each_format_is_opened_and_how_it_compared():
+    check = {"format": "gguf f16", "size_bytes": 3 * 2**20, "max_abs": 0.012, "top1": 0.9987}
+    files = ["adapter/adapter_config.json", "gguf/model-f16.gguf", "onnx/model.onnx"]
+    text = model_card(**CARD, files=files, checks=[check, {"format": "onnx", "top1": None}])
+    assert "| gguf f16 | 3.0 | 0.012 | 99.87% |" in text
+    assert "llama-cli -m gguf/model-f16.gguf" in text
+    assert "PeftModel.from_pretrained" in text and "`onnx/model.onnx` takes" in text
+    assert "llama-cli" not in model_card(**CARD)
+
+
 def test_card_of_a_stock_model_asks_for_no_flag():
     text = model_card(**{**CARD, "stock": True, "architecture": "LlamaForCausalLM"})
     assert "trust_remote_code" not in text

@@ -12,7 +12,15 @@ PACKAGE = Path(__file__).parent.parent / "atp"
 # From the bottom up; a module may import only from rows above its own, or from those named beside it.
 LEVELS: list[dict[str, tuple[str, ...]]] = [
     {"config": (), "embedded": (), "units": (), "space": ("units",), "modeling_atp": (), "rundir": ()},
-    {"config_help": (), "architecture": (), "data": (), "baselines": (), "cost": ()},
+    {
+        "config_help": (),
+        "architecture": (),
+        "data": (),
+        "baselines": (),
+        "cost": (),
+        "choice": (),
+        "sweep": (),
+    },
     {"prompt": ()},
     {
         "generator": (),
@@ -32,10 +40,11 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
         "cost": (),
         "lasso": (),
         "export": (),
+        "compare": (),
     },
     {"compaction": (), "restoration": ()},
     {"module": ()},
-    {"callbacks": (), "loggers": (), "aware": ()},
+    {"callbacks": (), "loggers": (), "aware": (), "monitoring": ("loggers",), "dashboard": ("loggers",)},
     {"build": (), "results": (), "generate": ()},
     {"stages": ()},
     {"pipeline": ()},
@@ -46,6 +55,7 @@ OWNERS = {
     "hydra": {"config", "build", "cli"},
     "omegaconf": {"config", "cli", "pipeline"},
     "wandb": {"loggers"},
+    "wandb_workspaces": {"dashboard"},
     "datasets": {"data"},
 }
 

@@ -266,7 +266,9 @@ def test_charts_have_titles_text_alternatives_and_units(page):
     assert "Prefill time 60.5%" in alternatives["What the pruned model costs"]
     assert all(chart.find("svg").get("role") == "img" for chart in charts)
     drawn = {words(chart.find("figcaption")): words(chart.find("svg")) for chart in charts}
-    assert "optimiser step" in drawn["Training loss"] and "warm-up" in drawn["Training loss"]
+    assert (
+        "optimiser step" in drawn["Training loss and its parts"] and "warm-up" in drawn["Training loss and its parts"]
+    )
     assert "dense + LoRA" in drawn["Task metrics on held-out data"]
 
 

@@ -1,5 +1,6 @@
 """Verification, the command line and the formats beside GGUF: what users run on their own export."""
 
+import importlib.util
 import io
 import json
 import shutil
@@ -19,14 +20,17 @@ from atp import embedded
 from atp.data.sources import CASEHOLD_PROMPT
 from atp.export.__main__ import main
 from atp.export.bundle import check_formats, windows_of
+from atp.export.gguf_file import export_gguf
 from atp.export.huggingface import export_hf
 from atp.export.loading import load_exported
 from atp.export.onnx_graph import export_onnx
+from atp.export.probe import LlamaCppEngine
 from atp.export.verification import LIMITS, ROUGH, Limit, _matches, mismatches, verify
 from atp.generate import main as generate
 from atp.lora import base_tensors, extract_adapter, merged_tensors
 from atp.removal import max_logit_difference, remove, slice_adapter
 from atp.selection import select
+from atp.space import PruningSpace
 
 
 @pytest.fixture
@@ -111,6 +115,32 @@ def test_onnx_graph_gives_the_same_logits_with_and_without_its_cache(tmp_path, c
     cached = dict(zip(empty, first[1:], strict=True))
     rest = session.run(None, {"input_ids": ids[:, 9:], "attention_mask": mask, **cached})
     np.testing.assert_allclose(rest[0], whole[0][:, 9:], atol=1e-4, rtol=0)
+
+
+SLIM = [("llama", ("qk_pairs", "value_dims")), ("qwen2", ("value_dims", "channels")), ("llama", ("hidden", "heads"))]
+
+
+@pytest.mark.parametrize(("family", "kinds"), SLIM)
+def test_dimensions_cut_inside_heads_and_along_the_residual_stream(tmp_path, family, kinds):
+    """ONNX holds the small shapes; GGUF has zeros where heads lost dimensions, and the same logits in llama.cpp."""
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'atp[onnx]'")
+    model = tiny_model(family, "gqa", layers=3)
+    space = PruningSpace.from_model(model, kinds)
+    masks_U = select(space, torch.randn(space.num_units, generator=torch.Generator().manual_seed(1)), 0.3)
+    small = remove(model.state_dict().items(), model.config, space, masks_U)
+    export_hf(small, None, tmp_path / "model")
+    ids = tiny_batch()["input_ids"][1:2]
+    with torch.no_grad():
+        expected = small(input_ids=ids).logits.numpy()
+    session = runtime.InferenceSession(str(export_onnx(tmp_path / "model")), providers=["CPUExecutionProvider"])
+    past = {item.name: np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32) for item in session.get_inputs()[2:]}
+    inputs = {"input_ids": ids.numpy(), "attention_mask": np.ones(ids.shape, np.int64)}
+    np.testing.assert_allclose(session.run(None, {**inputs, **past})[0], expected, atol=1e-4, rtol=0)
+    (written,) = export_gguf(tmp_path / "model", types=["f32"], tokenizer=False)
+    assert any("zeros" in note for note in written.notes) == ("hidden" not in kinds)
+    if importlib.util.find_spec("llama_cpp"):
+        engine = LlamaCppEngine({"path": str(written.path), "context": 64})
+        np.testing.assert_allclose(engine.logits(ids[0].numpy()), expected[0], atol=1e-3, rtol=0)
 
 
 def test_every_format_is_loaded_in_a_fresh_process_and_compared(tmp_path):

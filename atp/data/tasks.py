@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from atp.data.records import ChoiceRecord, CompletionRecord, PathLike, Record, TextRecord, kind
@@ -232,6 +233,21 @@ def find_task(name: str, tasks: Mapping[str, Task]) -> Task:
     if subset and family in tasks:
         return replace(tasks[family], name=name, subset=subset)
     raise ValueError(f"there is no task {name!r}; {nearest(name, tasks)}")
+
+
+def fill_prompt(name: str, text: str) -> str:
+    """Return a task's prompt with one text in it, as training and evaluation would ask.
+
+    Raises:
+        ValueError: The task is unknown, or its prompt is made of more than one column.
+    """
+    task = find_task(name, load_tasks())
+    columns = sorted(jinja2.meta.find_undeclared_variables(ENVIRONMENT.parse(task.prompt)))
+    if len(columns) != 1:
+        raise ValueError(
+            f"the prompt of task {name} is made of {columns or 'no column'}; give the whole prompt instead"
+        )
+    return ENVIRONMENT.from_string(task.prompt).render({columns[0]: text})
 
 
 def _tables(path: Path) -> dict[str, dict[str, Any]]:

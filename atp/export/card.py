@@ -56,6 +56,8 @@ def model_card(
     recovery: Mapping[str, float] | None = None,
     limitations: Sequence[str] = (),
     prompt: str | None = None,
+    files: Sequence[str] = (),
+    checks: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Writes the model card.
 
@@ -80,6 +82,8 @@ def model_card(
         recovery: Metric -> percent of the dense + LoRA model's value.
         limitations: Sentences added to the general limitations.
         prompt: What stood before or around prompts when it was evaluated, and should when it is used.
+        files: Files of further formats, relative to the directory: adapter, GGUF, ONNX.
+        checks: What verification found of each format, as JSON values.
 
     Returns:
         Markdown with a YAML header.
@@ -90,8 +94,9 @@ def model_card(
         _sparsity(target_sparsity, block_sparsity, model_sparsity, parameters, dense_parameters),
         _widths_table(widths, dense_widths),
         _metrics_table(metrics or {}, recovery or {}),
-        _loading(architecture, stock),
+        _loading(architecture, stock, files),
         _prompt(prompt),
+        _checks_table(checks),
         "## Limitations\n\n" + "\n".join(f"- {line}" for line in (*limitations, *GENERAL_LIMITATIONS)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -218,7 +223,7 @@ def _metrics_table(metrics: Mapping[str, Mapping[str, float]], recovery: Mapping
     return "\n".join([*lines, *(["", note] if recovery else [])])
 
 
-def _loading(architecture: str, stock: bool) -> str:
+def _loading(architecture: str, stock: bool, files: Sequence[str]) -> str:
     if stock:
         why = f"Every layer has the same widths, so this is an ordinary `{architecture}`: no custom code is involved."
     else:
@@ -236,7 +241,37 @@ def _loading(architecture: str, stock: bool) -> str:
         f"tokenizer = AutoTokenizer.from_pretrained({arguments})",
         "```",
     ]
-    return "\n".join(["## How to load", "", why, "", *lines])
+    return "\n".join(["## How to load", "", why, "", *lines, *_other_engines(files)])
+
+
+def _other_engines(files: Sequence[str]) -> list[str]:
+    """How the further formats are opened."""
+    lines: list[str] = []
+    if any(file.startswith("adapter/") for file in files):
+        lines += ["", "The weights are the pruned base; the tuned adapter lies beside them:", "", "```python"]
+        lines += ["from peft import PeftModel", ""]
+        lines += ['model = PeftModel.from_pretrained(model, "path/to/this/directory/adapter")', "```"]
+    if gguf := [file for file in files if file.endswith(".gguf")]:
+        lines += ["", "llama.cpp:", "", "```bash", *(f'llama-cli -m {file} -p "..."' for file in gguf), "```"]
+    if graphs := [file for file in files if file.endswith(".onnx")]:
+        inputs = "`input_ids`, `attention_mask` and the `past_*` of every layer (length 0 at first)"
+        lines += ["", f"onnxruntime: `{graphs[0]}` takes {inputs} and gives `logits` and the `present_*` to pass on."]
+    return lines
+
+
+def _checks_table(checks: Sequence[Mapping[str, Any]]) -> str:
+    """What verification found, each format in a process of its own."""
+    run = [check for check in checks if check.get("top1") is not None and check.get("max_abs") is not None]
+    if not run:
+        return ""
+    rows = [
+        f"| {check['format']} | {check['size_bytes'] / 2**20:.1f} | {check['max_abs']:.2g} | {check['top1']:.2%} |"
+        for check in run
+    ]
+    head = ["| format | size, MiB | largest logit difference | same likeliest token |", "|---|---|---|---|"]
+    return "\n".join(
+        ["## Formats", "", "Each loaded by itself and compared with the model that was trained.", "", *head, *rows]
+    )
 
 
 def _prompt(prompt: str | None) -> str:

@@ -186,11 +186,22 @@ def _values(stored: StoredModel, tensor: GgufTensor) -> np.ndarray:
         filled = np.asarray(tensor.values, np.float32)
         return np.broadcast_to(filled, tensor.shape).copy() if len(filled) == 1 else filled
     parts = [stored.tensor(name).to(torch.float32) for name in tensor.sources]
+    if tensor.kept:
+        parts = [_whole_heads(part, tensor, kept) for part, kept in zip(parts, tensor.kept, strict=True)]
     values = parts[0] if len(parts) == 1 else torch.cat(parts)
     if tensor.heads:
         values = _halves_to_neighbours(values, tensor.heads)
     assert tuple(values.shape) == tensor.shape, f"{tensor.name}: {tuple(values.shape)} is not {tensor.shape}"
     return values.contiguous().numpy()
+
+
+def _whole_heads(values: torch.Tensor, tensor: GgufTensor, kept: tuple[int, ...]) -> torch.Tensor:
+    """Puts the dimensions that heads keep back in their places, zeros in the others."""
+    heads = values.shape[tensor.axis] // len(kept)
+    places = torch.tensor([head * tensor.head_dim + dim for head in range(heads) for dim in kept])
+    shape = list(values.shape)
+    shape[tensor.axis] = heads * tensor.head_dim
+    return values.new_zeros(shape).index_copy(tensor.axis, places, values)
 
 
 def _halves_to_neighbours(rows: torch.Tensor, heads: int) -> torch.Tensor:

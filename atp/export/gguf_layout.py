@@ -12,6 +12,8 @@ what each architecture's loader accepts) was read in its sources and checked by 
 * ``qwen2`` takes only as many heads as make up the hidden size; ``llama`` takes any, and Qwen2's biases too.
 * ``llama`` and ``deci`` rotate neighbouring dimensions, transformers the two halves of a head, so that the rows of
   queries and keys are permuted; the other architectures rotate halves.
+* All heads have one size, for keys and for values. Dimensions that were removed inside heads are written as zeros,
+  which is exact, as the scale of the scores stays that of whole heads.
 * Rotary scaling is written as frequency factors where the architecture reads them, which holds every static kind.
 """
 
@@ -41,6 +43,9 @@ class GgufTensor:
         sources: Stored tensors it is made of, one below the other; none means it is filled.
         heads: Heads whose rows are permuted from halves to neighbours; 0 leaves rows as they are.
         values: What it is filled with, where it has no source: one value for all, or each.
+        kept: By source, the dimensions that its heads keep; the others are zero. Empty where heads are whole.
+        head_dim: Size of a whole head, where heads keep only some dimensions.
+        axis: The dimension along which heads lie.
     """
 
     name: str
@@ -48,6 +53,9 @@ class GgufTensor:
     sources: tuple[str, ...] = ()
     heads: int = 0
     values: tuple[float, ...] = (0.0,)
+    kept: tuple[tuple[int, ...], ...] = ()
+    head_dim: int = 0
+    axis: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,8 +121,14 @@ def gguf_layout(config: PreTrainedConfig) -> GgufLayout:
     if architecture == "qwen2" and widths[0].num_attention_heads * head_dim != config.hidden_size:
         architecture = "llama"
     written = tuple(_padded(layer, index, architecture, head_dim) for index, layer in enumerate(widths))
+    if architecture in ("qwen3", "openelm") and any(layer.rotary_pairs is not None for layer in widths):
+        raise ValueError(
+            "GGUF: Qwen3 normalises whole heads, so rotary pairs cannot be cut for llama.cpp; leave GGUF out"
+        )
     factors, rope_fields = _rotary(config, architecture, head_dim)
     context, notes = _context(config)
+    if any(layer.is_slim for layer in widths):
+        notes += ("dimensions removed inside heads are zeros in this file, as llama.cpp knows one head size",)
     if len(set(written)) == 1 and uniform:
         counts: list[Any] = [written[0].num_attention_heads, written[0].num_key_value_heads]
         counts.append(written[0].intermediate_size)
@@ -255,7 +269,8 @@ def _layer_tensors(
     if architecture == "openelm":
         fused = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         sources = tuple(f"{prefix}{module}.weight" for module in fused) if kept.has_attention else ()
-        tensors.append(GgufTensor(f"{block}attn_qkv.weight", (queries + 2 * keys, hidden), sources))
+        spread = _spread(kept, *fused) if sources else {}
+        tensors.append(GgufTensor(f"{block}attn_qkv.weight", (queries + 2 * keys, hidden), sources, **spread))
         shapes = {module: shape for module, shape in shapes.items() if module not in fused}
     for module, shape in shapes.items():
         present = kept.has_attention if module.startswith("self_attn") else kept.has_mlp
@@ -263,10 +278,25 @@ def _layer_tensors(
         if 0 in shape:
             continue
         name = block + _BLOCKS[module]
-        tensors.append(GgufTensor(f"{name}.weight", shape, (f"{prefix}{module}.weight",) if present else (), heads))
+        sources = (f"{prefix}{module}.weight",) if present else ()
+        spread = _spread(kept, module) if present and module.startswith("self_attn") else {}
+        tensors.append(GgufTensor(f"{name}.weight", shape, sources, heads, **spread))
         if present and _has_bias(config, module):
-            tensors.append(GgufTensor(f"{name}.bias", shape[:1], (f"{prefix}{module}.bias",), heads))
+            spread = {} if module == "self_attn.o_proj" else spread
+            tensors.append(GgufTensor(f"{name}.bias", shape[:1], (f"{prefix}{module}.bias",), heads, **spread))
     return tensors
+
+
+def _spread(kept: LayerWidths, *modules: str) -> dict[str, Any]:
+    """Where the dimensions of slim heads go in whole ones, for the weights of an attention block."""
+    if not kept.is_slim:
+        return {}
+    half = kept.head_dim // 2
+    pairs = kept.rotary_pairs or tuple(range(half))
+    rotary = (*pairs, *(pair + half for pair in pairs))
+    values = tuple(range(kept.value_dim or kept.head_dim))
+    positions = tuple(rotary if module.endswith(("q_proj", "k_proj")) else values for module in modules)
+    return {"kept": positions, "head_dim": kept.head_dim, "axis": int(modules[0].endswith("o_proj"))}
 
 
 def _has_bias(config: PreTrainedConfig, module: str) -> bool:

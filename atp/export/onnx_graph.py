@@ -137,8 +137,10 @@ def _export(graph: CachedGraph, widths: list[LayerWidths], path: Path) -> None:
     axes = {"input_ids": {0: "batch", 1: "tokens"}, "attention_mask": {0: "batch", 1: "seen_and_new"}}
     axes["logits"] = {0: "batch", 1: "tokens"}
     for index in graph.attending if graph.cache else ():
-        shape = (batch, widths[index].num_key_value_heads, seen, widths[index].head_dim)
-        for part in ("key", "value"):
+        layer = widths[index]
+        key_dim = 2 * len(layer.rotary_pairs) if layer.rotary_pairs is not None else layer.head_dim
+        for part, size in (("key", key_dim), ("value", layer.value_dim or layer.head_dim)):
+            shape = (batch, layer.num_key_value_heads, seen, size)
             names.append(f"past_{part}_{index}")
             outputs.append(f"present_{part}_{index}")
             inputs.append(torch.randn(shape))

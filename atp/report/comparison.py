@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atp.report.record import check_metrics, clean, number
+from atp.report.uncertainty import interval
 
 MODEL_LABELS = {
     "dense": "dense base",
@@ -45,12 +46,14 @@ class Row:
         cells: Model key to figure.
         against: What the pruned model's figure means against its reference; in a heading, the name of that column.
         heading: Whether the line opens a section.
+        ranges: Model key to the 95% interval of its figure, where there is one.
     """
 
     label: str
     cells: Mapping[str, str] = field(default_factory=dict)
     against: str = ""
     heading: bool = False
+    ranges: Mapping[str, str] = field(default_factory=dict)
 
 
 def comparison_rows(metrics: Mapping[str, Any]) -> list[Row]:
@@ -123,6 +126,24 @@ def comparison_table(metrics: Mapping[str, Any]) -> Table:
     return table
 
 
+def comparison_cells(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Lay out the comparison as plain cells, for files and loggers.
+
+    Args:
+        metrics: Content of a run's `metrics.json`.
+
+    Returns:
+        Column names and rows: section, quantity, one cell per model, comparison.
+    """
+    models, section, cells = evaluated_models(metrics), "", []
+    for row in comparison_rows(metrics):
+        if row.heading:
+            section = row.label
+        else:
+            cells.append([section, row.label, *(row.cells.get(model, "") for model in models), row.against])
+    return ["section", "quantity", *map(model_label, models), "comparison"], cells
+
+
 def headlines(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Pick the figures a reader wants first.
 
@@ -151,13 +172,25 @@ def headlines(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if perplexity is not None:
         others = [(model_label(m), number(metrics, "eval", m, "perplexity")) for m in ("dense_lora", "dense")]
         told = [f"{label} {_figure(value)}" for label, value in others if value is not None]
-        found.append(("perplexity", _figure(perplexity), "; ".join([", ".join(told), "lower is better"]).lstrip("; ")))
+        sure = _sure(metrics, "perplexity")
+        found.append(("perplexity", _figure(perplexity), "; ".join([*sure, ", ".join(told), "lower is better"])))
+    for metric in (name for name in metric_names(metrics) if name.endswith("accuracy")):
+        value = number(metrics, "eval", "pruned", metric)
+        if value is not None:
+            others = [(model_label(m), number(metrics, "eval", m, metric)) for m in ("dense_lora", "dense")]
+            told = [f"{label} {_figure(score)}" for label, score in others if score is not None]
+            found.append((clean(metric), _figure(value), "; ".join([*_sure(metrics, metric), ", ".join(told)])))
     for kind in ("prefill", "decode"):
         ratio = speed_ratio(metrics, kind)
         if ratio is not None:
             remark = "; measured as noted below" if _speed_note(metrics) else ""
             found.append((f"{kind} speed", f"{ratio:.2f}x", f"relative to the dense base{remark}"))
     return found
+
+
+def _sure(metrics: Mapping[str, Any], metric: str) -> list[str]:
+    ends = interval(metrics, "pruned", metric)
+    return [] if ends is None else [f"95% interval {_range(ends)}"]
 
 
 def evaluated_models(metrics: Mapping[str, Any]) -> list[str]:
@@ -273,7 +306,9 @@ def _quality_rows(metrics: Mapping[str, Any]) -> list[Row]:
         label = clean(metric) + (f" ({', '.join(details)})" if details else "")
         scores = {model: number(metrics, "eval", model, metric) for model in evaluated_models(metrics)}
         cells = {model: _figure(score) for model, score in scores.items() if score is not None}
-        rows.append(Row(label, cells, "" if kept is None else f"{kept:.1f}%"))
+        sure = {model: interval(metrics, model, metric) for model in cells}
+        ranges = {model: _range(ends) for model, ends in sure.items() if ends is not None}
+        rows.append(Row(label, cells, "" if kept is None else f"{kept:.1f}%", ranges=ranges))
     baselines = {model: number(metrics, "baselines", model, "recovery", "mean") for model in evaluated_models(metrics)}
     reference = "recovery" if "dense_lora" in (metrics.get("eval") or {}) else "recovery_vs_dense"
     for label, key in (
@@ -303,6 +338,10 @@ def _cost_rows(metrics: Mapping[str, Any]) -> list[Row]:
     peak = number(metrics, "memory", "train_peak_mib")
     rows.append(Row("peak memory, training (MiB)", {} if peak is None else {"pruned": _decimal(peak)}))
     return [row for row in rows if row.cells or row.against]
+
+
+def _range(ends: tuple[float, float]) -> str:
+    return f"{_figure(ends[0])} to {_figure(ends[1])}"
 
 
 def _pair(label: str, values: Iterable[float | None], form: Callable[[float], str]) -> Row:

@@ -24,6 +24,7 @@ from atp.report.panel import Palette, Panel
 
 SHARE_BINS = 32
 SHADES = 20  # steps of lightness in the picture of shares
+EVOLUTION_COLUMNS = 40
 SMOOTH_ABOVE = 60  # points; curves with more get a running mean
 MAX_POINTS = 600
 
@@ -133,6 +134,38 @@ def share_panel(name: str, title: str, unit: str, grid: Sequence[Sequence[int]])
         _legend(ax, [_swatch(palette, level, f"{100 * level:.0f}% kept") for level in (0.0, 0.5, 1.0)])
 
     return Panel(name, title, f"{alt}.", _rows_height(len(grid)), draw)
+
+
+def evolution_panel(name: str, title: str, unit: str, shares: Sequence[Curve]) -> Panel:
+    """Picture of what each layer kept over training: one row per layer, one column per logged step.
+
+    Args:
+        name: Panel identifier.
+        title: Panel title.
+        unit: What is counted, in the plural.
+        shares: Steps and shares in [0, 1] of each layer, L entries; all at the same steps.
+
+    Returns:
+        The panel.
+    """
+    steps = list(shares[0][0])
+    count = min(len(steps), EVOLUTION_COLUMNS)
+    chosen = [round(i * (len(steps) - 1) / max(count - 1, 1)) for i in range(count)]
+    grid = [[values[i] if i < len(values) else 0.0 for i in chosen] for _, values in shares]
+
+    def draw(ax: Axes, palette: Palette) -> None:
+        _cells(ax, palette, grid)
+        ticks = range(0, count, max(1, count // 5))
+        ax.set_xticks([tick + 0.5 for tick in ticks], [f"{steps[chosen[tick]]:g}" for tick in ticks])
+        ax.set_xlabel("optimiser step")
+        _legend(ax, [_swatch(palette, level, f"{100 * level:.0f}% kept") for level in (0.0, 0.5, 1.0)])
+
+    told = "; ".join(
+        f"layer {layer}: {100 * row[0]:.0f}% at step {steps[0]:g}, {100 * row[-1]:.0f}% at step {steps[-1]:g}"
+        for layer, row in enumerate(grid)
+    )
+    alt = f"Grid of layers by logged steps, a stronger shade is a larger share of {unit} kept. {told}."
+    return Panel(name, title, alt, _rows_height(len(grid)), draw)
 
 
 def curves_panel(

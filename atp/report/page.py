@@ -15,9 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 from atp.report import figures, panel
 from atp.report.comparison import (
     comparison_rows,
@@ -29,6 +26,7 @@ from atp.report.comparison import (
     model_label,
 )
 from atp.report.evidence import evidence
+from atp.report.html import render, replace_file
 from atp.report.panel import Panel
 from atp.report.record import Curve, RunReport, number
 
@@ -66,20 +64,13 @@ def write_report(run_dir: Path | str) -> Path:
     """
     report = RunReport.load(run_dir)
     panels = report_panels(report)
-    for name in ("masks", "training", "widths"):
+    for name in ("masks", "evolution", "training", "widths"):
         for file_format in ("png", "svg"):
             if panels[name]:
                 content = panel.file_bytes(panels[name], file_format, columns=2)
-                _replace_file(report.run_dir / "figures" / f"{name}.{file_format}", content)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.ChainableUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"svg": lambda chart: Markup(panel.inline_svg(chart)), "flat": _flat, "label": model_label}
-    page = environment.get_template("report.html.j2").render(
+                replace_file(report.run_dir / "figures" / f"{name}.{file_format}", content)
+    page = render(
+        "report.html.j2",
         report=report,
         metrics=report.metrics,
         run=report.metrics.get("run") or {},
@@ -93,7 +84,7 @@ def write_report(run_dir: Path | str) -> Path:
         load_lines=_load_lines(report.run_dir),
     )
     path = report.run_dir / "report.html"
-    _replace_file(path, page.encode("utf-8"))
+    replace_file(path, page.encode("utf-8"))
     return path
 
 
@@ -104,11 +95,13 @@ def report_panels(report: RunReport) -> dict[str, list[Panel]]:
         report: The run.
 
     Returns:
-        Charts per part of the page: "widths", "masks", "training", "quality", "cost"; empty where data is missing.
+        Charts per part of the page: "widths", "masks", "evolution", "training", "quality", "cost"; empty where data is
+        missing.
     """
     return {
         "widths": _width_panels(report.metrics),
         "masks": [_mask_panel(kind, grid) for kind, grid in report.masks.items() if any(grid)],
+        "evolution": _evolution_panels(report),
         "training": _training_panels(report),
         "quality": _quality_panels(report.metrics),
         "cost": _cost_panels(report.metrics),
@@ -164,19 +157,61 @@ def _training_panels(report: RunReport) -> list[Panel]:
         for label, curve in logged({"actual": "mask/sparsity", "target": "mask/target_sparsity"}).items()
     }
     kept = {kind: _kept_percent(report, kind) for kind in ("heads", "channels")}
+    losses = [name for name in report.curves if re.fullmatch(r"train/(loss|.*_loss|group_lasso)", name)]
+    parts = {name.removeprefix("train/").removesuffix("_loss"): name for name in losses if name != "train/budget_loss"}
     specs: list[tuple[str, str, dict[str, Curve | None], bool]] = [
-        ("Training loss", "loss", logged({"total": "train/loss", "task": "train/task_loss"}), False),
+        ("Training loss and its parts", "loss", logged(parts), False),
         ("Sparsity against its target", "removed from blocks (%)", sparsity, True),
         ("Heads and channels kept", "kept (% of dense)", kept, True),
         ("Budget term of the loss", "budget loss", logged({"budget": "train/budget_loss"}), False),
+        ("Multipliers of the budget", "multiplier", _numbered(report, "mask/lambda_"), False),
         ("Perplexity on validation data", "perplexity", logged({"validation": "val/perplexity"}), False),
+        ("Gradient norms before clipping", "norm", _numbered(report, "grad_norm/"), False),
+        ("Learning rates", "learning rate", _numbered(report, "lr/"), False),
+        ("Speed of training", "tokens per second", logged({"tokens per second": "train/tokens_per_second"}), False),
+        ("Memory while training", "MiB", _numbered(report, "memory/"), False),
     ]
     panels: list[Panel] = []
     for title, unit, candidates, percent in specs:
         curves = {label: curve for label, curve in candidates.items() if curve and any(map(math.isfinite, curve[1]))}
-        if curves:
+        if curves and (unit != "budget loss" or any(any(values) for _, values in curves.values())):
             name = f"training-{len(panels)}"
             panels.append(figures.curves_panel(name, title, unit, curves, report.phases, percent))
+    return panels
+
+
+def _numbered(report: RunReport, prefix: str) -> dict[str, Curve | None]:
+    """Curves whose names start alike, by what follows."""
+    found = {name.removeprefix(prefix): curve for name, curve in report.curves.items() if name.startswith(prefix)}
+    return {name.removesuffix("_mib").replace("_", " "): curve for name, curve in found.items()}
+
+
+def _evolution_panels(report: RunReport) -> list[Panel]:
+    """Share kept by layer and step, per kind of unit; then how undecided and how restless the masks were."""
+    panels = []
+    for kind, rows in report.masks.items():
+        curves = [report.curves.get(f"{kind}_kept/layer_{layer:02d}") for layer in range(len(rows))]
+        shares = [
+            (curve[0], [value / len(row) for value in curve[1]])
+            for curve, row in zip(curves, rows, strict=True)
+            if curve is not None and row
+        ]
+        if shares and len(shares) == len(rows):
+            words = kind.replace("_", " ")
+            name = "evolution-" + re.sub(r"\W+", "-", kind)
+            panels.append(figures.evolution_panel(name, f"Share of {words} kept, by layer and step", words, shares))
+    specs = {
+        ("Indecision of the masks", "entropy (bits per unit)"): {"entropy": report.curves.get("mask/entropy")},
+        ("Decisions changed", "units per step"): {
+            "noise-free masks": report.curves.get("mask/flips"),
+            "drawn masks": report.curves.get("mask/sampled_flips"),
+        },
+    }
+    for (title, unit), candidates in specs.items():
+        there = {label: curve for label, curve in candidates.items() if curve and any(map(math.isfinite, curve[1]))}
+        if there:
+            name = f"evolution-{len(panels)}"
+            panels.append(figures.curves_panel(name, title, unit, there, report.phases))
     return panels
 
 
@@ -234,17 +269,6 @@ def _certainty(report: RunReport) -> str:
     return f"{100 * sure:.1f}% of the {len(flat):,} gates ended with a keep probability below 0.1 or above 0.9."
 
 
-def _flat(mapping: Mapping[str, Any] | None, prefix: str = "") -> list[tuple[str, Any]]:
-    """List a nested object as (dotted key, value) without its empty values."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in (mapping or {}).items():
-        if isinstance(value, Mapping):
-            pairs += _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            pairs.append((f"{prefix}{key}", f"{value:,}" if isinstance(value, int) and value >= 10_000 else value))
-    return pairs
-
-
 def _load_lines(run_dir: Path) -> str:
     """Python that loads the exported model; empty if the run directory has none."""
     pruned = run_dir / "pruned"
@@ -258,13 +282,3 @@ def _load_lines(run_dir: Path) -> str:
     lines += [f"model = AutoModelForCausalLM.from_pretrained({where}{flag})"]
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({where})"]
     return "\n".join(lines)
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -83,6 +83,27 @@ class Panel:
     height_in: float
     draw: Callable[[Axes, Palette], None]
 
+    def _repr_png_(self) -> bytes:
+        """Show the chart in a notebook."""
+        return file_bytes([self], "png")
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Several charts as one picture, for notebooks.
+
+    Attributes:
+        panels: Charts in reading order, at least one.
+        columns: Charts side by side.
+    """
+
+    panels: Sequence[Panel]
+    columns: int = 2
+
+    def _repr_png_(self) -> bytes:
+        """Show the charts in a notebook."""
+        return file_bytes(list(self.panels), "png", self.columns)
+
 
 def inline_svg(panel: Panel) -> str:
     """Render a panel as an SVG element for a page.

@@ -33,6 +33,7 @@ _SCHEMA: dict[str, Any] = {
     },
     **dict.fromkeys(("sparsity", "parameters"), _NUMBERS),
     "eval": {"*": _NUMBERS},
+    "intervals": {"*": {"*": "any"}},
     **dict.fromkeys(("eval_counts", "recovery", "recovery_vs_dense"), _NUMBERS),
     "speed": {
         "dense": _NUMBERS,
@@ -102,7 +103,7 @@ class RunReport:
                 wrong kind; the message names the file and the key.
         """
         run_dir = Path(run_dir)
-        metrics = _read_metrics(run_dir / "metrics.json")
+        metrics = read_metrics(run_dir / "metrics.json")
         parts: dict[str, Any] = {}
         notes = []
         for name, reader in {"masks.json": _masks, "metrics/train.csv": _training, "samples.json": _samples}.items():
@@ -116,7 +117,7 @@ class RunReport:
         for key in ("overrides", "config"):
             path = run_dir / ".hydra" / f"{key}.yaml"
             parts[key] = clean(path.read_text("utf-8", errors="replace")) if path.is_file() else None
-        absent = [key for key in _SCHEMA if key != "baselines" and not metrics.get(key)]
+        absent = [key for key in _SCHEMA if key not in ("baselines", "intervals") and not metrics.get(key)]
         if absent:
             notes.append(f"metrics.json has nothing under: {', '.join(absent)}.")
         return cls(run_dir=run_dir, metrics=metrics, notes=tuple(map(clean, notes)), **parts)
@@ -204,7 +205,18 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _read_metrics(path: Path) -> dict[str, Any]:
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Read and check a `metrics.json`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content, unprintable characters replaced.
+
+    Raises:
+        ValueError: If it is missing, is not JSON, has another format version or holds a value of the wrong kind.
+    """
     try:
         metrics = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:

@@ -1,0 +1,59 @@
+"""Pages from templates: the one place that knows Jinja.
+
+Both pages, of one run and of many, share a style sheet, macros for charts and facts, and filters. It does not know what
+the pages show.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from atp.report import panel
+from atp.report.comparison import model_label
+
+
+def render(template: str, **content: Any) -> str:
+    """Fill a template of this folder.
+
+    Args:
+        template: Its file name.
+        **content: What it shows; every text is escaped.
+
+    Returns:
+        A page that loads nothing from outside itself.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"svg": lambda chart: Markup(panel.inline_svg(chart)), "flat": _flat, "label": model_label}
+    return environment.get_template(template).render(**content)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; its folder is made if absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flat(mapping: Mapping[str, Any] | None, prefix: str = "") -> list[tuple[str, Any]]:
+    """List a nested object as (dotted key, value) without its empty values."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in (mapping or {}).items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            pairs.append((f"{prefix}{key}", f"{value:,}" if isinstance(value, int) and value >= 10_000 else value))
+    return pairs

@@ -1,0 +1,123 @@
+"""Figures and pictures of masks while training, and loggers that are not installed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_batch, tiny_model
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+
+from atp import loggers
+from atp.generator import FreeLogits
+from atp.lora import MaskedModel, add_lora
+from atp.module import PruningModule
+from atp.monitoring import MaskMonitor, TrainingHealth, binary_entropy, unit_rows
+from atp.objective import Projection, SparsitySchedule
+from atp.report.mask_picture import block_shares, mask_picture
+from atp.sampler import Threshold
+from atp.space import PruningSpace
+
+
+def test_entropy_in_bits() -> None:
+    assert binary_entropy(torch.tensor([0.0, 0.5, 1.0])).tolist() == pytest.approx([0.0, 1.0, 0.0])
+    assert float(binary_entropy(torch.tensor([0.11]))) == pytest.approx(0.4999, abs=1e-3)
+
+
+def test_blocks_average_every_unit_once() -> None:
+    row = [float(i % 3 == 0) for i in range(100)]
+    shares = block_shares(row, 32)
+    assert len(shares) == 32 and sum(shares) / 32 == pytest.approx(sum(row) / 100, abs=0.02)
+    assert block_shares([1.0, 0.0], 32) == [1.0, 0.0] and block_shares([], 32) == []
+
+
+def test_picture_is_dark_where_kept() -> None:
+    picture = mask_picture([[1.0, 0.0], [0.0, 1.0]], "two layers")
+    assert picture.getpixel((34 + 9, 24 + 7)) == picture.getpixel((34 + 27, 24 + 21)) == (31, 78, 156)
+    assert picture.getpixel((34 + 27, 24 + 7)) == (255, 255, 255)
+
+
+class Recorder(Callback):
+    """Remembers logits' decisions at every step, and what was logged."""
+
+    def __init__(self) -> None:
+        self.decisions: list[torch.Tensor] = []
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, PruningModule)
+        self.decisions.append(pl_module.mask_state()[0].clone())
+        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> tuple[Recorder, Path, PruningModule]:
+    model = tiny_model("llama", "gqa")
+    space = PruningSpace.from_model(model)
+    masked = MaskedModel(add_lora(model, r=2), space)
+    schedule = SparsitySchedule.from_fractions(0.5, 8, warmup=0.0, ramp=0.5, freeze_at=0.75)
+    module = PruningModule(
+        masked, FreeLogits(space, initial_std=0.1), Threshold(), Projection(), schedule, total_steps=8, lr=1e-3
+    )
+    recorder = Recorder()
+    monitor = MaskMonitor(tmp_path, tmp_path / "history.jsonl", pictures=3)
+    trainer = Trainer(
+        max_steps=8,
+        accelerator="cpu",
+        log_every_n_steps=2,
+        logger=False,
+        callbacks=[monitor, TrainingHealth(), recorder],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader([tiny_batch(seed=seed) for seed in range(8)], batch_size=None))
+    return recorder, tmp_path, module
+
+
+def test_kept_units_and_flips_are_those_of_the_masks(trained: tuple[Recorder, Path, PruningModule]) -> None:
+    recorder, _, module = trained
+    decided, logged = recorder.decisions, recorder.logged
+    flips = float((decided[3] != decided[1]).sum()) / 2
+    assert flips > 0 and logged[3]["mask/flips"] == flips
+    assert logged[7]["mask/flips"] == 0 and logged[7]["mask/entropy"] == 0 < logged[1]["mask/entropy"]
+    for axis in module.space.axes:
+        kept = float(module.space.split(decided[5])[axis.name].sum())
+        assert logged[5][f"{axis.kind}_kept/layer_{axis.layer:02d}"] == kept
+
+
+def test_gradient_norms_and_rates_per_group(trained: tuple[Recorder, Path, PruningModule]) -> None:
+    logged = trained[0].logged
+    assert {"grad_norm/lora", "grad_norm/generator", "lr/lora", "lr/generator"} <= logged[1].keys()
+    assert logged[1]["grad_norm/lora"] > 0 and logged[1]["grad_norm/generator"] > 0
+
+
+def test_pictures_until_the_freeze_and_none_after(trained: tuple[Recorder, Path, PruningModule]) -> None:
+    _, folder, module = trained
+    records = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 2, 4, 6, 7]
+    final = unit_rows(module.space.axes, module.space.split(module.final_masks_U))
+    assert records[-1]["kept"] == final and records[-1]["phase"] == "frozen"
+    assert (folder / "figures/masks/heads_000007.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("make", "extra"), [(loggers.tensorboard_logger, "tensorboard"), (loggers.mlflow_logger, "mlflow")]
+)
+def test_missing_logger_package_names_the_extra(
+    make: object, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"logger={extra} needs.*pip install 'atp\[{extra}\]'"):
+        make(str(tmp_path))  # type: ignore[operator]
+
+
+def test_markdown_cells_cannot_break_the_table() -> None:
+    text = loggers.markdown_table(["a", "b"], [["x|y", "one\ntwo"]])
+    assert text.splitlines()[2] == "| x\\|y | one<br>two |"

@@ -1,0 +1,117 @@
+"""Sweeps as files: shared results, marks of jobs, folder names, and when a trial counts as bad."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from atp.callbacks import StopBadTrial, TrialStopped
+from atp.config import folder_name
+from atp.module import PruningModule
+from atp.sweep import SharedResults, clear_mark, lease_gpu, mark_job, read_job, read_jobs, start_sweep, summary_lines
+
+CONFIG: dict[str, Any] = {
+    "name": "a",
+    "seed": 0,
+    "data": {"max_length": 64},
+    "prune": {"sparsity": 0.5},
+    "lora": {"r": 8},
+    "trainer": {"max_steps": 4, "accelerator": "cpu"},
+    "evaluate": {"speed": True, "speed_repeats": 5, "max_generate": 4},
+}
+
+
+def changed(**groups: Any) -> dict[str, Any]:
+    return {
+        key: {**value, **groups.get(key, {})} if isinstance(value, dict) else groups.get(key, value)
+        for key, value in CONFIG.items()
+    }
+
+
+def test_reference_is_shared_exactly_when_nothing_it_depends_on_differs(tmp_path: Path) -> None:
+    key = SharedResults(tmp_path, CONFIG).key
+    same = changed(name="b", prune={"sparsity": 0.2}, trainer={"accelerator": "gpu"}, evaluate={"speed_repeats": 9})
+    assert SharedResults(tmp_path, same).key("dense_lora") == key("dense_lora")
+    for other in (changed(seed=1), changed(data={"max_length": 32}), changed(evaluate={"max_generate": 8})):
+        assert SharedResults(tmp_path, other).key("dense") != key("dense")
+        assert SharedResults(tmp_path, other).key("dense_lora") != key("dense_lora")
+    tuned = SharedResults(tmp_path, changed(lora={"r": 16}))
+    assert tuned.key("dense") == key("dense") and tuned.key("dense_lora") != key("dense_lora")
+
+
+def test_shared_work_is_done_once_and_not_kept_when_it_fails(tmp_path: Path) -> None:
+    shared, done = SharedResults(tmp_path / "shared", CONFIG), []
+
+    def work() -> dict[str, Any]:
+        done.append(1)
+        if len(done) == 1:
+            raise RuntimeError("first try")
+        return {"values": {"perplexity": 2.0}}
+
+    with pytest.raises(RuntimeError):
+        shared.take("dense", work)
+    assert shared.take("dense", work) == {"values": {"perplexity": 2.0}}
+    again = SharedResults(tmp_path / "shared", changed(name="other")).take("dense", work)
+    assert again["values"] == {"perplexity": 2.0} and "shared_from" in again and len(done) == 2
+
+
+def test_jobs_are_told_with_their_reasons(tmp_path: Path) -> None:
+    start_sweep(tmp_path, ["prune.sparsity=0.2,0.3"])
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "a" / "metrics.json").write_text("{}")
+    mark_job(tmp_path / "b", "failed", "ValueError: too much")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "job.json").write_text("not json")
+    jobs = read_jobs(tmp_path)
+    assert [job.state for job in jobs] == ["finished", "failed", "unfinished", "failed"]
+    text = "\n".join(summary_lines(tmp_path, jobs))
+    assert "1 finished, 2 failed, 1 unfinished" in text and "failed: b: ValueError: too much" in text
+    assert f"python -m atp.report {tmp_path}" in text
+    clear_mark(tmp_path / "b")
+    assert read_job(tmp_path / "b").state == "unfinished"
+
+
+def test_folder_names_hold_no_separators_and_stay_apart() -> None:
+    assert folder_name("model.path=/a/b c,prune.sparsity=0.2") == "model.path=_a_b_c,prune.sparsity=0.2"
+    long = [folder_name("x=" + "a" * 300 + end) for end in "12"]
+    assert long[0] != long[1] and max(map(len, long)) <= 150
+
+
+def test_one_gpu_needs_no_lease(tmp_path: Path) -> None:
+    assert lease_gpu(tmp_path, 0) is None and lease_gpu(tmp_path, 1) is None
+    assert not list(tmp_path.iterdir())
+
+
+def validate(folder: Path, name: str, step: int, value: float, **settings: Any) -> None:
+    (folder / name).mkdir(exist_ok=True)
+    metrics = {"val/perplexity": torch.tensor(value)}
+    trainer: Any = SimpleNamespace(sanity_checking=False, callback_metrics=metrics, global_step=step, max_steps=10)
+    StopBadTrial(str(folder / name), **settings).on_validation_end(trainer, PruningModule.__new__(PruningModule))
+
+
+def test_a_trial_worse_than_the_median_is_stopped(tmp_path: Path) -> None:
+    for name, value in (("a", 2.0), ("b", 3.0), ("c", 4.0)):
+        validate(tmp_path, name, 5, value)
+    validate(tmp_path, "d", 3, 9.0)
+    with pytest.raises(TrialStopped, match=r"val/perplexity is 9 at step 5, above the median 3 of 3 others") as stop:
+        validate(tmp_path, "d", 5, 9.0)
+    assert stop.value.value == 9.0 and json.loads((tmp_path / "d" / "trial.json").read_text()) == {"3": 9.0, "5": 9.0}
+    validate(tmp_path, "e", 5, 2.5)
+    validate(tmp_path, "f", 5, 9.0, min_trials=9)
+    with pytest.raises(TrialStopped):
+        validate(tmp_path, "g", 5, float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"), [({"after": 2.0}, "after is 2"), ({"min_trials": 0}, "min_trials is 0")]
+)
+def test_bad_settings_of_the_median_rule(settings: dict[str, Any], field: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=field):
+        StopBadTrial(str(tmp_path), **settings)
