@@ -25,7 +25,7 @@ from transformers import (
 
 from atp.architecture import LayerWidths, build_model, pruned_config
 from atp.data.encoding import Encoder
-from atp.data.records import ChoiceRecord, CompletionRecord, Record, TextRecord
+from atp.data.records import ChoiceRecord, CompletionRecord, Record, TextRecord, limit
 from atp.data.sources import load_files
 from atp.evaluate.quality import Metrics, evaluate, is_headline, recovery, samples
 from atp.evaluate.scoring import choice_nats, evaluating, greedy, sequence_nats
@@ -400,7 +400,7 @@ def test_a_real_checkpoint_reaches_its_known_quality(shared: Path) -> None:
     folder = shared / "models" / "stories260K"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     stories = load_files(shared / "data" / "general" / "tinystories_heldout.jsonl", seed=0)
-    stories = list(stories.train)[:40]
+    stories = limit(list(stories.train), 40, seed=0)
     metrics = evaluate(model, tokenizer, stories, max_length=512, batch_size=8)
     assert isinstance(metrics, Metrics)
     assert metrics.values["perplexity"] == pytest.approx(4.29, rel=0.06)
