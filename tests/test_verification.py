@@ -17,7 +17,7 @@ from test_architecture import CASES, SHAPES, dense_model, left_padded_batch, pru
 from test_removal import masked_model
 
 from atp import embedded
-from atp.data.sources import CASEHOLD_PROMPT
+from atp.data.tasks import fill_prompt
 from atp.export.__main__ import main
 from atp.export.bundle import check_formats, windows_of
 from atp.export.gguf_file import export_gguf
@@ -284,7 +284,7 @@ def test_generation_reads_a_pipe_and_fills_a_task_template(model_dir, capsys, mo
     monkeypatch.setattr(sys, "stdin", io.StringIO("the court held\n"))
     assert generate([str(model_dir), "--max-new-tokens", "8", "--task", "casehold"]) == 0
     piped = capsys.readouterr().out
-    prompt = CASEHOLD_PROMPT.format(citing_prompt="the court held")
+    prompt = fill_prompt("casehold", "the court held")
     assert generate([str(model_dir), "--max-new-tokens", "8", "--prompt", prompt]) == 0
     assert capsys.readouterr().out == piped
 
@@ -297,6 +297,8 @@ def test_generation_reads_a_pipe_and_fills_a_task_template(model_dir, capsys, mo
         (["--prompt", "a", "--max-new-tokens", "0"], "must be at least 1"),
         (["--prompt", "a", "--max-new-tokens", "600"], "below the context of 512"),
         (["--prompt", "a", "--chat", "--task", "billsum"], "choose one"),
+        (["--prompt", "a", "--task", "casehol"], "did you mean casehold"),
+        (["--prompt", "a", "--task", "boolq"], "give the whole prompt instead"),
         (["--prompt", ""], "there is no prompt"),
     ],
 )

@@ -29,8 +29,8 @@ MODEL_LABELS = {
     "wanda": "Wanda, equal widths",
     "fluctuation": "fluctuation",
     "magnitude": "magnitude",
-    "uniform": "uniform widths",
     "random": "random masks",
+    "uniform": "uniform widths",
     "random_uniform": "random, equal widths",
 }
 _LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss")
