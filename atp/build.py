@@ -287,6 +287,11 @@ def load_beyond(config: TrainConfig) -> tuple[dict[str, list[Record]], dict[str,
         ValueError: An unknown name or a missing file, or the harness is asked for and not installed.
     """
     settings = config.evaluate
+    if settings.max_forgetting < 1 and settings.forgetting:
+        raise ValueError(
+            f"evaluate.max_forgetting is {settings.max_forgetting}; it must be at least 1. To measure none: "
+            "evaluate.forgetting=[]"
+        )
     own = {*(config.data.tasks or ()), *([config.data.domain] if config.data.source == "embedded" else [])}
     others = {
         name: load_scored(config, name, settings.max_forgetting) for name in settings.forgetting if name not in own

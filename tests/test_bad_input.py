@@ -67,6 +67,12 @@ def test_unknown_dtype_and_source() -> None:
         build.load_splits(config("data.source=sql").data, 0)
 
 
+def test_no_records_of_other_domains_is_refused_before_training() -> None:
+    with pytest.raises(ValueError, match=r"evaluate\.max_forgetting is 0.*evaluate\.forgetting=\[\]"):
+        build.load_beyond(config("evaluate.max_forgetting=0"))
+    assert build.load_beyond(config("evaluate.max_forgetting=0", "evaluate.forgetting=[]"))[0] == {}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
