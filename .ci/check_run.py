@@ -16,16 +16,12 @@ def main(root: Path) -> int:
         "masked, removed and reloaded logits agree below 1e-4": metrics["removal"]["max_abs_logit_diff"] < 1e-4,
         "pruned has lower perplexity than random and uniform": quality["pruned"]
         < min(quality["random"], quality["uniform"]),
-        "mean recovery has not fallen below 93% (the target is 95%; two points are noise of 120 items a task)": metrics[
-            "recovery"
-        ]["mean"]
-        >= 93.0,
+        "mean recovery of dense + LoRA is at least 95%": metrics["recovery"]["mean"] >= 95.0,
         "peak memory of training is at most 3 GiB": metrics["memory"]["train_peak_mib"] <= 3 * 1024,
         "the pruned file is smaller": metrics["files"]["pruned_mib"] < metrics["files"]["dense_mib"],
         "the report is there": (run / "report.html").stat().st_size > 10_000,
     }
     targets = {
-        "mean recovery of dense + LoRA is at least 95%": metrics["recovery"]["mean"] >= 95.0,
         "perplexity recovery of dense + LoRA is at least 95%": metrics["recovery"]["perplexity"] >= 95.0,
     }
     for text, holds in targets.items():  # figures to reach: reported, while only broken promises fail the build
