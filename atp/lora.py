@@ -81,29 +81,6 @@ def add_lora(
     return peft_model
 
 
-class Projection:
-    """One linear with its adapter, where it has one.
-
-    Args:
-        name: Its name in the base model.
-        module: The module in the wrapped model.
-    """
-
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self.module = module
-        base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
-        self.weight: Tensor = base.weight
-        infix = ".base_layer" if isinstance(module, LoraLayer) else ""
-        self.name = f"peft_model.{_PREFIX}{name}{infix}.weight"
-
-    def effective_weight(self) -> Tensor:
-        """Base weight plus adapter, float32, [out, in]."""
-        weight = self.weight.detach().float()
-        if isinstance(self.module, LoraLayer):
-            weight = weight + self.module.get_delta_weight("default").float()  # type: ignore[operator]
-        return weight
-
-
 class MaskedModel(nn.Module):
     """A PEFT model whose forward pass is multiplied by the current masks.
 
@@ -217,9 +194,18 @@ class MaskedModel(nn.Module):
         self.space.refit_groups(lambda name: self.peft_model.get_submodule(_PREFIX + name), live)
         self.is_compact = True
 
-    def projection(self, name: str) -> Projection:
-        """A linear by its name in the base model."""
-        return Projection(name, self.peft_model.get_submodule(_PREFIX + name))
+    def base_weight_name(self, module: str) -> str:
+        """Name of :meth:`base_weight` in this model's state dict."""
+        infix = ".base_layer" if self.adapter(module) is not None else ""
+        return f"peft_model.{_PREFIX}{module}{infix}.weight"
+
+    def effective_weight(self, module: str) -> Tensor:
+        """Base weight plus adapter of the linear ``module``, float32, [rows, columns]."""
+        weight, adapter = self.base_weight(module).detach().float(), self.adapter(module)
+        if adapter is not None:
+            down, up, scale = adapter
+            weight = weight + scale * (up.detach().float() @ down.detach().float())
+        return weight
 
     @contextmanager
     def unmasked(self) -> Iterator[None]:
@@ -261,11 +247,11 @@ def owned_parameters(
     for name, parameter in module.named_parameters():
         kind = name.removeprefix("base_layer.")
         if kind == "weight":
-            yield name, parameter, weight.rows, weight.columns
+            yield f"{weight.module}.{name}", parameter, weight.rows, weight.columns
         elif kind == "bias" or kind.startswith("lora_B."):
-            yield name, parameter, weight.rows, None
+            yield f"{weight.module}.{name}", parameter, weight.rows, None
         elif kind.startswith("lora_A."):
-            yield name, parameter, None, weight.columns
+            yield f"{weight.module}.{name}", parameter, None, weight.columns
         else:
             raise ValueError(f"{weight.module}.{name}: no rule for cutting this adapter parameter; prune.compact=false")
 

@@ -60,13 +60,12 @@ def restore(
     names = []
     for some in _portions(cut):
         for module, gram_DD in _second_moments(masked, some, batches).items():
-            layer = masked.projection(module)
-            dense = layer.effective_weight()
+            weight, dense = masked.base_weight(module), masked.effective_weight(module)
             fitted = fit_kept(dense, gram_DD, cut[module].to(gram_DD.device), ridge)
             kept_K = cut[module].nonzero().flatten().to(dense.device)
             change = fitted - dense[:, kept_K]
-            layer.weight.index_add_(1, kept_K, change.to(layer.weight.dtype))
-            names.append(layer.name)
+            weight.index_add_(1, kept_K, change.to(weight.dtype))
+            names.append(masked.base_weight_name(module))
     masked.train(training)
     return names
 
@@ -122,7 +121,7 @@ def _second_moments(
 
         return add
 
-    hooks = [masked.projection(module).module.register_forward_pre_hook(watch(module)) for module in modules]
+    hooks = [masked.linear(module).register_forward_pre_hook(watch(module)) for module in modules]
     try:
         with masked.unmasked():
             for batch in batches():

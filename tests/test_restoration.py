@@ -58,7 +58,7 @@ def test_restored_projections_are_closer_to_the_dense_ones() -> None:
     masks_U = select(masked.space, torch.rand(masked.space.num_units), 0.4)
     data = list(batches())
     outputs: list[torch.Tensor] = []
-    module = masked.projection("model.layers.0.mlp.down_proj").module
+    module = masked.linear("model.layers.0.mlp.down_proj")
     hook = module.register_forward_hook(lambda _, inputs, output: outputs.append(output.detach()))
     with torch.no_grad():
         masked(**data[0])
