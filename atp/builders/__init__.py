@@ -1,0 +1,1 @@
+"""Builders: what :mod:`atp.build` offers, by what is built."""

@@ -1,0 +1,94 @@
+"""The base model and its tokenizer, from a directory, a hub id or the embedded model.
+
+First of the builders; removal and evaluation load the dense model through it again. It knows nothing of data, masks or
+adapters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from atp import embedded, modeling_atp
+from atp.architecture import family
+from atp.config import ModelConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def model_source(config: ModelConfig) -> str:
+    """Directory or hub id of the base model.
+
+    Raises:
+        ValueError: ``model.path`` is not set, or is a path that does not exist.
+    """
+    if not config.path:
+        raise ValueError("model.path is not set; give a directory in Hugging Face layout, a hub id, or 'embedded'")
+    if config.path == "embedded":
+        return str(embedded.base_dir())
+    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
+    path = Path(config.path).expanduser()
+    if path.is_dir():
+        return str(path)
+    if looks_local:
+        raise ValueError(
+            f"model.path={config.path}: no such directory; give one that holds config.json and *.safetensors"
+        )
+    return config.path
+
+
+def load_base(config: ModelConfig) -> PreTrainedModel:
+    """The dense base model, frozen weights in ``model.dtype``, from safetensors only.
+
+    Raises:
+        ValueError: Unknown dtype or family, nothing to load, or no access; each says the way out.
+    """
+    source = model_source(config)
+    if config.dtype not in DTYPES:
+        raise ValueError(f"model.dtype is {config.dtype!r}; known: {', '.join(DTYPES)}")
+    modeling_atp.register()
+    try:
+        family(AutoConfig.from_pretrained(source, revision=config.revision))
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=config.revision,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=config.attn_implementation,
+            use_safetensors=True,
+        )
+    except OSError as error:
+        raise ValueError(_access_message("model.path", source, error)) from error
+    model.eval()
+    return model
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, with a padding token.
+
+    Raises:
+        ValueError: There is none, or no access.
+    """
+    source = model_source(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(_access_message("model.path", source, error)) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _access_message(field: str, source: str, error: Exception) -> str:
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if Path(source).is_dir():
+        return (
+            f"{field}={source}: cannot be loaded ({reason}); it needs config.json, tokenizer files and "
+            "*.safetensors weights"
+        )
+    return (
+        f"{field}={source}: cannot be fetched from the hub ({reason}). Without network, use model=local "
+        "model.path=<directory>; for a "
+        "gated model, accept its licence on its page and log in with `hf auth login`"
+    )
