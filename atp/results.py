@@ -15,7 +15,7 @@ from atp.architecture import LayerWidths
 from atp.baselines import BASELINES
 from atp.config import TrainConfig
 from atp.evaluate.intervals import Items, paired
-from atp.evaluate.quality import recovery
+from atp.evaluate.metrics import recovery
 from atp.export.card import base_license, model_card
 
 FORMAT = 1
@@ -51,20 +51,10 @@ def assemble(
     """
     export, cost = results["export"], results["cost"]
     values = {name: results[name]["values"] for name in MODELS if name in results}
+    removal = ("max_abs_logit_diff", "masked_vs_removed", "removed_vs_reloaded", "dtype", "tokens")
     metrics: dict[str, Any] = {
         "format": FORMAT,
-        "run": {
-            "name": config.name,
-            "seed": config.seed,
-            "base": config.model.path,
-            "method": config.prune.name,
-            "steps": config.trainer.max_steps,
-            "device": device,
-            "train_peak_is": results["fit"]["train_peak_kind"],
-            "data": dict(data),
-            "seconds": {name: result["seconds"] for name, result in results.items()},
-            **origin,
-        },
+        "run": {**_run(results, config, device), "data": dict(data), **origin},
         "sparsity": {
             "target": config.prune.sparsity,
             "blocks": export["sparsity"],
@@ -76,40 +66,53 @@ def assemble(
             "dense_blocks": dense_blocks,
             "pruned_blocks": export["pruned_blocks"],
         },
-        "removal": {
-            k: export[k] for k in ("max_abs_logit_diff", "masked_vs_removed", "removed_vs_reloaded", "dtype", "tokens")
-        },
+        "removal": {key: export[key] for key in removal},
         "export": {
-            "stock": export["stock"],
-            "architecture": export["architecture"],
+            **{key: export[key] for key in ("stock", "architecture")},
             "adapter": export.get("adapter", False),
             "formats": export.get("formats", []),
         },
-        "eval": values,
-        "eval_counts": results["pruned"]["counts"],
-        "recovery_vs_dense": recovery(values["pruned"], values["dense"]),
-        "macs": cost["macs"],
         "memory": {"train_peak_mib": results["fit"]["train_peak_mib"], **cost["memory"]},
-        "files": cost["files"],
         "prompt": {**(prompt or {}), **cost.get("prompt", {})},
         "overlap": dict(overlap or {}),
         "widths": export["widths"],
         "dense_widths": dense_widths,
+        **{key: cost[key] for key in ("macs", "files", "speed") if key in cost},
+    }
+    return metrics | _quality(results, values) | _certainty(results, config) | _beyond_the_target(results)
+
+
+def _run(results: Mapping[str, dict[str, Any]], config: TrainConfig, device: str) -> dict[str, Any]:
+    """What was run, where, and how long each stage took."""
+    return {
+        "name": config.name,
+        "seed": config.seed,
+        "base": config.model.path,
+        "method": config.prune.name,
+        "steps": config.trainer.max_steps,
+        "device": device,
+        "train_peak_is": results["fit"]["train_peak_kind"],
+        "seconds": {name: result["seconds"] for name, result in results.items()},
+    }
+
+
+def _quality(results: Mapping[str, dict[str, Any]], values: Mapping[str, dict[str, float]]) -> dict[str, Any]:
+    """Figures of every model on the target domain, and what of the dense model's the pruned one and baselines keep."""
+    found: dict[str, Any] = {
+        "eval": values,
+        "eval_counts": results["pruned"]["counts"],
+        "recovery_vs_dense": recovery(values["pruned"], values["dense"]),
     }
     if "dense_lora" in values:
-        metrics["recovery"] = recovery(values["pruned"], values["dense_lora"])
+        found["recovery"] = recovery(values["pruned"], values["dense_lora"])
+    reference = values.get("dense_lora", values["dense"])
     baselines = {name: results[name] for name in BASELINES if name in results}
     if baselines:
-        metrics["baselines"] = {
-            name: {
-                "sparsity": result["sparsity"],
-                "recovery": recovery(result["values"], values.get("dense_lora", values["dense"])),
-            }
+        found["baselines"] = {
+            name: {"sparsity": result["sparsity"], "recovery": recovery(result["values"], reference)}
             for name, result in baselines.items()
         }
-    if "speed" in cost:
-        metrics["speed"] = cost["speed"]
-    return metrics | _certainty(results, config) | _beyond_the_target(results)
+    return found
 
 
 def _certainty(results: Mapping[str, dict[str, Any]], config: TrainConfig) -> dict[str, Any]:

@@ -34,7 +34,8 @@ from atp.criteria import importance, rank
 from atp.data.records import Record, as_completion
 from atp.evaluate import harness
 from atp.evaluate.measure import compare_speed, count_parameters, file_mib, macs_per_token, peak_memory, weights_mib
-from atp.evaluate.quality import Metrics, evaluate, samples
+from atp.evaluate.metrics import Metrics
+from atp.evaluate.quality import evaluate, samples
 from atp.export.bundle import check_formats, verify_formats, windows_of, write_formats
 from atp.export.huggingface import export_hf
 from atp.export.loading import load_exported

@@ -143,7 +143,7 @@ def _row(key: tuple[Any, ...], cells: Sequence[Mapping[str, Any]]) -> Row:
 
 
 def _recovery(values: Mapping[str, float], reference: Mapping[str, float]) -> float | None:
-    from atp.evaluate.quality import recovery
+    from atp.evaluate.metrics import recovery
 
     return recovery(values, reference).get("mean")
 

@@ -17,8 +17,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from atp.data.batches import BatchOrder, PruningDataModule, ResumableLoader, encode
+from atp.data.batches import PruningDataModule, encode
 from atp.data.encoding import IGNORED, Encoder
+from atp.data.loading import BatchOrder, ResumableLoader
 from atp.data.records import ChoiceRecord, CompletionRecord, Splits, TextRecord
 from atp.data.sources import load_files
 

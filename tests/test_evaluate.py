@@ -27,7 +27,8 @@ from atp.architecture import LayerWidths, build_model, pruned_config
 from atp.data.encoding import Encoder
 from atp.data.records import ChoiceRecord, CompletionRecord, Record, TextRecord, limit
 from atp.data.sources import load_files
-from atp.evaluate.quality import Metrics, evaluate, is_headline, recovery, samples
+from atp.evaluate.metrics import Metrics, is_headline, recovery
+from atp.evaluate.quality import evaluate, samples
 from atp.evaluate.scoring import choice_nats, evaluating, greedy, sequence_nats
 
 CPU = torch.device("cpu")

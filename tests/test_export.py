@@ -120,9 +120,9 @@ save_file(logits, root + "/logits.safetensors")
 
 WITH_ATP = """
 import sys, json
-import atp.architecture
+import atp.architecture, atp.registry
 assert "torch" not in sys.modules, "importing atp.architecture has become expensive"
-atp.architecture.register_on_demand()
+atp.registry.register_on_demand()
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM

@@ -21,7 +21,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
         "choice": (),
         "sweep": (),
     },
-    {"prompt": ()},
+    {"prompt": (), "registry": ()},
     {
         "generator": (),
         "sampler": (),

@@ -78,6 +78,20 @@ def load_domain(
         read = read_task(task, path, alone=len(weights) == 1)
         parts[task_name] = complete(read, shares, seed=seed, where=task_name, name=task_name)
     sizes = _sizes({task: len(part.train) for task, part in parts.items()}, weights, max_train)
+    joined = _combined(parts, sizes, max_validation=max_validation, max_test=max_test, seed=seed, name=name)
+    return check_overlap(joined, near_duplicates)
+
+
+def _combined(
+    parts: Mapping[str, Splits],
+    sizes: Mapping[str, int],
+    *,
+    max_validation: int | None,
+    max_test: int | None,
+    seed: int,
+    name: str,
+) -> Splits:
+    """One data set of the tasks' splits: so many training records of each, held-out ones equally many."""
     each = {most: None if most is None else max(1, most // len(parts)) for most in (max_validation, max_test)}
     dropped: dict[str, int] = {"train": 0, "validation": 0}
     joined = Splits([], [], [], name)
@@ -88,7 +102,7 @@ def load_domain(
         joined.test.extend(limit(part.test, each[max_test], seed))
         for split in dropped:
             dropped[split] += part.overlap["exact_dropped"][split]
-    return check_overlap(replace(joined, overlap={"exact_dropped": dropped}), near_duplicates)
+    return replace(joined, overlap={"exact_dropped": dropped})
 
 
 def scored_records(

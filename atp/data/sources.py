@@ -61,21 +61,12 @@ def load_files(
     parse = record_parser(fields)
     shares = {"validation": validation_fraction, "test": test_fraction}
     given = {"train": path, "validation": validation_path, "test": test_path}
-    files = {
-        split: paths_of(paths, "data.path" if split == "train" else f"data.{split}_path")
-        for split, paths in given.items()
-        if paths is not None
-    }
+    where = {split: "data.path" if split == "train" else f"data.{split}_path" for split in given}
+    files = {split: paths_of(paths, where[split]) for split, paths in given.items() if paths is not None}
     if stream:
         held_out = {split: _read(some, parse) for split, some in files.items() if split != "train"}
-        return stream_splits(
-            StreamedRecords(files["train"], parse),
-            held_out,
-            shares,
-            seed=seed,
-            near_duplicates=near_duplicates,
-            name=name,
-        )
+        records = StreamedRecords(files["train"], parse)
+        return stream_splits(records, held_out, shares, seed=seed, near_duplicates=near_duplicates, name=name)
     read = {split: _read(some, parse) for split, some in files.items()}
     return check_overlap(complete(read, shares, seed=seed, where=str(path), name=name), near_duplicates)
 

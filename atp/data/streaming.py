@@ -8,6 +8,7 @@ from which batches take examples in any order; a run over a stream therefore res
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import heapq
 import itertools
@@ -104,21 +105,8 @@ def stream_splits(
     carved = {split: share for split, share in shares.items() if split not in held_out}
     if any(not 0 < share < 1 for share in carved.values()) or sum(carved.values()) >= 1:
         raise ValueError(f"{name}: the fractions to carve off are {carved}; each must lie in (0, 1), their sum below 1")
-    bounds = dict(zip(carved, itertools.accumulate(carved.values()), strict=True))
-
-    def split_of(record: Record) -> str:
-        place = _fraction(record, seed)
-        return next((split for split, bound in bounds.items() if place < bound), "train")
-
-    heaps: dict[str, dict[str, tuple[float, Record]]] = {split: {} for split in carved}
-    for record in records:
-        split = split_of(record)
-        if split in heaps:
-            heaps[split][content_key(record)] = (_fraction(record, seed), record)
-            if len(heaps[split]) > 2 * MAX_HELD_OUT:
-                heaps[split] = dict(heapq.nsmallest(MAX_HELD_OUT, heaps[split].items(), key=lambda item: item[1][0]))
-    parts = {split: [record for _, record in list(found.values())[:MAX_HELD_OUT]] for split, found in heaps.items()}
-    parts |= held_out
+    split_of = functools.partial(_split_of, dict(zip(carved, itertools.accumulate(carved.values()), strict=True)), seed)
+    parts = {**_carve(records, list(carved), split_of, seed), **held_out}
     for split, found in parts.items():
         if not found:
             raise ValueError(
@@ -150,6 +138,25 @@ def stream_splits(
     }
     log.info("%s: streaming %d training records; overlap: %s", name, len(train), report["near"])
     return Splits(train, parts["validation"], parts["test"], name, report)
+
+
+def _split_of(bounds: Mapping[str, float], seed: int, record: Record) -> str:
+    place = _fraction(record, seed)
+    return next((split for split, bound in bounds.items() if place < bound), "train")
+
+
+def _carve(
+    records: StreamedRecords, splits: Sequence[str], split_of: Callable[[Record], str], seed: int
+) -> dict[str, list[Record]]:
+    """One pass: the records of the splits to carve off, of each at most :data:`MAX_HELD_OUT`."""
+    heaps: dict[str, dict[str, tuple[float, Record]]] = {split: {} for split in splits}
+    for record in records:
+        split = split_of(record)
+        if split in heaps:
+            heaps[split][content_key(record)] = (_fraction(record, seed), record)
+            if len(heaps[split]) > 2 * MAX_HELD_OUT:
+                heaps[split] = dict(heapq.nsmallest(MAX_HELD_OUT, heaps[split].items(), key=lambda item: item[1][0]))
+    return {split: [record for _, record in list(found.values())[:MAX_HELD_OUT]] for split, found in heaps.items()}
 
 
 class TokenStore(Sequence[Example]):

@@ -30,7 +30,8 @@ from atp.data.sources import read_records
 from atp.data.tasks import load_tasks
 from atp.evaluate import harness
 from atp.evaluate.intervals import paired
-from atp.evaluate.quality import Metrics, evaluate, recovery
+from atp.evaluate.metrics import Metrics, recovery
+from atp.evaluate.quality import evaluate
 from atp.prompt import Prompt
 from atp.rundir import write_json
 

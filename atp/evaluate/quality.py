@@ -1,4 +1,4 @@
-"""Quality: how well a causal language model does on records, and how much of it pruning has kept.
+"""Quality: how well a causal language model does on records.
 
 Perplexity over everything, accuracy and macro-F1 where there are choices, ROUGE where there are completions. It takes
 any transformers causal LM, dense or pruned, and comes after training and export in the flow. It knows nothing of
@@ -13,10 +13,8 @@ with those papers.
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -25,7 +23,8 @@ from torchmetrics.functional.text import rouge_score
 
 from atp.data.encoding import Encoder
 from atp.data.records import ChoiceRecord, CompletionRecord, Record, TextRecord
-from atp.evaluate.intervals import RESAMPLES, Items, interval, score
+from atp.evaluate.intervals import Items, score
+from atp.evaluate.metrics import ROUGE, Metrics, Tally
 from atp.evaluate.scoring import choice_nats, evaluating, greedy, sequence_nats
 
 if TYPE_CHECKING:
@@ -33,43 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROUGE = ("rouge1", "rouge2", "rougeL")
-HIGHER_IS_BETTER = ("accuracy", "macro_f1", *ROUGE)
-LOWER_IS_BETTER = ("perplexity", "bits_per_byte")
 
-FEW_RECORDS = 20
 _SAMPLE_WORDS = 32
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Quality of one model.
-
-    Attributes:
-        values: Metric to value: ``perplexity``, ``bits_per_byte``, and per task ``<task>/perplexity``,
-            ``<task>/accuracy``, ``<task>/macro_f1``, ``<task>/rouge1``, ``<task>/rouge2``, ``<task>/rougeL``. Accuracy,
-            F1 and ROUGE lie in [0, 1].
-        counts: Metric to what it is over: tokens for perplexity, bytes for bits per byte, records for the others.
-        items: Metric to what each item gave: records, or windows of text where there are fewer than
-            ``FEW_RECORDS`` records.
-    """
-
-    values: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    items: dict[str, Items] = field(default_factory=dict)
-
-    def put(self, name: str, value: float, count: int, items: Items | None = None) -> None:
-        """Add a metric."""
-        self.values[name] = value
-        self.counts[name] = count
-        if items is not None:
-            self.items[name] = items
-
-    def intervals(self, resamples: int = RESAMPLES) -> dict[str, list[float]]:
-        """Return the 95% bootstrap interval of every metric that has at least two items."""
-        found = {name: interval(items, resamples=resamples) for name, items in self.items.items()}
-        return {name: list(bounds) for name, bounds in found.items() if bounds is not None}
 
 
 class Sample(NamedTuple):
@@ -78,37 +43,6 @@ class Sample(NamedTuple):
     prompt: str
     generated: str
     reference: str
-
-
-@dataclass
-class _Tally:
-    """Negative log-likelihood in nats, and over how much: per record, and per window of it."""
-
-    records: dict[int, list[float]] = field(default_factory=dict)
-    windows: list[tuple[float, float, float]] = field(default_factory=list)
-
-    def add(self, record: int, nats: float, tokens: int, text_bytes: float) -> None:
-        """Add a window of the record at a position."""
-        row = self.records.setdefault(record, [0.0, 0.0, 0.0])
-        for column, amount in enumerate((nats, tokens, text_bytes)):
-            row[column] += amount
-        self.windows.append((nats, tokens, text_bytes))
-
-    def update(self, other: _Tally) -> None:
-        """Add another tally, of other records."""
-        self.records.update(other.records)
-        self.windows.extend(other.windows)
-
-    def put(self, metrics: Metrics, prefix: str, *, bits: bool) -> None:
-        """Add perplexity and, if asked, bits per byte to the metrics."""
-        rows: Sequence[Sequence[float]] = [self.records[at] for at in sorted(self.records)]
-        rows = self.windows if len(rows) < FEW_RECORDS else rows
-        nats, tokens, text_bytes = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [])
-        perplexity = Items("perplexity", nats, tokens)
-        metrics.put(f"{prefix}perplexity", score(perplexity), int(sum(tokens)), perplexity)
-        if bits:
-            per_byte = Items("bits", nats, text_bytes)
-            metrics.put(f"{prefix}bits_per_byte", score(per_byte), round(sum(text_bytes)), per_byte)
 
 
 def evaluate(
@@ -159,7 +93,7 @@ def evaluate(
     _check_context(model, max_length)
     encoder = Encoder(tokenizer, max_length, close=False, stride=stride)
     run = _Run(model, encoder, batch_size, _device(model, device), normalise)
-    tallies: dict[str, _Tally] = {record.task: _Tally() for record in records}
+    tallies: dict[str, Tally] = {record.task: Tally() for record in records}
     with evaluating(model):
         run.tally_sequences(records, tallies)
         picks = run.pick(records, tallies)
@@ -167,59 +101,7 @@ def evaluate(
         texts = run.complete(records, max_new_tokens, max_generate)
     if any(truncated.values()):
         log.info("cut to max_length=%d while evaluating: %s", max_length, truncated)
-    whole = _Tally()
-    for tally in tallies.values():
-        whole.update(tally)
-    metrics = Metrics()
-    whole.put(metrics, "", bits=True)
-    running = {record.task for record in records if isinstance(record, TextRecord)}
-    for task, tally in tallies.items():
-        tally.put(metrics, f"{task}/", bits=task in running)
-        if task in picks:
-            _put_picks(metrics, task, picks[task])
-        if task in texts:
-            _put_rouge(metrics, task, texts[task])
-    return metrics
-
-
-def recovery(pruned: Mapping[str, float], reference: Mapping[str, float]) -> dict[str, float]:
-    """Return how much of the reference model's quality the pruned model has, in percent, per metric.
-
-    ATP (arXiv 2412.14426) reports the pruned model's score over the dense model's, averaged over metrics. Likewise
-    here: pruned over reference where higher is better (accuracy, F1, ROUGE), reference over pruned where lower is
-    (perplexity, bits per byte). ``mean`` takes one figure per claim: every accuracy, every ROUGE-L and the overall
-    perplexity. Nothing is corrected for chance: at chance level, the accuracy of a five-way choice still recovers 20%
-    of a perfect one.
-
-    Args:
-        pruned: ``Metrics.values`` of the pruned model.
-        reference: ``Metrics.values`` of the model to compare with.
-
-    Returns:
-        Percent of each metric that both have and of which the reference has something, and ``mean`` if any of them
-        counts in it. A pruned value that is not finite recovers nothing.
-    """
-    percent: dict[str, float] = {}
-    for name, was in reference.items():
-        measure = name.rsplit("/", 1)[-1]
-        if name not in pruned or measure not in HIGHER_IS_BETTER + LOWER_IS_BETTER:
-            continue
-        if not (math.isfinite(was) and was > 0):
-            log.warning("no recovery of %s: the reference has %s", name, was)
-        elif not math.isfinite(pruned[name]):
-            percent[name] = 0.0
-        else:
-            ratio = pruned[name] / was if measure in HIGHER_IS_BETTER else was / pruned[name]
-            percent[name] = 100.0 * ratio
-    headline = [percent[name] for name in percent if is_headline(name)]
-    if headline:
-        percent["mean"] = sum(headline) / len(headline)
-    return percent
-
-
-def is_headline(metric: str) -> bool:
-    """Return whether a metric counts in the mean recovery."""
-    return metric == "perplexity" or metric.rsplit("/", 1)[-1] in ("accuracy", "rougeL")
+    return _metrics(tallies, picks, texts, {record.task for record in records if isinstance(record, TextRecord)})
 
 
 def samples(
@@ -276,7 +158,7 @@ class _Run:
         self.device = device
         self.normalise = normalise
 
-    def tally_sequences(self, records: Sequence[Record], tallies: Mapping[str, _Tally]) -> None:
+    def tally_sequences(self, records: Sequence[Record], tallies: Mapping[str, Tally]) -> None:
         """Tally running text and completions."""
         plain = [(at, record) for at, record in enumerate(records) if not isinstance(record, ChoiceRecord)]
         found = zip(plain, self.encoder.encode([record for _, record in plain]), strict=True)
@@ -291,7 +173,7 @@ class _Run:
             share = example.loss_tokens / max(1, tokens_of[at])
             tallies[task].add(at, nats, example.loss_tokens, bytes_of[at] * share)
 
-    def pick(self, records: Sequence[Record], tallies: Mapping[str, _Tally]) -> dict[str, list[tuple[int, int, int]]]:
+    def pick(self, records: Sequence[Record], tallies: Mapping[str, Tally]) -> dict[str, list[tuple[int, int, int]]]:
         """Tally right choices; return the picked choice, the right one and the number of choices, by task."""
         asked = [(at, record) for at, record in enumerate(records) if isinstance(record, ChoiceRecord)]
         items = self.encoder.choices([record for _, record in asked])
@@ -343,6 +225,27 @@ class _Run:
     @property
     def _how(self) -> dict[str, Any]:
         return {"batch_size": self.batch_size, "pad_id": self.encoder.pad_id, "device": self.device}
+
+
+def _metrics(
+    tallies: Mapping[str, Tally],
+    picks: Mapping[str, Sequence[tuple[int, int, int]]],
+    texts: Mapping[str, Sequence[tuple[str, str]]],
+    running: set[str],
+) -> Metrics:
+    """Metrics of everything, then of each task; bits per byte for those of running text."""
+    whole = Tally()
+    for tally in tallies.values():
+        whole.update(tally)
+    metrics = Metrics()
+    whole.put(metrics, "", bits=True)
+    for task, tally in tallies.items():
+        tally.put(metrics, f"{task}/", bits=task in running)
+        if task in picks:
+            _put_picks(metrics, task, picks[task])
+        if task in texts:
+            _put_rouge(metrics, task, texts[task])
+    return metrics
 
 
 def _put_picks(metrics: Metrics, task: str, picks: Sequence[tuple[int, int, int]]) -> None:
