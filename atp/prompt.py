@@ -61,18 +61,8 @@ class Prompt:
     chat: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("system", "template"):
-            source = getattr(self, key)
-            try:
-                named = meta.find_undeclared_variables(ENVIRONMENT.parse(source))
-            except jinja2.TemplateSyntaxError as error:
-                raise ValueError(f"prompt.{key} is not valid Jinja (line {error.lineno}: {error.message})") from None
-            unknown = sorted(named - set(VARIABLES))
-            if unknown:
-                raise ValueError(
-                    f"prompt.{key} names the undefined variable {unknown[0]!r}; there are {', '.join(VARIABLES)}"
-                )
-        if "prompt" not in meta.find_undeclared_variables(ENVIRONMENT.parse(self.template)):
+        _variables_of(self.system, "prompt.system")
+        if "prompt" not in _variables_of(self.template, "prompt.template"):
             raise ValueError(f"prompt.template={self.template!r} lacks {{{{ prompt }}}}, the record's own prompt")
 
     @property
@@ -89,7 +79,8 @@ class Prompt:
             tokenizer: Whose chat template to use, if ``chat`` is set.
 
         Raises:
-            ValueError: ``{{ instruction }}`` is used and the task has none; names the task and how the record begins.
+            ValueError: ``{{ instruction }}`` is used and the task has none, or a template fails on this record; names
+                the task and how the record begins.
         """
         values = {"prompt": text, "task": task}
         instruction = self.instructions.get(task, self.instructions.get("default"))
@@ -98,10 +89,13 @@ class Prompt:
         try:
             system = ENVIRONMENT.from_string(self.system).render(**values).strip()
             rest = ENVIRONMENT.from_string(self.template).render(**values)
-        except jinja2.UndefinedError:
+        except (TypeError, ValueError, AttributeError, jinja2.TemplateError) as error:
+            why = str(error) or type(error).__name__
+            if isinstance(error, jinja2.UndefinedError) and "'instruction'" in why:
+                why = f"there is no instruction for the task {task!r}"
             raise ValueError(
-                f"prompt={self.name}: there is no instruction for the task {task!r} (the record that begins "
-                f"{text[:60]!r}); set prompt.instructions.{task} or prompt.instructions.default"
+                f"prompt={self.name}: {why} (task {task}, the record that begins {text[:60]!r}); mend the template, or "
+                f"set prompt.instructions.{task} or prompt.instructions.default"
             ) from None
         if self.chat is None or tokenizer is None:
             return f"{system}\n\n{rest}" if system else rest
@@ -194,20 +188,26 @@ def from_text(text: str, where: str) -> dict[str, str]:
     It is a whole template where it names ``prompt``, else what stands before.
 
     Raises:
-        ValueError: It is empty or not valid Jinja.
+        ValueError: It is empty, not valid Jinja, or names a variable that there is not.
     """
     if not text.strip():
         raise ValueError(f"{where} is empty; write what is to stand before each prompt, or use prompt=none")
+    if "prompt" in _variables_of(text, where):
+        return {"system": "", "template": text}
+    return {"system": text.strip(), "template": "{{ prompt }}"}
+
+
+def _variables_of(source: str, where: str) -> set[str]:
+    """The variables that a template names; ValueError if it is not valid Jinja or names one that there is not."""
     try:
-        named = meta.find_undeclared_variables(ENVIRONMENT.parse(text))
+        ENVIRONMENT.compile(source)  # knows the filters, which parsing alone does not
+        named = meta.find_undeclared_variables(ENVIRONMENT.parse(source))
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"{where}:{error.lineno}: not valid Jinja ({error.message})") from None
     unknown = sorted(named - set(VARIABLES))
     if unknown:
-        raise ValueError(f"{where}: names the undefined variable {unknown[0]!r}; there are {', '.join(VARIABLES)}")
-    return (
-        {"system": "", "template": text} if "prompt" in named else {"system": text.strip(), "template": "{{ prompt }}"}
-    )
+        raise ValueError(f"{where} names the undefined variable {unknown[0]!r}; there are {', '.join(VARIABLES)}")
+    return named
 
 
 def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
