@@ -2,16 +2,19 @@
 
 A prompt has a system part (Compresso's collaborative prompt, Tailored-LLaMA's task instruction, or the user's text) and
 a template for the rest, both Jinja; where the tokenizer has a chat template, the two become its system and user turns.
-It sits between :mod:`atp.data` and the stages: records in, records out. It knows nothing of files, token ids or models.
+It sits between :mod:`atp.data` and the stages: records in, records out. Of files it knows only
+``prompt.json``; it knows nothing of token ids or models.
 
 Running text has no prompt to stand before, and is left as it is.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -31,6 +34,9 @@ COLLABORATIVE = (
     "is left. Rely on what this task needs, let the rest go, and answer as you did when you were whole."
 )
 """The text of ``prompt=collaborative`` and of methods that bring the prompt along; after Compresso, our own wording."""
+
+PROMPT_FILE = "prompt.json"
+"""What a run and an exported model keep their prompt in."""
 
 VARIABLES = ("prompt", "task", "instruction")
 
@@ -180,6 +186,27 @@ class Prompt:
                 f"{where}: unknown keys {sorted(unknown)}; a prompt has {', '.join(cls.__dataclass_fields__)}"
             )
         return cls(**data)
+
+
+def read_prompt(path: Path) -> Prompt:
+    """Return the prompt that a run or an exported model was evaluated with: from the file, or the one in a folder.
+
+    A folder without one, and a prompt that was switched off at inference, give the empty prompt.
+
+    Raises:
+        ValueError: There is no such file, or it holds no prompt.
+    """
+    file = path / PROMPT_FILE if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        return Prompt()
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read as a prompt ({error})") from None
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{file}: a prompt is an object with {', '.join(Prompt.__dataclass_fields__)}")
+    prompt = Prompt.from_plain(data, str(file))
+    return prompt if prompt.inference else Prompt()
 
 
 def from_text(text: str, where: str) -> dict[str, str]:

@@ -7,7 +7,6 @@ exported with a prompt (``prompt.json``) is asked with it. It knows nothing of t
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from atp.data.tasks import load_tasks
 from atp.evaluate import harness
 from atp.evaluate.intervals import paired
 from atp.evaluate.quality import Metrics, evaluate, recovery
-from atp.prompt import Prompt
+from atp.prompt import Prompt, read_prompt
 from atp.rundir import write_json
 
 USAGE = """\
@@ -136,7 +135,11 @@ def run(model_name: str, options: Options, console: Console) -> dict[str, Any]:
     for name in names:
         model, tokenizer = load(name, options.dtype)
         prompt = load_prompt(name, options.prompt)
-        result["prompt"][name] = prompt.plain()
+        every = [record for records in sets.values() for record in records]
+        cost = prompt.cost(every, tokenizer, _length(model, options))
+        result["prompt"][name] = {**prompt.plain(), **cost}
+        if not prompt.is_empty:
+            console.print(Text(_prompt_line(name, prompt, cost)), soft_wrap=True)
         found[name] = {
             task: _score(model, tokenizer, [prompt.on(record, tokenizer) for record in records], options)
             for task, records in sets.items()
@@ -188,13 +191,12 @@ def load_prompt(model_name: str, chosen: str) -> Prompt:
     """Return the prompt to ask with: none, a ``prompt.json``, or for ``auto`` the one beside the model, if any."""
     if chosen == "none":
         return Prompt()
-    path = Path(model_name) / "prompt.json" if chosen == "auto" else Path(chosen)
-    if not path.is_file():
-        if chosen == "auto":
-            return Prompt()
-        raise ValueError(f"prompt={chosen}: no such file; give a prompt.json of a run or of an exported model, or none")
-    prompt = Prompt.from_plain(json.loads(path.read_text(encoding="utf-8")), str(path))
-    return prompt if prompt.inference else Prompt()
+    if chosen != "auto":
+        if not Path(chosen).exists():
+            raise ValueError(f"prompt={chosen}: no such file; give a prompt.json of a run or of a model, auto, or none")
+        return read_prompt(Path(chosen))
+    folder = Path(model_name).expanduser()
+    return read_prompt(folder) if folder.is_dir() else Prompt()
 
 
 def _record_sets(options: Options) -> dict[str, list[Record]]:
@@ -216,19 +218,30 @@ def _record_sets(options: Options) -> dict[str, list[Record]]:
 def _score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], options: Options
 ) -> Metrics:
-    context = int(getattr(model.config, "max_position_embeddings", 2048))
     by_task = {name: task.normalise for name, task in load_tasks(options.tasks_file or None).items()}
     families = {record.task: by_task.get(record.task.partition("/")[0], "tokens") for record in records}
     return evaluate(
         model,
         tokenizer,
         records,
-        max_length=options.max_length or min(2048, context),
+        max_length=_length(model, options),
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         max_generate=options.max_generate,
         normalise=families if options.normalise == "task" else options.normalise,
         stride=options.stride or None,
+    )
+
+
+def _length(model: PreTrainedModel, options: Options) -> int:
+    return options.max_length or min(2048, int(getattr(model.config, "max_position_embeddings", 2048)))
+
+
+def _prompt_line(name: str, prompt: Prompt, cost: Mapping[str, float]) -> str:
+    return (
+        f"{Path(name).name or name}: asked with the prompt {prompt.name!r}, {cost['tokens_added']:g} tokens added per "
+        f"record ({100 * cost['share_of_context']:.1f}% of a sequence), of which all begin with "
+        f"{cost['shared_prefix_tokens']}, read once; prompt=none leaves it out"
     )
 
 
@@ -263,11 +276,12 @@ def _table(names: Sequence[str], found: Mapping[str, Mapping[str, Metrics]], res
         table.add_column("difference", justify="right")
         table.add_column("recovery", justify="right")
     for task, metrics in found[names[0]].items():
+        table.add_row(Text(task, style="bold"))
         for key in metrics.values:
             if key == "perplexity" and sum(name.endswith("/perplexity") for name in metrics.values) == 1:
                 continue  # the task's own says the same
             cells = [_with_interval(found[name][task].values[key], result["models"][name][task], key) for name in names]
-            label = f"{task} {key.rpartition('/')[2] if key.partition('/')[0] in task else key}"
+            label = f"  {key.rpartition('/')[2] if key.partition('/')[0] in task else key}"
             row = [label, *cells, f"{metrics.counts[key]:,}"]
             if len(names) > 1:
                 pair = result["paired"][task].get(key)
@@ -284,12 +298,15 @@ def _with_interval(value: float, scored: Mapping[str, Any], key: str) -> str:
 
 
 def _harness_table(name: str, scored: Mapping[str, Mapping[str, float]]) -> Table:
-    table = Table(title=Text(f"lm-evaluation-harness: {Path(name).name}"), box=SIMPLE_HEAD, show_edge=False)
+    title = Text(f"lm-evaluation-harness: {Path(name).name}")
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, caption=Text("± standard error"))
     for column in ("task", "metric", "value"):
         table.add_column(column)
     for task, figures in scored.items():
-        for metric, value in figures.items():
-            table.add_row(task, metric, f"{value:.4f}")
+        for metric in (name for name in figures if not name.endswith("_stderr")):
+            error = figures.get(f"{metric}_stderr")
+            told = f"{figures[metric]:.0f}" if metric == "items" else f"{figures[metric]:.4f}"
+            table.add_row(task, metric, told + (f" ± {error:.4f}" if error is not None else ""))
     return table
 
 

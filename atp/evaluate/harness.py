@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
+_RESAMPLES = 100  # for the standard errors that have no formula
 
 
 def score(
@@ -50,13 +50,21 @@ def score(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    was_training = model.training
+    was_training, chatter = model.training, logging.getLogger("lm_eval")
+    level = chatter.level
+    chatter.setLevel(logging.ERROR)  # it explains its own workings at length, and warns of models in memory
     try:
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         found: Any = simple_evaluate(
-            wrapped, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
+            wrapped,
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=_RESAMPLES,
+            log_samples=False,
         )
     finally:
+        chatter.setLevel(level)
         model.train(was_training)
     counts = found.get("n-samples", {})
     return {
