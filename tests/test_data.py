@@ -274,7 +274,7 @@ def test_bad_settings_are_refused() -> None:
         with pytest.raises(ValueError, match=rf"data\.{name}=0 must be at least 1"):
             make_module(**{name: 0})
     for name in ("train", "validation", "test"):
-        splits = make_splits(**{name: 0})
+        splits = replace(make_splits(), **{name: []})
         with pytest.raises(ValueError, match=f"the {name} split of 'made' is empty"):
             PruningDataModule(splits, TOKENIZER, max_length=64, batch_size=4, num_batches=3, seed=0)
 
