@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 CELLS = ("legal/clause", "legal/holding", "legal/bill", "health/inference")
 MODELS = {"dense": "dense", "dense_lora": "dense + LoRA", "taylor": "two-stage", "pruned": "joint"}
+REAL = {"legal": "legal_text", "health": "health_text"}  # folder of real files -> data preset
 LEAN = ["evaluate.speed=false", "evaluate.samples=0", "export.verify=false"]  # what no table here shows
 PRESETS = {  # preset -> Tailored-LLaMA's own recovery at that ratio, in percent
     "tailored_20pct": 95.7,
@@ -89,7 +90,7 @@ def real(options: Options) -> Found:
     lines += ["|---|---|---|---|---|"]
     tasks: list[str] = []
     ratios = (0.5,) if options.quick else (0.2, 0.5)
-    for (data, folder), ratio in itertools.product((("legal_text", "legal"), ("health_text", "health")), ratios):
+    for (folder, data), ratio in itertools.product(REAL.items(), ratios):
         name = f"real/{folder}_{round(100 * ratio)}pct"
         metrics = options.run(
             name,
