@@ -160,6 +160,8 @@ def test_the_prompt_of_an_exported_model_is_used(tmp_path: Path) -> None:
         (["m", "tsk=casehold"], "there is no option 'tsk'; did you mean 'task'"),
         (["m", "task=x", "batch_size=few"], "batch_size='few' must be a whole number"),
         (["m"], "name what to score"),
+        (["m", "task=x", "batch_size=0"], "batch_size=0 must be at least 1"),
+        (["m", "task=x", "bootstrap=-1"], "bootstrap=-1 must not be negative"),
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:

@@ -79,16 +79,24 @@ def load_domain(
         parts[task_name] = complete(read, shares, seed=seed, where=task_name, name=task_name)
     sizes = _sizes({task: len(part.train) for task, part in parts.items()}, weights, max_train)
     each = {most: None if most is None else max(1, most // len(parts)) for most in (max_validation, max_test)}
-    dropped: dict[str, int] = {"train": 0, "validation": 0}
-    joined = Splits([], [], [], name)
+    joined = _mixed(parts, sizes, each[max_validation], each[max_test], seed)
+    return check_overlap(replace(joined, name=name), near_duplicates)
+
+
+def _mixed(
+    parts: Mapping[str, Splits], sizes: Mapping[str, int], validation: int | None, test: int | None, seed: int
+) -> Splits:
+    """The tasks' records together: so many training records of each, and at most so many of the other splits."""
+    joined = Splits([], [], [], "")
+    dropped = {"train": 0, "validation": 0}
     for task_name, part in parts.items():
         assert isinstance(joined.train, list) and isinstance(part.train, list)
         joined.train.extend(limit(part.train, sizes[task_name], seed))
-        joined.validation.extend(limit(part.validation, each[max_validation], seed))
-        joined.test.extend(limit(part.test, each[max_test], seed))
+        joined.validation.extend(limit(part.validation, validation, seed))
+        joined.test.extend(limit(part.test, test, seed))
         for split in dropped:
             dropped[split] += part.overlap["exact_dropped"][split]
-    return check_overlap(replace(joined, overlap={"exact_dropped": dropped}), near_duplicates)
+    return replace(joined, overlap={"exact_dropped": dropped})
 
 
 def scored_records(

@@ -43,10 +43,8 @@ def load_files(
     Args:
         path: File, folder or several of them to train on: JSONL, JSON, CSV, TSV, Parquet, text or Markdown.
         seed: Which carving (:func:`atp.data.records.carve`).
-        validation_path: As ``path``; None carves ``validation_fraction`` off.
-        test_path: As ``path``; None carves ``test_fraction`` off.
-        validation_fraction: Share of the distinct contents of ``path``, in (0, 1).
-        test_fraction: Share of the distinct contents of ``path``, in (0, 1).
+        validation_path, test_path: As ``path``; None carves the fraction off.
+        validation_fraction, test_fraction: Shares of the distinct contents of ``path``, in (0, 1).
         fields: Record key to column or Jinja template (:func:`atp.data.columns.record_parser`).
         near_duplicates: ``drop``, ``report`` or ``ignore`` (:func:`atp.data.overlap.check_overlap`).
         stream: Read training records anew at every pass instead of holding them in memory.

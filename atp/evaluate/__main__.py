@@ -34,7 +34,7 @@ from atp.prompt import Prompt, read_prompt
 from atp.rundir import write_json
 
 USAGE = """\
-python -m atp.evaluate <model directory, hub id, or 'embedded'> [name=value ...]
+python -m atp.evaluate <model or run directory, hub id, or 'embedded'> [name=value ...]
 """
 
 
@@ -113,6 +113,12 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
                 raise ValueError(f"{name}={value!r} must be a whole number") from None
         else:
             setattr(options, name, value)
+    for name in ("max_items", "max_new_tokens", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name}={getattr(options, name)} must be at least 1")
+    for name in ("max_length", "max_generate", "stride", "bootstrap"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"{name}={getattr(options, name)} must not be negative")
     if not (options.task or options.records or options.harness):
         raise ValueError("name what to score: task=casehold,billsum, records=<file> or harness=piqa")
     return models[0], options
@@ -128,7 +134,7 @@ def run(model_name: str, options: Options, console: Console) -> dict[str, Any]:
     Raises:
         ValueError: A user's mistake.
     """
-    names = [model_name, *([options.against] if options.against else [])]
+    names = [_model_folder(name) for name in (model_name, options.against) if name]
     sets = _record_sets(options)
     found: dict[str, dict[str, Metrics]] = {}
     result: dict[str, Any] = {"models": {}, "harness": {}, "prompt": {}}
@@ -154,12 +160,18 @@ def run(model_name: str, options: Options, console: Console) -> dict[str, Any]:
             for task, one in found[name].items()
         }
     if options.against:
-        result |= _compared(found[model_name], found[options.against], options.bootstrap)
+        result |= _compared(found[names[0]], found[names[1]], options.bootstrap)
     if sets:
         console.print(_table(names, found, result))
     for name, scored in result["harness"].items():
         console.print(_harness_table(name, scored))
     return result
+
+
+def _model_folder(name: str) -> str:
+    """The exported model of a run directory; anything else as it is."""
+    pruned = Path(name).expanduser() / "pruned"
+    return str(pruned) if (pruned / "config.json").is_file() else name
 
 
 def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -239,7 +251,7 @@ def _length(model: PreTrainedModel, options: Options) -> int:
 
 def _prompt_line(name: str, prompt: Prompt, cost: Mapping[str, float]) -> str:
     return (
-        f"{Path(name).name or name}: asked with the prompt {prompt.name!r}, {cost['tokens_added']:g} tokens added per "
+        f"{_title(name)}: asked with the prompt {prompt.name!r}, {cost['tokens_added']:g} tokens added per "
         f"record ({100 * cost['share_of_context']:.1f}% of a sequence), of which all begin with "
         f"{cost['shared_prefix_tokens']}, read once; prompt=none leaves it out"
     )
@@ -270,7 +282,7 @@ def _table(names: Sequence[str], found: Mapping[str, Mapping[str, Metrics]], res
     )
     table.add_column("metric", no_wrap=True)
     for name in names:
-        table.add_column(Text(Path(name).name or name), justify="right")
+        table.add_column(Text(_title(name)), justify="right")
     table.add_column("over", justify="right")
     if len(names) > 1:
         table.add_column("difference", justify="right")
@@ -292,13 +304,19 @@ def _table(names: Sequence[str], found: Mapping[str, Mapping[str, Metrics]], res
     return table
 
 
+def _title(name: str) -> str:
+    """What to call a model: its folder, or its run where the folder is the run's ``pruned``."""
+    path = Path(name)
+    return path.parent.name if path.name == "pruned" and path.parent.name else path.name or name
+
+
 def _with_interval(value: float, scored: Mapping[str, Any], key: str) -> str:
     bounds = scored["intervals"].get(key)
     return f"{value:.4g}" + (f" ± {(bounds[1] - bounds[0]) / 2:.2g}" if bounds else "")
 
 
 def _harness_table(name: str, scored: Mapping[str, Mapping[str, float]]) -> Table:
-    title = Text(f"lm-evaluation-harness: {Path(name).name}")
+    title = Text(f"lm-evaluation-harness: {_title(name)}")
     table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, caption=Text("± standard error"))
     for column in ("task", "metric", "value"):
         table.add_column(column)

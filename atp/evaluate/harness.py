@@ -55,14 +55,8 @@ def score(
     chatter.setLevel(logging.ERROR)  # it explains its own workings at length, and warns of models in memory
     try:
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-        found: Any = simple_evaluate(
-            wrapped,
-            tasks=list(tasks),
-            task_manager=manager,
-            limit=limit,
-            bootstrap_iters=_RESAMPLES,
-            log_samples=False,
-        )
+        how: dict[str, Any] = {"bootstrap_iters": _RESAMPLES, "log_samples": False}
+        found: Any = simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, limit=limit, **how)
     finally:
         chatter.setLevel(level)
         model.train(was_training)
