@@ -99,6 +99,8 @@ def real(options: Options) -> Found:
             f"data={data}",
             f"data.path={SHARED / 'data' / folder}",
             "data.batch_size=8",
+            "data.max_length=128",
+            "data.max_test=200",
             f"prune.sparsity={ratio}",
             "evaluate.baselines=[taylor]",
             "evaluate.max_generate=8",

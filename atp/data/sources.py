@@ -43,8 +43,10 @@ def load_files(
     Args:
         path: File, folder or several of them to train on: JSONL, JSON, CSV, TSV, Parquet, text or Markdown.
         seed: Which carving (:func:`atp.data.records.carve`).
-        validation_path, test_path: As ``path``; None carves the fraction off.
-        validation_fraction, test_fraction: Shares of the distinct contents of ``path``, in (0, 1).
+        validation_path: As ``path``; None carves ``validation_fraction`` off.
+        test_path: As ``path``; None carves ``test_fraction`` off.
+        validation_fraction: Share of the distinct contents of ``path``, in (0, 1).
+        test_fraction: Share of the distinct contents of ``path``, in (0, 1).
         fields: Record key to column or Jinja template (:func:`atp.data.columns.record_parser`).
         near_duplicates: ``drop``, ``report`` or ``ignore`` (:func:`atp.data.overlap.check_overlap`).
         stream: Read training records anew at every pass instead of holding them in memory.
@@ -58,12 +60,7 @@ def load_files(
     """
     parse = record_parser(fields)
     shares = {"validation": validation_fraction, "test": test_fraction}
-    given = {"train": path, "validation": validation_path, "test": test_path}
-    files = {
-        split: paths_of(paths, "data.path" if split == "train" else f"data.{split}_path")
-        for split, paths in given.items()
-        if paths is not None
-    }
+    files = _files({"train": path, "validation": validation_path, "test": test_path})
     if stream:
         held_out = {split: _read(some, parse) for split, some in files.items() if split != "train"}
         return stream_splits(
@@ -76,6 +73,15 @@ def load_files(
         )
     read = {split: _read(some, parse) for split, some in files.items()}
     return check_overlap(complete(read, shares, seed=seed, where=str(path), name=name), near_duplicates)
+
+
+def _files(given: Mapping[str, Paths | None]) -> dict[str, list[Path]]:
+    """The files of each split that has any."""
+    return {
+        split: paths_of(paths, "data.path" if split == "train" else f"data.{split}_path")
+        for split, paths in given.items()
+        if paths is not None
+    }
 
 
 def read_records(path: Paths, *, fields: Mapping[str, Any] | None = None, most: int | None = None) -> list[Record]:
