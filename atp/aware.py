@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from atp.lasso import group_lasso
-from atp.lora import trainable_parameters
+from atp.lora import causal_loss, trainable_parameters
 from atp.module import Batch, PruningModule
 from atp.objective import Phase
 from atp.sampler import GumbelSigmoid
@@ -123,7 +123,7 @@ class AwareModule(PruningModule):
         self.masked.eval().set_masks(soft_U)
         expected = self.space.reduction(self.sampler.keep_probability(logits_U))
         budget_loss = self.budget(expected, self.space.reduction(masks_U), target)
-        calibration_loss = self.masked(**batch).loss
+        calibration_loss = causal_loss(self.masked, batch)
         self.masked.train(training)
         self._log_masks(expected, target)
         self.log("train/calibration_loss", calibration_loss.detach())

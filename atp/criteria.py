@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from atp.importance import fisher_importance, standardise
-from atp.lora import MaskedModel
+from atp.lora import MaskedModel, causal_loss
 from atp.space import PruningSpace, Side
 
 Batches = Sequence[Mapping[str, Tensor]]
@@ -107,7 +107,7 @@ def taylor(masked: MaskedModel, batches: Batches) -> Tensor:
             weight.requires_grad_(True)
         try:
             for batch in batches:
-                found = torch.autograd.grad(masked(**batch).loss, list(weights.values()))
+                found = torch.autograd.grad(causal_loss(masked, batch), list(weights.values()))
                 for total, gradient in zip(gradients.values(), found, strict=True):
                     total += gradient.float() / len(batches)
         finally:

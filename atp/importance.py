@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from atp.lora import MaskedModel
+from atp.lora import MaskedModel, causal_loss
 from atp.space import PruningSpace
 
 
@@ -39,7 +39,7 @@ def fisher_importance(masked: MaskedModel, batches: Iterable[Mapping[str, Tensor
     for batch in batches:
         gates_U = torch.ones(masked.space.num_units, device=device, requires_grad=True)
         masked.set_masks(gates_U)
-        (gradient_U,) = torch.autograd.grad(masked(**batch).loss, gates_U)
+        (gradient_U,) = torch.autograd.grad(causal_loss(masked, batch), gates_U)
         total_U += gradient_U.float().square()
         number += 1
     masked.set_masks(None)

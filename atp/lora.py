@@ -6,35 +6,35 @@ knows PEFT's internals. It knows masks as tensors and nothing of how they come a
 
 A site's mask multiplies the *input* of an output projection, before base weight and adapter alike, or the *output* of a
 projection or embedding, after both, so a zero removes the unit's part in both branches. What the other projections
-compute for a removed unit then has no path to the output.
+compute for a removed unit then has no path to the output. Of equivalent places the smallest tensor is taken (values
+rather than what attention makes of them), and in FFN blocks the mask is part of the SwiGLU product
+(:mod:`atp.fused`), so that a masked step keeps fewer activations than a plain one.
 
 Shape suffixes: U units, B batch, T tokens.
 """
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 
+from atp.fused import masked_swiglu, vocabulary_loss
 from atp.space import PruningSpace, Side, Weight
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The seven linears of a LLaMA block, the default targets."""
 
 _PREFIX = "base_model.model."
-_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def add_lora(
@@ -78,7 +78,24 @@ def add_lora(
     )
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     assert isinstance(peft_model, PeftModel)
+    for module in peft_model.modules():
+        if type(module) is LoraLinear and type(module.base_layer) is nn.Linear:
+            module.forward = functools.partial(_add_in_place, module)  # type: ignore[method-assign]
     return peft_model
+
+
+def _add_in_place(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
+    """PEFT's forward pass with scale and sum as part of the last product, which saves three passes over the output."""
+    down, up, base = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer
+    is_plain = not (args or options or layer.disable_adapters or layer.merged) and layer.active_adapters == ["default"]
+    if not is_plain or not x.dtype == down.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type):
+        usual: Tensor = LoraLinear.forward(layer, x, *args, **options)
+        return usual
+    result: Tensor = base(x)
+    reduced = nn.functional.linear(layer.lora_dropout["default"](x), down)
+    flat = result.view(-1, result.shape[-1])
+    flat.addmm_(reduced.view(-1, reduced.shape[-1]), up.t(), alpha=layer.scaling["default"])
+    return result
 
 
 class MaskedModel(nn.Module):
@@ -100,16 +117,32 @@ class MaskedModel(nn.Module):
         self._masks: dict[Side, Tensor] = {}
         self._frozen_masks: dict[Side, Tensor] = {}
         self.is_compact = False
-        for site in space.sites:
-            module = peft_model.get_submodule(_PREFIX + site.module)
-            if site.on == "input":
-                module.register_forward_pre_hook(self._on_input(site.side))
-            else:
-                module.register_forward_hook(self._on_output(site.side))
+        fused = self._fuse_blocks()
+        for module_name, side, on in (site.cheapest for site in space.sites):
+            module = peft_model.get_submodule(_PREFIX + module_name)
+            if on == "output":
+                module.register_forward_hook(self._on_output(side))
+            elif side not in fused:
+                module.register_forward_pre_hook(self._on_input(side))
         self._own_rows = [weight for weight in space.weights if _has_own_rows(weight)]
         for weight in self._own_rows:
             linear: Any = self.linear(weight.module)
             getattr(linear, "base_layer", linear).register_forward_hook(self._on_frozen_output(weight.rows))
+
+    def _fuse_blocks(self) -> set[Side]:
+        """Give FFN blocks the forward pass that forms gate, product and mask at once; sides of the masks it takes."""
+        fused = set()
+        for name, side in self.space.gated_blocks().items():
+            block: Any = self.peft_model.get_submodule(_PREFIX + name)
+            if isinstance(block.act_fn, (nn.SiLU, SiLUActivation)):
+                block.forward = functools.partial(self._forward_block, block, side)
+                fused |= {side} if side else set()
+        return fused
+
+    def _forward_block(self, block: Any, side: Side | None, hidden: Tensor) -> Tensor:
+        mask = self._masks.get(side) if side else None
+        output: Tensor = block.down_proj(masked_swiglu(block.gate_proj(hidden), block.up_proj(hidden), mask))
+        return output
 
     def _on_input(self, side: Side) -> Any:
         def multiply(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -167,7 +200,7 @@ class MaskedModel(nn.Module):
         if masks_U is None:
             return
         by_axis = self.space.split(masks_U)
-        sides = {site.side for site in self.space.sites}
+        sides = {side for _, side, _ in (site.cheapest for site in self.space.sites)}
         if self.aware:
             sides = {side for side in sides if any(f.axis.kind == "hidden" for f in side.factors)}
             self._frozen_masks = {weight.rows: weight.rows.expand(by_axis) for weight in self._own_rows}
@@ -184,11 +217,11 @@ class MaskedModel(nn.Module):
         """
         masks, live = self.space.split(masks_U.cpu()), self.space.split(live_U.cpu())
         self._masks = {}
-        for site in self.space.sites:
-            left = site.side.expand(masks)[site.side.expand(live) > 0]
+        for name, side, _ in (site.cheapest for site in self.space.sites):
+            left = side.expand(masks)[side.expand(live) > 0]
             if not left.all():
-                device = self.peft_model.get_submodule(_PREFIX + site.module).weight.device
-                self._masks[site.side] = left.to(device)  # type: ignore[arg-type]
+                device = self.peft_model.get_submodule(_PREFIX + name).weight.device
+                self._masks[side] = left.to(device)  # type: ignore[arg-type]
         for weight in self.space.weights:
             _refit(self.peft_model.get_submodule(_PREFIX + weight.module))
         self.space.refit_groups(lambda name: self.peft_model.get_submodule(_PREFIX + name), live)
@@ -232,6 +265,24 @@ class MaskedModel(nn.Module):
     def forward(self, **batch: Tensor) -> Any:
         """The wrapped causal LM's output."""
         return self.peft_model(**batch)
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The causal LM inside masks and adapters, which stay in force; the model itself where there are none."""
+    inner = model.peft_model if isinstance(model, MaskedModel) else model
+    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+
+
+def causal_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The loss ``model(**batch).loss``, without the logits of all tokens in memory where the output head is frozen."""
+    inner = language_model(model)
+    head = inner.get_output_embeddings() if isinstance(inner, PreTrainedModel) else None
+    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
+        loss: Tensor = model(**batch).loss
+        return loss
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    decoder: Any = cast(PreTrainedModel, inner).base_model
+    return vocabulary_loss(decoder(**inputs, use_cache=False).last_hidden_state, head.weight, batch["labels"])
 
 
 def owned_parameters(
@@ -313,84 +364,6 @@ def base_tensors(peft_model: PeftModel) -> Iterator[tuple[str, Tensor]]:
         plain = name.removeprefix(_PREFIX)
         if ".lora_" not in plain:
             yield plain.replace(".base_layer.", "."), tensor
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter apart from its base model.
-
-    Attributes:
-        config: PEFT's configuration, as JSON values.
-        factors: Module name -> A [R, in] and B [out, R].
-    """
-
-    config: dict[str, Any]
-    factors: dict[str, tuple[Tensor, Tensor]]
-
-    def save(self, directory: Path) -> None:
-        """Write the directory that ``PeftModel.from_pretrained`` reads."""
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for module, factors in self.factors.items():
-            for kind, factor in zip("AB", factors, strict=True):
-                tensors[f"{_PREFIX}{module}.lora_{kind}.weight"] = factor.detach().to("cpu").contiguous()
-        save_file(tensors, directory / _WEIGHTS_FILE, metadata={"format": "pt"})
-        (directory / _CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
-
-    def added_to(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor of this name with the adapter merged, in the tensor's dtype; the sum is taken in float32."""
-        module, _, kind = name.rpartition(".")
-        if kind != "weight" or module not in self.factors:
-            return tensor
-        down_RI, up_OR = (factor.to(tensor.device, torch.float32) for factor in self.factors[module])
-        scale = float(self.config["lora_alpha"]) / int(self.config["r"])
-        return (tensor.float() + (up_OR @ down_RI) * scale).to(tensor.dtype)
-
-
-def extract_adapter(peft_model: PeftModel) -> Adapter:
-    """The adapter of a PEFT model, its tensors shared with the model."""
-    config = peft_model.peft_config["default"].to_dict()
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    config |= {"base_model_name_or_path": None, "inference_mode": True}
-    layers = {
-        name.removeprefix(_PREFIX): module
-        for name, module in peft_model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
-    factors: dict[str, Any] = {
-        name: tuple(layer.get_submodule(f"lora_{kind}.default").weight for kind in "AB")  # type: ignore[attr-defined]
-        for name, layer in layers.items()
-    }
-    plain = json.loads(json.dumps(config, default=lambda value: getattr(value, "value", str(value))))
-    return Adapter(plain, factors)
-
-
-def read_adapter(directory: str | Path) -> Adapter:
-    """Read an adapter that :meth:`Adapter.save` wrote.
-
-    Raises:
-        ValueError: Files are missing or broken, or it is not a plain LoRA adapter.
-    """
-    folder = Path(directory)
-    try:
-        config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / _WEIGHTS_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"the adapter in {folder} cannot be read: {error}; export it again") from error
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
-        raise ValueError(f"{folder} holds no plain LoRA adapter; merge it with PEFT (merge_and_unload) and save that")
-    return Adapter(config, _paired(tensors, folder))
-
-
-def _paired(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    modules = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in tensors}
-    try:
-        return {
-            module: (tensors[f"{_PREFIX}{module}.lora_A.weight"], tensors[f"{_PREFIX}{module}.lora_B.weight"])
-            for module in sorted(modules)
-        }
-    except KeyError as error:
-        raise ValueError(f"the adapter in {folder} lacks {error}; export it again") from error
 
 
 def merged_state(peft_model: PeftModel) -> dict[str, Tensor]:

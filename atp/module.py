@@ -26,7 +26,7 @@ from atp.compaction import can_compact, compact, unwrapped
 from atp.criteria import lora_gradient
 from atp.gates import Gates
 from atp.generator import Generator, GradientScores
-from atp.lora import MaskedModel, trainable_parameters
+from atp.lora import MaskedModel, causal_loss, trainable_parameters
 from atp.objective import Budget, Phase, SparsitySchedule, distillation_loss
 from atp.restoration import restore
 from atp.sampler import Sampler
@@ -100,9 +100,9 @@ class TuningModule(LightningModule):
 
     def task_loss(self, batch: Batch) -> Tensor:
         """Cross entropy on the data, mixed with distillation where that is asked for."""
-        output = self.model(**batch)
         if self.distill == 0.0:
-            return output.loss
+            return causal_loss(self.model, batch)
+        output = self.model(**batch)
         divergence = distillation_loss(output.logits, self.teacher_logits(batch), batch["labels"])
         self.log("train/distillation_loss", divergence)
         self.log("train/data_loss", output.loss)
@@ -117,7 +117,7 @@ class TuningModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Accumulate the token-weighted loss behind ``val/perplexity``."""
-        loss = self.model(**batch).loss
+        loss = causal_loss(self.model, batch)
         tokens = (batch["labels"][:, 1:] != -100).sum()
         self.val_loss.update(loss.float(), tokens)
 
@@ -157,7 +157,9 @@ class TuningModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One AdamW over all groups, with one schedule per group."""
-        optimizer = torch.optim.AdamW(self.parameter_groups(), betas=(0.9, 0.99))
+        groups = self.parameter_groups()
+        on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True if on_cpu else None)
         names = [group["name"] for group in optimizer.param_groups]
         factors: list[Callable[[int], float]] = [functools.partial(self.rate_factor, name) for name in names]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
@@ -389,6 +391,8 @@ class PruningModule(TuningModule):
 
     @torch.no_grad()
     def _shift(self, logits_U: Tensor, target: float) -> float:
+        logits_U = logits_U.cpu()  # one copy, where bisection on a GPU would wait for it at every probe
+
         def sparsity_of(shift: float) -> float:
             return float(self.space.reduction(self.sampler.keep_probability(logits_U + shift)))
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from atp.adapter import Adapter
 from atp.architecture import LayerWidths, build_model, pruned_config
-from atp.lora import Adapter
 from atp.space import LayerSpace, PruningSpace, Side
 
 

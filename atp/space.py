@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from atp.units import (
@@ -82,6 +83,7 @@ class PruningSpace:
         self.cost: CostModel = PARAMETERS
         self.num_units = sum(axis.size for axis in self.axes)
         self.total_parameters = sum(w.rows.size * w.columns.size + w.has_bias * w.rows.size for w in self.weights)
+        self._shares: dict[tuple[CostModel, torch.dtype, torch.device], Tensor] = {}
 
     @classmethod
     def from_model(
@@ -163,18 +165,37 @@ class PruningSpace:
 
     def sparsity(self, flat_U: Tensor) -> Tensor:
         """Fraction of decoder-block parameters removed (or its expectation)."""
-        return 1.0 - self.remaining_parameters(flat_U) / self.total_parameters
+        return self._removed(flat_U, PARAMETERS)
+
+    def _removed(self, flat_U: Tensor, cost: CostModel) -> Tensor:
+        """Fraction of a cost removed; one product where no two axes share a weight, for then it is linear in units."""
+        kinds = {axis.kind for axis in self.axes}
+        if not kinds <= {"heads", "channels"}:
+            total = self.total_parameters if cost is PARAMETERS else self.cost_of(cost)
+            return 1.0 - self.remaining(flat_U, cost) / total
+        key = (cost, flat_U.dtype, flat_U.device)
+        if key not in self._shares:
+            shares_U = torch.zeros(self.num_units, dtype=torch.double)
+            for layer in self.layers:
+                nothing = layer.dense._replace(**dict.fromkeys(layer.axes, 0))
+                for kind, axis in layer.axes.items():
+                    one = layer.cost(nothing._replace(**{kind: 1}), cost) - layer.cost(nothing, cost)
+                    shares_U[axis.offset : axis.offset + axis.size] = one / self.cost_of(cost)
+            self._shares[key] = shares_U.to(flat_U.device, flat_U.dtype)
+        return self._shares[key] @ (1.0 - flat_U)
 
     def reduction(self, flat_U: Tensor) -> Tensor:
         """Fraction of the budget's cost removed (or its expectation); :meth:`sparsity` unless :attr:`cost` is set."""
-        if self.cost is PARAMETERS:
-            return self.sparsity(flat_U)
-        return 1.0 - self.remaining(flat_U) / self.total_cost
+        return self._removed(flat_U, self.cost)
 
     @property
     def total_cost(self) -> float:
         """Cost of the dense model by the budget's measure."""
-        return sum(layer.cost(layer.dense, self.cost) for layer in self.layers)
+        return self.cost_of(self.cost)
+
+    def cost_of(self, cost: CostModel) -> float:
+        """Cost of the dense model."""
+        return sum(layer.cost(layer.dense, cost) for layer in self.layers)
 
     @property
     def hidden(self) -> Axis | None:
@@ -203,6 +224,12 @@ class PruningSpace:
             axis = layer.axes.get("channels")
             total = total + (masks[axis.name].sum() if axis else layer.ffn_width)
         return total
+
+    def gated_blocks(self) -> dict[str, Side | None]:
+        """Names of the FFN blocks, and the side of their channels where those are pruned."""
+        masked = {site.module: site.side for site in self.sites if site.on == "input"}
+        names = [layer.prefix for layer in self.layers if layer.ffn_width]
+        return {f"{name}.mlp": masked.get(f"{name}.{_OUTPUTS['channels']}") for name in names}
 
     def refit_groups(self, module_named: Callable[[str], nn.Module], live: Mapping[str, Tensor]) -> None:
         """Tell attention modules how many query heads per KV head are left after their weights were cut.
@@ -370,8 +397,10 @@ class _Builder:
             module = f"{layer.prefix}.{name}"
             self.weights.append(Weight(module, rows, columns, linear.bias is not None))
             if name in _OUTPUTS.values():
-                if columns.factors:
-                    self.sites.append(Site(module, columns))
+                if columns.factors:  # attention is linear in the values, so that their mask may act on them
+                    by_value = name == "self_attn.o_proj" and "query_heads" not in layer.axes
+                    source = (f"{layer.prefix}.self_attn.v_proj", values) if by_value else None
+                    self.sites.append(Site(module, columns, source=source))
                 if self.hidden:
                     self.sites.append(Site(module, self.stream, "output"))
             elif name in ("self_attn.q_proj", "self_attn.k_proj") and "qk_pairs" in layer.axes:

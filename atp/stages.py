@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atp import build
+from atp.adapter import extract_adapter
 from atp.architecture import is_stock
 from atp.aware import AwareModule
 from atp.callbacks import ProgressReport, RunCheckpoint, Throughput
@@ -43,7 +44,7 @@ from atp.export.verification import as_plain
 from atp.gates import fold
 from atp.generator import FixedScores
 from atp.loggers import close_loggers, csv_logger, log_figures, log_folder, log_table, merge_csv, write_csv
-from atp.lora import base_tensors, extract_adapter, merge_in_place, merged_tensors
+from atp.lora import base_tensors, merge_in_place, merged_tensors
 from atp.module import PruningModule, TuningModule
 from atp.monitoring import MaskMonitor, TrainingHealth
 from atp.prompt import PROMPT_FILE

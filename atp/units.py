@@ -104,11 +104,25 @@ class Weight:
 
 @dataclass(frozen=True)
 class Site:
-    """Multiplying the input (or output) of ``module`` by the mask of ``side`` removes the side's units."""
+    """Multiplying the input (or output) of ``module`` by the mask of ``side`` removes the side's units.
+
+    Attributes:
+        module: Name of the linear or embedding.
+        side: Whose mask it is.
+        on: ``input`` or ``output``.
+        source: A module whose output may be multiplied instead, to the same effect, and the side of its rows: a tensor
+            no larger than this one.
+    """
 
     module: str
     side: Side
     on: str = "input"
+    source: tuple[str, Side] | None = None
+
+    @property
+    def cheapest(self) -> tuple[str, Side, str]:
+        """Module, side and ``on`` of the smallest tensor that the mask may multiply."""
+        return (*self.source, "output") if self.source else (self.module, self.side, self.on)
 
 
 class Counts(NamedTuple):

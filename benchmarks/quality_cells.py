@@ -38,6 +38,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "": (),
     "distill": ("optim.distill=0.5",),
     "restored": ("prune.restore.batches=16",),
+    "uncut": ("prune.compact=false",),
     "restored_distill": ("prune.restore.batches=16", "optim.distill=0.5"),
 }
 """What may be added to any method, by name."""

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "atp"
 
 # From the bottom up; a module may import only from rows above its own, or from those named beside it.
 LEVELS: list[dict[str, tuple[str, ...]]] = [
-    {"config": (), "embedded": (), "units": (), "space": ("units",), "modeling_atp": (), "rundir": ()},
+    {"config": (), "embedded": (), "units": (), "space": ("units",), "modeling_atp": (), "rundir": (), "fused": ()},
     {
         "config_help": (),
         "architecture": (),
@@ -26,6 +26,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
         "generator": (),
         "sampler": (),
         "lora": (),
+        "adapter": (),
         "selection": (),
         "gates": (),
         "lasso": ("lora",),
@@ -52,7 +53,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
     {"cli": ()},
 ]
 OWNERS = {
-    "peft": {"lora", "export"},  # export: only to load an adapter as a user does, in verification
+    "peft": {"lora", "adapter", "export"},  # export: only to load an adapter as a user does, in verification
     "hydra": {"config", "builders", "cli"},
     "omegaconf": {"config", "cli", "pipeline"},
     "wandb": {"loggers"},

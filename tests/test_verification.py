@@ -17,6 +17,7 @@ from test_architecture import CASES, SHAPES, dense_model, left_padded_batch, pru
 from test_removal import masked_model
 
 from atp import embedded
+from atp.adapter import extract_adapter
 from atp.data.tasks import fill_prompt
 from atp.export.__main__ import main
 from atp.export.bundle import check_formats, windows_of
@@ -27,7 +28,7 @@ from atp.export.onnx_graph import export_onnx
 from atp.export.probe import LlamaCppEngine
 from atp.export.verification import LIMITS, ROUGH, Limit, _matches, mismatches, verify
 from atp.generate import main as generate
-from atp.lora import base_tensors, extract_adapter, merged_tensors
+from atp.lora import base_tensors, merged_tensors
 from atp.prompt import Prompt
 from atp.removal import max_logit_difference, remove, slice_adapter
 from atp.selection import select

@@ -28,10 +28,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import modeling_atp
+from atp.adapter import Adapter
 from atp.architecture import family, is_stock, layer_widths
 from atp.export.card import load_lines, model_card
 from atp.export.loading import ADAPTER_FOLDER, INDEX_FILE, differences, expected_shapes
-from atp.lora import Adapter
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from atp import modeling_atp
+from atp.adapter import Adapter, read_adapter
 from atp.architecture import build_model, family
-from atp.lora import Adapter, read_adapter
 
 ADAPTER_FOLDER = "adapter"
 WEIGHTS_FILE = "model.safetensors"

@@ -1,0 +1,103 @@
+"""LoRA adapters apart from their base model: taken off a PEFT model, written, read back, merged tensor by tensor.
+
+Sits between the trained model and export, for runs that ship the adapter beside the pruned base. Files are those of
+PEFT. It knows PEFT's file format and parameter names, and nothing of masks.
+
+Shape suffixes: R rank, I and O inputs and outputs of a linear.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_PREFIX = "base_model.model."
+_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter apart from its base model.
+
+    Attributes:
+        config: PEFT's configuration, as JSON values.
+        factors: Module name -> A [R, in] and B [out, R].
+    """
+
+    config: dict[str, Any]
+    factors: dict[str, tuple[Tensor, Tensor]]
+
+    def save(self, directory: Path) -> None:
+        """Write the directory that ``PeftModel.from_pretrained`` reads."""
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for module, factors in self.factors.items():
+            for kind, factor in zip("AB", factors, strict=True):
+                tensors[f"{_PREFIX}{module}.lora_{kind}.weight"] = factor.detach().to("cpu").contiguous()
+        save_file(tensors, directory / _WEIGHTS_FILE, metadata={"format": "pt"})
+        (directory / _CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+
+    def added_to(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor of this name with the adapter merged, in the tensor's dtype; the sum is taken in float32."""
+        module, _, kind = name.rpartition(".")
+        if kind != "weight" or module not in self.factors:
+            return tensor
+        down_RI, up_OR = (factor.to(tensor.device, torch.float32) for factor in self.factors[module])
+        scale = float(self.config["lora_alpha"]) / int(self.config["r"])
+        return (tensor.float() + (up_OR @ down_RI) * scale).to(tensor.dtype)
+
+
+def extract_adapter(peft_model: PeftModel) -> Adapter:
+    """The adapter of a PEFT model, its tensors shared with the model."""
+    config = peft_model.peft_config["default"].to_dict()
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    config |= {"base_model_name_or_path": None, "inference_mode": True}
+    layers = {
+        name.removeprefix(_PREFIX): module
+        for name, module in peft_model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    factors: dict[str, Any] = {
+        name: tuple(layer.get_submodule(f"lora_{kind}.default").weight for kind in "AB")  # type: ignore[attr-defined]
+        for name, layer in layers.items()
+    }
+    plain = json.loads(json.dumps(config, default=lambda value: getattr(value, "value", str(value))))
+    return Adapter(plain, factors)
+
+
+def read_adapter(directory: str | Path) -> Adapter:
+    """Read an adapter that :meth:`Adapter.save` wrote.
+
+    Raises:
+        ValueError: Files are missing or broken, or it is not a plain LoRA adapter.
+    """
+    folder = Path(directory)
+    try:
+        config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / _WEIGHTS_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"the adapter in {folder} cannot be read: {error}; export it again") from error
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
+        raise ValueError(f"{folder} holds no plain LoRA adapter; merge it with PEFT (merge_and_unload) and save that")
+    return Adapter(config, _paired(tensors, folder))
+
+
+def _paired(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    modules = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in tensors}
+    try:
+        return {
+            module: (tensors[f"{_PREFIX}{module}.lora_A.weight"], tensors[f"{_PREFIX}{module}.lora_B.weight"])
+            for module in sorted(modules)
+        }
+    except KeyError as error:
+        raise ValueError(f"the adapter in {folder} lacks {error}; export it again") from error

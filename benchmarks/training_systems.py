@@ -1,0 +1,354 @@
+"""What the training benchmark compares: plain LoRA, joint training before and after the cut, alternation, two-stage.
+
+Every system trains the same base model with the same adapters, optimiser, batches and bare Lightning trainer. The plain
+one is written out here, in nothing but PEFT and Lightning, so that it owes nothing to this package.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from omegaconf import OmegaConf
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel
+
+from atp import build
+from atp.architecture import build_model
+from atp.aware import AwareModule
+from atp.cli import compose_config
+from atp.config import TrainConfig
+from atp.criteria import importance, rank
+from atp.lora import merged_tensors
+from atp.module import PruningModule, TuningModule
+from atp.objective import SparsitySchedule
+from atp.removal import remove
+
+Batch = dict[str, Tensor]
+STEP_SYSTEMS = ("plain", "joint", "alternate", "compact", "taylor")
+"""Systems whose single steps are compared; ``compact`` and ``taylor`` train half of the blocks."""
+_NEVER = 10**9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A randomly initialised LLaMA and the batches it trains on.
+
+    Attributes:
+        name: Short name.
+        hidden: Width D.
+        layers: Decoder layers L.
+        heads: Query heads N of 64 dimensions, or fewer where D / N is less.
+        kv_heads: KV heads K.
+        channels: FFN channels F.
+        vocabulary: Vocabulary V.
+        batch: Sequences B of a step.
+        tokens: Tokens T of a sequence.
+    """
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    channels: int
+    vocabulary: int
+    batch: int
+    tokens: int
+
+    def config(self) -> LlamaConfig:
+        """The model's configuration."""
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.channels,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=max(self.tokens, 512),
+            tie_word_embeddings=self.vocabulary < 100_000 and self.hidden < 4096,
+        )
+
+
+EMBEDDED = Shape("embedded", 192, 6, 6, 3, 512, 2048, 4, 256)
+"""The shape of the model that ships with the package, at the batch of ``experiment=legal_50pct``."""
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        EMBEDDED,
+        Shape("15M", 384, 8, 6, 3, 1024, 4096, 4, 256),
+        Shape("llama2_7b", 4096, 32, 32, 32, 11008, 32000, 1, 1024),
+        Shape("llama3_8b", 4096, 32, 32, 8, 14336, 128256, 1, 1024),
+    )
+}
+
+
+class PlainLora(LightningModule):
+    """LoRA as its users write it: PEFT's model, Lightning's loop, AdamW, a cosine.
+
+    Args:
+        model: Base model; wrapped in place.
+        config: The run whose adapters and rates are used.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: TrainConfig) -> None:
+        super().__init__()
+        lora = config.lora
+        targets = list(lora.target_modules)
+        peft_config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+        if config.model.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        self.model = get_peft_model(model, peft_config)
+        self.steps, self.lr = config.trainer.max_steps, config.optim.lr
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross entropy of the batch."""
+        loss = self.model(**batch).loss
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """AdamW under a cosine."""
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr, betas=(0.9, 0.99))
+
+        def factor(step: int) -> float:
+            return 0.1 + 0.45 * (1 + math.cos(math.pi * min(step / self.steps, 1.0)))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def run_config(*overrides: str) -> TrainConfig:
+    """The configuration of the default run with overrides."""
+    config = OmegaConf.to_object(compose_config(["experiment=legal_50pct", *overrides]))
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+@dataclass
+class Workload:
+    """A model, its batches and where they are.
+
+    Attributes:
+        shape: The shape.
+        device: Torch device.
+        dtype: Of the frozen weights.
+        overrides: Further overrides of the run's configuration.
+        seed: Of weights and tokens.
+    """
+
+    shape: Shape
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    overrides: tuple[str, ...] = ()
+    seed: int = 0
+
+    def base(self) -> PreTrainedModel:
+        """The base model; the same weights at every call."""
+        torch.manual_seed(self.seed)
+        return build_model(self.shape.config(), dtype=self.dtype, device=self.device, initialize=True)
+
+    def batch(self, index: int) -> Batch:
+        """A batch of random tokens, all of them learnt; the same for the same index."""
+        draw = torch.Generator().manual_seed(self.seed * 100_003 + index)
+        ids = torch.randint(3, self.shape.vocabulary, (self.shape.batch, self.shape.tokens), generator=draw)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def batches(self, count: int, device: str | None = None) -> list[Batch]:
+        """The first ``count`` batches; they go round after 64."""
+        made = [self.batch(index) for index in range(min(count, 64))]
+        if device:
+            made = [{key: value.to(device) for key, value in batch.items()} for batch in made]
+        return [made[index % len(made)] for index in range(count)]
+
+    def config(self, *overrides: str) -> TrainConfig:
+        """The run's configuration."""
+        return run_config(*self.overrides, *overrides)
+
+    def system(self, name: str) -> LightningModule:
+        """A module of :data:`STEP_SYSTEMS`, ready for steps of its kind.
+
+        Raises:
+            ValueError: An unknown system.
+        """
+        if name == "plain":
+            return PlainLora(self.base(), self.config())
+        if name in ("joint", "compact"):
+            module = build.pruning_module(self.config("prune=exact"), self.base())
+            if name == "compact":
+                torch.manual_seed(1)
+                module.generator.warm_start(torch.randn(module.space.num_units))
+                module.freeze_masks()
+                module.compact()
+            else:
+                module.schedule = SparsitySchedule(0.5, 0, 0, _NEVER)
+            return module
+        if name == "alternate":
+            aware = build.pruning_module(self.config("prune=atp"), self.base())
+            assert isinstance(aware, AwareModule)
+            aware.schedule = SparsitySchedule(0.5, 0, 0, _NEVER)
+            aware.calibration_batch = lambda index: self.batch(1000 + index % 64)
+            return aware
+        if name == "taylor":
+            return self.two_stage(calibrate=False)
+        raise ValueError(f"no system {name!r}; known: {', '.join(STEP_SYSTEMS)}")
+
+    def joint_run(self) -> PruningModule:
+        """The default run up to its first step: the warm start is measured here, on its batches."""
+        config = self.config("prune=exact")
+        module = build.pruning_module(config, self.base())
+        settings = config.prune.warm_start
+        self._warm_start(module, settings.criterion, settings.ranking, settings.batches, settings.gain)
+        return module
+
+    def two_stage(self, *, calibrate: bool = True) -> TuningModule:
+        """Half of the blocks cut at once by Taylor importance (or by chance), adapters to be tuned."""
+        config = build.two_stage(self.config("prune=exact"), "taylor")
+        module = build.pruning_module(config, self.base())
+        if calibrate:
+            settings = config.prune.warm_start
+            self._warm_start(module, settings.criterion, settings.ranking, settings.batches, settings.gain)
+        else:
+            torch.manual_seed(1)
+            module.generator.warm_start(torch.randn(module.space.num_units))
+        module.freeze_masks()
+        tensors = merged_tensors(module.masked.peft_model)
+        masks_U = module.final_masks_U.cpu()
+        model = remove(tensors, self.shape.config(), module.space, masks_U, device=self.device)
+        return build.tuning_module(config, model)
+
+    def _warm_start(self, module: PruningModule, criterion: str, ranking: str, count: int, gain: float) -> None:
+        masked = module.masked.to(self.device)
+        importance_U = importance(criterion, masked, self.batches(count, self.device)).cpu()
+        module.generator.warm_start(gain * rank(ranking, module.space, importance_U))
+
+
+class StepClock(Callback):
+    """Notes when each step begins and when the last one ends."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def _note(self) -> None:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Note the time."""
+        self._note()
+
+    def on_train_end(self, *_: Any) -> None:
+        """Note the time."""
+        self._note()
+
+
+def fit(module: LightningModule, batches: Sequence[Batch], device: str = "cpu") -> list[float]:
+    """Train for one step per batch under a bare trainer.
+
+    Returns:
+        Seconds of each step, from its beginning to that of the next.
+    """
+    clock = StepClock(device)
+    trainer = Trainer(
+        max_steps=len(batches),
+        max_epochs=-1,
+        accelerator="cpu" if device == "cpu" else "gpu",
+        devices=1,
+        logger=False,
+        callbacks=[clock],
+        gradient_clip_val=1.0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, train_dataloaders=_Loader(batches))
+    return [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+
+
+class _Loader:
+    """Batches as a loader: what Lightning iterates over."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+# ---- memory
+
+
+def saved_activations(module: LightningModule, batch: Mapping[str, Tensor]) -> int:
+    """Bytes that one step's forward pass keeps for its backward pass, weights left out; a storage counts once."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    known |= {tensor.untyped_storage().data_ptr() for tensor in batch.values()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward(module, batch)
+    total = sum(kept.values())
+    loss.backward()
+    module.zero_grad(set_to_none=True)
+    return total
+
+
+def forward(module: LightningModule, batch: Mapping[str, Tensor]) -> Tensor:
+    """The loss of a step outside a trainer."""
+    log = module.log
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        return module.training_step(dict(batch), 0)  # type: ignore[return-value]
+    finally:
+        module.log = log  # type: ignore[method-assign]
+
+
+def resident_bytes(module: nn.Module) -> int:
+    """Bytes of weights, buffers, gradients and AdamW moments."""
+    tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in module.parameters()}
+    tensors |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in module.buffers()}
+    return sum(tensors.values()) + sum(3 * 4 * p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def peak_bytes(module: LightningModule, batch: Mapping[str, Tensor], device: str = "cpu") -> int:
+    """Most bytes in tensors during a step: what is resident plus the highest sum of what the step allocates.
+
+    On a CPU every allocation of the step is read from torch's profiler, so that neither Python nor the memory
+    allocator has a part in the figure; on CUDA it is the allocator's own mark.
+    """
+    step: Callable[[], None] = lambda: forward(module, batch).backward()  # noqa: E731
+    step()
+    module.zero_grad(set_to_none=True)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        moments = sum(8 * p.numel() for p in module.parameters() if p.requires_grad)
+        module.zero_grad(set_to_none=True)
+        return torch.cuda.max_memory_allocated() + moments
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    held = highest = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            highest = max(highest, held)
+    gradients = sum(4 * p.numel() for p in module.parameters() if p.requires_grad)
+    module.zero_grad(set_to_none=True)
+    return resident_bytes(module) - gradients + highest  # the step allocates its gradients itself
