@@ -67,6 +67,7 @@ CASES = {
     ),
     "qwen3-mqa-tied": Case("qwen3", 1, 4, {"tie_word_embeddings": True, "head_dim": 6}),
     "qwen3-gqa-biases": Case("qwen3", 4, 2, {"attention_bias": True}),
+    "qwen3-gqa-untied": Case("qwen3", 4, 2),
 }
 
 # What a layer keeps: (fraction of KV heads, fraction of the queries of each, channels).

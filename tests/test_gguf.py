@@ -9,15 +9,20 @@ import pytest
 import torch
 from test_architecture import CASES, LAYERS, SHAPES, VOCAB, dense_model, pruned_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from atp import embedded
 from atp.architecture import LayerWidths, build_model, pruned_config
-from atp.export import gguf_file
+from atp.export.__main__ import embedded_text, main
 from atp.export.gguf_file import check_types, export_gguf
-from atp.export.gguf_layout import gguf_architecture, gguf_layout
+from atp.export.gguf_layout import FILLED_NOTE, gguf_architecture, gguf_layout
+from atp.export.gguf_tensors import GgufTensor
 from atp.export.gguf_vocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, gguf_vocabulary
 from atp.export.huggingface import export_hf
+from atp.export.limits import verdict
+from atp.export.loading import load_exported
+from atp.export.rounding import ROUNDINGS, rounding_error
+from atp.export.verification import mismatches, verify
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'atp[gguf]'")
 
@@ -33,6 +38,8 @@ CELLS = [
     ("qwen2-gqa", "per-layer", "deci"),
     ("qwen3-mqa-tied", "uniform", "qwen3"),
     ("qwen3-mqa-tied", "no-attention-first", "openelm"),
+    ("qwen3-gqa-untied", "per-layer", "qwen3"),
+    ("qwen3-gqa-untied", "empty-layer", "qwen3"),
 ]
 IDS = torch.arange(4, 28)[None] % VOCAB
 
@@ -47,14 +54,14 @@ def field(reader, name: str):
     return reader.get_field(name).contents()
 
 
-def logits_of_file(path: Path, config) -> torch.Tensor:
+def logits_of_file(path: Path, config, layers: int = LAYERS) -> torch.Tensor:
     """Logits of a PyTorch model made from nothing but the file's tensors and widths."""
     reader = gguf.GGUFReader(path)
     architecture = field(reader, "general.architecture")
 
     def per_layer(name: str) -> list[int]:
         value = field(reader, f"{architecture}.{name}")
-        return value if isinstance(value, list) else [value] * LAYERS
+        return value if isinstance(value, list) else [value] * layers
 
     head_dim = field(reader, f"{architecture}.attention.key_length")
     counts = zip(
@@ -135,6 +142,52 @@ def test_types_round_matrices_and_leave_vectors_alone(tmp_path, name):
     assert types["blk.1.ffn_down.weight"] == ("F16" if name == "q8_0" else name.upper())
 
 
+def unpermute(path: Path, name: str, heads: int) -> None:
+    """Undoes the permutation of one tensor of a file, in place."""
+    (tensor,) = (t for t in gguf.GGUFReader(path, "r+").tensors if t.name == name)
+    rows = tensor.data.reshape(heads, -1, 2, *tensor.data.shape[1:])
+    tensor.data[:] = np.swapaxes(rows, 1, 2).reshape(tensor.data.shape).copy()
+
+
+def swap(path: Path, first: str, second: str) -> None:
+    """Swaps the contents of two tensors of a file, in place."""
+    tensors = {t.name: t.data for t in gguf.GGUFReader(path, "r+").tensors}
+    kept = tensors[first].copy()
+    tensors[first][:] = tensors[second]
+    tensors[second][:] = kept
+
+
+CORRUPTIONS = {
+    "queries not permuted": lambda path: unpermute(path, "blk.0.attn_q.weight", 4),
+    "keys not permuted": lambda path: unpermute(path, "blk.3.attn_k.weight", 4),
+    "gate and up swapped": lambda path: swap(path, "blk.2.ffn_gate.weight", "blk.2.ffn_up.weight"),
+    "norms swapped": lambda path: swap(path, "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight"),
+    "layers swapped": lambda path: swap(path, "blk.0.attn_output.weight", "blk.3.attn_output.weight"),
+}
+
+
+@pytest.mark.parametrize("name", ["f32", "f16", "bf16", "q8_0"])
+def test_limits_tell_rounding_from_a_misread_tensor_in_every_type(tmp_path, name):
+    case = CASES["llama-mha"]
+    model, directory = exported(tmp_path, "llama-mha", "per-layer")
+    (written,) = export_gguf(directory, types=[name], tokenizer=False)
+    with torch.no_grad():
+        reference = model(IDS).logits
+    rounding = None if name == "f32" else rounding_error(model, IDS.numpy(), reference.numpy(), ROUNDINGS[name])
+
+    def found(path: Path) -> str:
+        difference = logits_of_file(path, case.config()) - reference
+        largest, rms = float(difference.abs().max()), float(difference.square().mean().sqrt())
+        return verdict({"max_abs": largest, "rms": rms, "top1": 1.0}, name, float(reference.std()), rounding)
+
+    assert found(written.path) == ""
+    for fault, corrupt in CORRUPTIONS.items():
+        broken = tmp_path / "broken.gguf"
+        shutil.copy(written.path, broken)
+        corrupt(broken)
+        assert "rms" in found(broken), fault
+
+
 def test_rotary_scaling_of_llama3_is_written_as_factors(tmp_path):
     _, directory = exported(tmp_path, "llama-gqa-tied-rope3", "per-layer")
     (written,) = export_gguf(directory, types=["f32"], tokenizer=False)
@@ -155,6 +208,57 @@ def test_blocks_that_are_absent_are_zeroed_only_where_llama_cpp_needs_them():
     assert filled["blk.0.attn_q.weight"] == () and filled["blk.1.attn_q.weight"] != ()
 
 
+def test_a_model_that_only_a_uniform_architecture_computes_is_filled_up_and_says_so(tmp_path, caplog):
+    _, directory = exported(tmp_path, "qwen3-gqa-untied", "per-layer")
+    (written,) = export_gguf(directory, types=["f16"], tokenizer=False)
+    assert written.notes == (FILLED_NOTE,) and FILLED_NOTE in caplog.text
+    layout = gguf_layout(pruned_model_config("qwen3-gqa-untied", "per-layer"))
+    assert layout.fields["attention.head_count"] == 8 and layout.fields["feed_forward_length"] == 24
+
+
+def slim_export(tmp_path: Path, channels: list[int]) -> tuple[Path, LlamaConfig]:
+    """An export of random weights whose layers have these FFN channels, and the config of its base."""
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=len(channels),
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        tie_word_embeddings=True,
+    )
+    small = pruned_config(config, [LayerWidths(4, 2, 32, count) for count in channels])
+    export_hf(build_model(small, dtype=torch.float32, initialize=True), None, tmp_path / "slim")
+    return tmp_path / "slim", config
+
+
+@pytest.mark.parametrize(("name", "bytes_each"), [("f32", 4), ("f16", 2), ("bf16", 2), ("q8_0", 34 / 32)])
+def test_tensors_take_the_kept_parameters_times_their_bytes(tmp_path, name, bytes_each):
+    """Within 1%; what is over is norms in float32 and channels filled up to blocks of 32."""
+    directory, _ = slim_export(tmp_path, [1021, 1024, 1007])
+    (written,) = export_gguf(directory, types=[name], tokenizer=False)
+    parameters = sum(p.numel() for p in load_exported(directory).parameters())
+    assert parameters * bytes_each <= written.tensor_bytes <= 1.01 * parameters * bytes_each
+    assert written.size_bytes - written.tensor_bytes < 6000
+
+
+def test_channels_are_filled_up_to_blocks_where_that_is_smaller(tmp_path):
+    directory, config = slim_export(tmp_path, [260, 40, 256])
+    floats, blocks = export_gguf(directory, types=["f16", "q8_0"], tokenizer=False)
+    assert field(gguf.GGUFReader(floats.path), "deci.feed_forward_length") == [260, 40, 256]
+    reader = gguf.GGUFReader(blocks.path)
+    assert field(reader, "deci.feed_forward_length") == [288, 40, 256]
+    tensors = {t.name: t for t in reader.tensors}
+    down = gguf.quants.dequantize(tensors["blk.0.ffn_down.weight"].data, tensors["blk.0.ffn_down.weight"].tensor_type)
+    assert down.shape == (256, 288) and not down[:, 260:].any() and down[:, :260].any()
+    assert tensors["blk.1.ffn_down.weight"].tensor_type.name == "F16"
+    expected = load_exported(directory)
+    with torch.no_grad():
+        difference = logits_of_file(blocks.path, config, layers=3) - expected(IDS).logits
+    assert difference.square().mean().sqrt() < 0.05 * expected(IDS).logits.std()
+
+
 def pruned_model_config(case: str, shape: str):
     return pruned_model(dense_model(CASES[case]), CASES[case], SHAPES[shape]).config
 
@@ -169,7 +273,6 @@ def test_sliding_window_limits_the_context_and_says_so():
     ("case", "change", "uniform", "message"),
     [
         ("qwen3-gqa-biases", {}, True, "no bias in its output projection"),
-        ("qwen3-mqa-tied", {"tie_word_embeddings": False}, False, "prune.shape=uniform"),
         ("llama-mha", {"hidden_act": "gelu"}, True, "only silu"),
     ],
 )
@@ -207,10 +310,10 @@ def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path, monke
     (written,) = export_gguf(directory, types=["f16"], tokenizer=False)
     before = written.path.read_bytes()
 
-    def fails(stored, tensor):
+    def fails(tensor, read):
         raise error
 
-    monkeypatch.setattr(gguf_file, "_values", fails)
+    monkeypatch.setattr(GgufTensor, "values", fails)
     with pytest.raises(type(error)):
         export_gguf(directory, types=["f16"], tokenizer=False, overwrite=True)
     assert written.path.read_bytes() == before
@@ -310,3 +413,27 @@ def test_llama_cpps_quantiser_makes_k_quants(tmp_path):
     small, full = export_gguf(tmp_path / "model", tmp_path, types=["q4_k_m", "f16"])
     assert small.size_bytes < 0.5 * full.size_bytes
     assert sorted(path.name for path in tmp_path.glob("*.gguf*")) == ["model-f16.gguf", "model-q4_k_m.gguf"]
+
+
+@pytest.mark.llamacpp
+def test_verification_of_a_broken_file_exits_non_zero_for_every_type(tmp_path, capsys):
+    """The base's own files, each with one tensor of one layer misread."""
+    pytest.importorskip("llama_cpp", reason="llama.cpp is not installed: pip install 'atp[llamacpp]'")
+    directory = Path(shutil.copytree(embedded.base_dir(), tmp_path / "model"))
+    files = export_gguf(directory, types=["f32", "f16", "bf16", "q8_0", "q4_k_m"])
+    assert main([str(directory), "--verify", "--tokens", "512"]) == 0
+    for fault in (
+        lambda path: unpermute(path, "blk.0.attn_q.weight", 6),
+        lambda path: swap(path, "blk.3.ffn_gate.weight", "blk.3.ffn_up.weight"),
+    ):
+        kept = {file.path: file.path.read_bytes() for file in files}
+        for file in files:
+            fault(file.path)
+        assert [check.format for check in mismatches(verify(directory, tokens=512, text=embedded_text()))] == [
+            f"gguf {name}" for name in ("bf16", "f16", "f32", "q4_k_m", "q8_0")
+        ]
+        for path, content in kept.items():
+            path.write_bytes(content)
+    swap(files[3].path, "blk.1.attn_k.weight", "blk.1.attn_v.weight")
+    assert main([str(directory), "--verify", "--tokens", "512"]) == 1
+    assert capsys.readouterr().out.count("MISMATCH") == 1

@@ -23,10 +23,12 @@ from atp.export.__main__ import main
 from atp.export.bundle import check_formats, windows_of
 from atp.export.gguf_file import export_gguf
 from atp.export.huggingface import export_hf
+from atp.export.limits import verdict
 from atp.export.loading import load_exported
 from atp.export.onnx_graph import export_onnx
 from atp.export.probe import LlamaCppEngine
-from atp.export.verification import LIMITS, ROUGH, Limit, _matches, mismatches, verify
+from atp.export.rounding import ROUNDINGS, rounding_error
+from atp.export.verification import mismatches, verify
 from atp.generate import main as generate
 from atp.lora import base_tensors, merged_tensors
 from atp.prompt import Prompt
@@ -161,33 +163,73 @@ def test_every_format_is_loaded_in_a_fresh_process_and_compared(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_unmerged_export_is_compared_through_peft(tmp_path):
+def test_an_unmerged_export_is_compared_through_peft(tmp_path, capsys):
     directory, merged = unmerged(tmp_path)
     (check,) = verify(directory, tokens=64, reference_model=merged)
     assert (check.format, check.ok) == ("adapter", True)
+    file = directory / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("down_proj.lora_B.weight"))
+    save_file({**tensors, name: tensors[name].flip(0).contiguous()}, file, metadata={"format": "pt"})
+    (check,) = verify(directory, tokens=64, reference_model=merged)
+    assert check.ok is False and "rms" in check.note and "adapter_model.safetensors changed" in check.note
+    assert main([str(directory), "--verify", "--tokens", "64"]) == 1, "its own adapter is no reference for itself"
+    assert "adapter_model.safetensors changed" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def swapped_in_graph(graph: Path, layer: int) -> None:
+    """Swaps the gate and the up projection of a layer in an ONNX graph."""
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(graph)
+    inputs = {}
+    for node in model.graph.node:
+        for part in ("gate_proj", "up_proj"):
+            if node.op_type == "MatMul" and f"layers.{layer}/mlp/{part}" in node.name:
+                inputs[part] = node
+    first, second = inputs["gate_proj"].input, inputs["up_proj"].input
+    first[1], second[1] = second[1], first[1]
+    onnx.save(model, graph)
 
 
 def test_a_format_that_differs_is_a_mismatch_and_the_exit_code_says_so(tmp_path, capsys):
-    """Weights changed after the graph was made: the graph is then no longer that model's."""
+    """A graph with two swapped weights, and a weight file changed after the export."""
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'atp[onnx]'")
     case = CASES["llama-mha"]
     export_hf(pruned_model(dense_model(case), case, SHAPES["per-layer"]), None, tmp_path / "model")
-    export_onnx(tmp_path / "model", cache=False)
+    swapped_in_graph(export_onnx(tmp_path / "model", cache=False), layer=1)
     tensors = load_file(tmp_path / "model" / "model.safetensors")
-    tensors["model.norm.weight"] *= 1.01
+    tensors["model.norm.weight"] *= 1 + 1e-6
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     assert main([str(tmp_path / "model"), "--verify", "--tokens", "64"]) == 1
-    assert "MISMATCH" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.count("MISMATCH") == 2
+    hf, onnx = (check.note for check in mismatches(verify(tmp_path / "model", tokens=64)))
+    assert "model.safetensors changed since the export" in hf and "rms" in onnx
 
 
-def test_limits_let_rounding_pass_and_a_misread_file_fail():
-    exact, rounded = LIMITS["f32"], LIMITS["q8_0"]
-    assert _matches({"max_abs": 1e-3, "top1": 1.0}, exact, 2.0)
-    assert not _matches({"max_abs": 1e-3, "top1": 0.9}, exact, 2.0)
-    assert _matches({"max_abs": 0.5, "top1": 0.9}, rounded, 1.0)
-    assert not _matches({"max_abs": 5.0, "top1": 0.1}, rounded, 1.0)
-    assert not _matches({"max_abs": None, "top1": 1.0}, ROUGH, 1.0), "not a number"
-    assert isinstance(exact, Limit) and mismatches([]) == []
+def test_an_exact_format_must_give_the_logits_and_a_rounded_one_may_differ_by_its_rounding():
+    near = {"max_abs": 1e-3, "rms": 1e-4, "top1": 1.0}
+    assert verdict(near, "f32", 2.0) == ""
+    assert "top-1 90.00%" in verdict({**near, "top1": 0.9}, "f32", 2.0)
+    assert "rms 0.0001, allowed 1e-05" in verdict(near, "hf", 1.0)
+    assert verdict({"max_abs": 0.5, "rms": 0.05, "top1": 0.9}, "q8_0", 2.0, rounding=0.04) == ""
+    assert "rms 0.07, allowed 0.06" in verdict({"max_abs": 0.5, "rms": 0.07, "top1": 0.9}, "q8_0", 2.0, rounding=0.04)
+    assert "largest 2" in verdict({"max_abs": 2, "rms": 0.05, "top1": 0.9}, "q8_0", 2.0, rounding=0.04)
+    assert "not numbers" in verdict({"max_abs": None, "rms": None, "top1": 1.0}, "q8_0", 1.0, rounding=1.0)
+    assert mismatches([]) == []
+
+
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_rounding_is_measured_without_changing_the_model(name):
+    model = tiny_model("llama", "gqa", layers=2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    ids_WT = tiny_batch()["input_ids"].numpy()[:1]
+    with torch.no_grad():
+        reference_WTV = model(input_ids=torch.tensor(ids_WT)).logits.numpy()
+    error = rounding_error(model, ids_WT, reference_WTV, ROUNDINGS[name])
+    assert 0 < error < reference_WTV.std()
+    assert rounding_error(model, ids_WT, reference_WTV, ROUNDINGS["f16"]) <= error
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_code_beside_the_weights_that_is_not_atps_is_never_run(tmp_path):

@@ -114,7 +114,9 @@ def _to_gguf(directory: Path, arguments: argparse.Namespace, console: Console) -
         directory, output, types=types, tokenizer=not arguments.no_tokenizer, overwrite=arguments.overwrite
     )
     for file in written:
-        console.print(f"gguf: {file.path} ({file.size_bytes / 2**20:.2f} MiB, {file.architecture}, {file.type})")
+        besides = f"{(file.size_bytes - file.tensor_bytes) / 2**20:.2f} of them vocabulary and names"
+        sizes = f"{file.size_bytes / 2**20:.2f} MiB, {besides}"
+        console.print(f"gguf: {file.path} ({sizes}; {file.architecture}, {file.type})", soft_wrap=True)
 
 
 def _to_onnx(directory: Path, arguments: argparse.Namespace, console: Console) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from atp.export.extras import require
 from atp.export.gguf_file import check_types, export_gguf
-from atp.export.gguf_layout import gguf_architecture
+from atp.export.gguf_layout import FILLED_NOTE, UNIFORM, gguf_architecture
 from atp.export.gguf_vocab import gguf_vocabulary
 from atp.export.onnx_graph import export_onnx
 from atp.export.verification import Check, mismatches, verify
@@ -49,7 +49,8 @@ def check_formats(
     """
     if gguf:
         check_types(gguf)
-        gguf_architecture(config, uniform=uniform)
+        if gguf_architecture(config, uniform=uniform) in UNIFORM.values() and not uniform:
+            log.warning("export.gguf: %s", FILLED_NOTE)
         gguf_vocabulary(tokenizer, config.vocab_size)
     if onnx:
         for package in ("onnx", "onnxruntime"):
@@ -94,7 +95,7 @@ def verify_formats(
         )
         log.info("verify: %s: %s%s", check.format, found, f" {check.note}" if check.note else "")
     for check in mismatches(checks):
-        log.error("verify: %s does NOT match the model: %s", check.format, check.note or "logits differ")
+        log.error("verify: %s does NOT match the model: %s", check.format, check.note)
     return checks
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import AutoTokenizer
 
 from atp.export.extras import require
@@ -30,8 +29,13 @@ logger = logging.getLogger(__name__)
 
 WRITTEN_TYPES = ("f32", "f16", "bf16", "q8_0")
 """Types written here."""
+BLOCK = 32
+"""Weights of a row that the types of less than two bytes store together, at the least."""
+_FLOATS = ("f32", "f16", "bf16")
 QUANTISER_TYPES = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k", "q5_0", "q4_0")
 """Types written by llama.cpp's quantiser, where llama-cpp-python is installed."""
+
+_SILENT: list[Any] = []  # llama.cpp calls its log function for as long as the process lives, so it must live as long
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class GgufFile:
         architecture: llama.cpp's name of the architecture.
         type: Type of the matrices.
         size_bytes: Size of the file.
+        tensor_bytes: What the tensors take of it; the rest is vocabulary and names.
         notes: What the user should know of it.
     """
 
@@ -50,6 +55,7 @@ class GgufFile:
     architecture: str
     type: str
     size_bytes: int
+    tensor_bytes: int
     notes: tuple[str, ...]
 
 
@@ -93,8 +99,10 @@ def export_gguf(
         OSError: If the disk is full.
     """
     check_types(types)
+    import gguf
+
     stored = StoredModel(model_dir)
-    layout = gguf_layout(stored.config)
+    gguf_layout(stored.config)  # refuses before anything else is looked at
     folder = Path(output_dir) if output_dir is not None else stored.directory / "gguf"
     targets = {name.lower(): folder / f"model-{name.lower()}.gguf" for name in types}
     if blocked := [str(path) for path in targets.values() if path.exists() and not overwrite]:
@@ -103,13 +111,15 @@ def export_gguf(
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for kind, path in targets.items():
+        layout = gguf_layout(stored.config, block=1 if kind in _FLOATS else BLOCK)
         with _appearing_file(path) as stage:
             if kind in WRITTEN_TYPES:
                 _write(stored, layout, vocabulary, kind, stage)
             else:
                 _quantise(stored, layout, vocabulary, kind, stage)
-        written.append(GgufFile(path, layout.architecture, kind, path.stat().st_size, layout.notes))
-    for note in layout.notes:
+        tensor_bytes = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
+        written.append(GgufFile(path, layout.architecture, kind, path.stat().st_size, tensor_bytes, layout.notes))
+    for note in dict.fromkeys(note for file in written for note in file.notes):
         logger.warning("%s", note)
     return written
 
@@ -164,7 +174,7 @@ def _write(stored: StoredModel, layout: GgufLayout, vocabulary: Vocabulary | Non
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor, stored_type in plan:
-            values = gguf.quants.quantize(_values(stored, tensor), stored_type)
+            values = gguf.quants.quantize(tensor.values(stored.tensor), stored_type)
             writer.write_tensor_data(np.ascontiguousarray(values))
     finally:
         writer.close()
@@ -178,36 +188,6 @@ def _stored_type(tensor: GgufTensor, wanted: Any) -> Any:
         return gguf.GGMLQuantizationType.F32
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
     return gguf.GGMLQuantizationType.F16 if tensor.shape[-1] % block else wanted
-
-
-def _values(stored: StoredModel, tensor: GgufTensor) -> np.ndarray:
-    """Numbers of one tensor, float32."""
-    if not tensor.sources:
-        filled = np.asarray(tensor.values, np.float32)
-        return np.broadcast_to(filled, tensor.shape).copy() if len(filled) == 1 else filled
-    parts = [stored.tensor(name).to(torch.float32) for name in tensor.sources]
-    if tensor.kept:
-        parts = [_whole_heads(part, tensor, kept) for part, kept in zip(parts, tensor.kept, strict=True)]
-    values = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if tensor.heads:
-        values = _halves_to_neighbours(values, tensor.heads)
-    assert tuple(values.shape) == tensor.shape, f"{tensor.name}: {tuple(values.shape)} is not {tensor.shape}"
-    return values.contiguous().numpy()
-
-
-def _whole_heads(values: torch.Tensor, tensor: GgufTensor, kept: tuple[int, ...]) -> torch.Tensor:
-    """Puts the dimensions that heads keep back in their places, zeros in the others."""
-    heads = values.shape[tensor.axis] // len(kept)
-    places = torch.tensor([head * tensor.head_dim + dim for head in range(heads) for dim in kept])
-    shape = list(values.shape)
-    shape[tensor.axis] = heads * tensor.head_dim
-    return values.new_zeros(shape).index_copy(tensor.axis, places, values)
-
-
-def _halves_to_neighbours(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorders the rows of each head so that dimensions i and i + d/2, which rotate together, become neighbours."""
-    paired = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-    return paired.transpose(1, 2).reshape(rows.shape)
 
 
 def _write_metadata(writer: Any, stored: StoredModel, layout: GgufLayout, kind: str) -> None:
@@ -258,8 +238,9 @@ def _quantise(stored: StoredModel, layout: GgufLayout, vocabulary: Vocabulary | 
     import llama_cpp
 
     full = path.with_name(path.name + "-f32")
-    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
+    if not _SILENT:
+        _SILENT.append(llama_cpp.llama_log_callback(lambda level, text, data: None))
+    llama_cpp.llama_log_set(_SILENT[0], ctypes.c_void_p(0))
     try:
         _write(stored, layout, vocabulary, "f32", full)
         options = llama_cpp.llama_model_quantize_default_params()

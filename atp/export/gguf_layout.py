@@ -6,7 +6,8 @@ what each architecture's loader accepts) was read in its sources and checked by 
 
 * ``llama``, ``qwen2`` and ``qwen3`` build every layer at the widths of the first. Widths per layer need ``deci``
   (Llama, Mistral and Qwen2 weights) or ``openelm`` (Qwen3 weights: it normalises queries and keys, but ties the output
-  head).
+  head). An untied Qwen3 is filled up with zeros to the widest layer, which is exact and as large as that.
+* Types that store weights in blocks need rows of whole blocks; FFN channels are filled up with zeros to them.
 * ``deci`` drops the attention of a layer without FFN and takes the head size from layer 0; ``openelm`` builds every
   block. Where a block is needed but absent, one unit of zeros stands for it.
 * ``qwen2`` takes only as many heads as make up the hidden size; ``llama`` takes any, and Qwen2's biases too.
@@ -20,42 +21,22 @@ what each architecture's loader accepts) was read in its sources and checked by 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from transformers import PreTrainedConfig
 
 from atp.architecture import LayerWidths, family, layer_widths
+from atp.export.gguf_tensors import NEIGHBOURS, GgufTensor, layer_tensors
 
 UNIFORM = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 PER_LAYER = {"llama": "deci", "mistral": "deci", "qwen2": "deci", "qwen3": "openelm"}
-_NEIGHBOURS = ("llama", "deci")
+FILLED_NOTE = (
+    "llama.cpp has no architecture for Qwen3 with widths per layer and an untied head or scaled rotary frequencies; "
+    "GGUF files hold it with zeros up to the widest layer. Prune with prune.shape=uniform for small ones"
+)
 _LONGEST_EXACT_CONTEXT = 1 << 30
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """One tensor of the file.
-
-    Attributes:
-        name: Its name in GGUF.
-        shape: Rows and columns, or length.
-        sources: Stored tensors it is made of, one below the other; none means it is filled.
-        heads: Heads whose rows are permuted from halves to neighbours; 0 leaves rows as they are.
-        values: What it is filled with, where it has no source: one value for all, or each.
-        kept: By source, the dimensions that its heads keep; the others are zero. Empty where heads are whole.
-        head_dim: Size of a whole head, where heads keep only some dimensions.
-        axis: The dimension along which heads lie.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    sources: tuple[str, ...] = ()
-    heads: int = 0
-    values: tuple[float, ...] = (0.0,)
-    kept: tuple[tuple[int, ...], ...] = ()
-    head_dim: int = 0
-    axis: int = 0
+_BYTES_PER_WEIGHT = 34 / 32  # q8_0; the fewer, the more filling up pays
 
 
 @dataclass(frozen=True)
@@ -84,6 +65,10 @@ def gguf_architecture(config: PreTrainedConfig, *, uniform: bool) -> str:
         config: Config of the dense or the pruned model.
         uniform: Whether all layers have the same widths, and every layer both blocks.
 
+    Returns:
+        Its name; one of :data:`UNIFORM` for widths per layer means that :func:`gguf_layout` fills up all layers with
+        zeros to one size, as no other architecture computes the model.
+
     Raises:
         ValueError: No architecture of llama.cpp computes this model; the message says what would.
     """
@@ -92,24 +77,23 @@ def gguf_architecture(config: PreTrainedConfig, *, uniform: bool) -> str:
         raise ValueError(f"GGUF: hidden_act={config.hidden_act!r} has no llama.cpp architecture here; only silu has")
     if name == "qwen3" and getattr(config, "attention_bias", False):
         raise ValueError("GGUF: llama.cpp's Qwen3 has no bias in its output projection; export without attention_bias")
-    if name == "qwen3" and not uniform and not config.tie_word_embeddings:
-        raise ValueError(
-            "GGUF: widths per layer with Qwen3's query and key norms fit only llama.cpp's openelm, which ties the "
-            "output head to the embeddings, and this model does not; prune with prune.shape=uniform, or leave GGUF out"
-        )
-    if name == "qwen3" and not uniform and _rope(config).get("rope_type", "default") not in ("default", "linear"):
-        raise ValueError(
-            f"GGUF: llama.cpp's openelm takes no {_rope(config)['rope_type']!r} rotary scaling; prune this Qwen3 with "
-            "prune.shape=uniform, or leave GGUF out"
-        )
+    if name == "qwen3" and not uniform and not _fits_openelm(config):
+        return UNIFORM[name]
     return (UNIFORM if uniform else PER_LAYER)[name]
 
 
-def gguf_layout(config: PreTrainedConfig) -> GgufLayout:
+def _fits_openelm(config: PreTrainedConfig) -> bool:
+    """Whether llama.cpp's openelm computes a Qwen3: it ties the output head and scales no rotary frequencies."""
+    return config.tie_word_embeddings and _rope(config).get("rope_type", "default") in ("default", "linear")
+
+
+def gguf_layout(config: PreTrainedConfig, *, block: int = 1) -> GgufLayout:
     """Lays out a model.
 
     Args:
         config: Config of a dense or pruned model.
+        block: Weights of a row that the type stores together. FFN channels are filled up with zeros to a multiple where
+            that takes less space than rows left in float16.
 
     Raises:
         ValueError: llama.cpp cannot compute this model; the message says why and what can be done.
@@ -120,21 +104,17 @@ def gguf_layout(config: PreTrainedConfig) -> GgufLayout:
     head_dim = _one_head_dim(config, widths)
     if architecture == "qwen2" and widths[0].num_attention_heads * head_dim != config.hidden_size:
         architecture = "llama"
-    written = tuple(_padded(layer, index, architecture, head_dim) for index, layer in enumerate(widths))
+    written, notes = _written(config, widths, architecture, head_dim, block)
     if architecture in ("qwen3", "openelm") and any(layer.rotary_pairs is not None for layer in widths):
         raise ValueError(
             "GGUF: Qwen3 normalises whole heads, so rotary pairs cannot be cut for llama.cpp; leave GGUF out"
         )
     factors, rope_fields = _rotary(config, architecture, head_dim)
-    context, notes = _context(config)
+    context, window_notes = _context(config)
+    notes += window_notes
     if any(layer.is_slim for layer in widths):
         notes += ("dimensions removed inside heads are zeros in this file, as llama.cpp knows one head size",)
-    if len(set(written)) == 1 and uniform:
-        counts: list[Any] = [written[0].num_attention_heads, written[0].num_key_value_heads]
-        counts.append(written[0].intermediate_size)
-    else:
-        counts = [[layer.num_attention_heads for layer in written], [layer.num_key_value_heads for layer in written]]
-        counts.append([layer.intermediate_size for layer in written])
+    counts = _counts(written, as_lists=architecture in PER_LAYER.values())
     fields = {
         "vocab_size": config.vocab_size,
         "context_length": context,
@@ -151,9 +131,9 @@ def gguf_layout(config: PreTrainedConfig) -> GgufLayout:
     }
     tensors = [GgufTensor("token_embd.weight", (config.vocab_size, config.hidden_size), ("model.embed_tokens.weight",))]
     if factors:
-        tensors.append(GgufTensor("rope_freqs.weight", (len(factors),), values=factors))
+        tensors.append(GgufTensor("rope_freqs.weight", (len(factors),), filling=factors))
     for index, (kept, layer) in enumerate(zip(widths, written, strict=True)):
-        tensors += _layer_tensors(config, architecture, index, kept, layer)
+        tensors += layer_tensors(config, architecture, index, kept, layer)
     tensors.append(GgufTensor("output_norm.weight", (config.hidden_size,), ("model.norm.weight",)))
     if not config.tie_word_embeddings:
         tensors.append(GgufTensor("output.weight", (config.vocab_size, config.hidden_size), ("lm_head.weight",)))
@@ -173,12 +153,43 @@ def _one_head_dim(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> in
     return sizes[0]
 
 
-def _padded(layer: LayerWidths, index: int, architecture: str, head_dim: int) -> LayerWidths:
-    """The widths as written: one unit of zeros where llama.cpp needs a block that is not there."""
+def _written(
+    config: PreTrainedConfig, widths: Sequence[LayerWidths], architecture: str, head_dim: int, block: int
+) -> tuple[tuple[LayerWidths, ...], tuple[str, ...]]:
+    """The widths of the file's layers, and what to say of them."""
+    filled = [_with_blocks(layer, index, architecture, head_dim) for index, layer in enumerate(widths)]
+    notes: tuple[str, ...] = ()
+    if architecture not in PER_LAYER.values() and len(set(filled)) > 1:
+        kv_heads = max(layer.num_key_value_heads for layer in filled)
+        group = max(layer.num_attention_heads // layer.num_key_value_heads for layer in filled)
+        channels = max(layer.intermediate_size for layer in filled)
+        filled = [LayerWidths(kv_heads * group, kv_heads, head_dim, channels)] * len(filled)
+        notes = (FILLED_NOTE,)
+    if config.hidden_size % block == 0:
+        channels_written = [_whole_blocks(layer.intermediate_size, block) for layer in filled]
+        filled = [replace(layer, intermediate_size=n) for layer, n in zip(filled, channels_written, strict=True)]
+    return tuple(filled), notes
+
+
+def _with_blocks(layer: LayerWidths, index: int, architecture: str, head_dim: int) -> LayerWidths:
+    """The widths of a layer, one unit of zeros where llama.cpp needs a block that is not there."""
     heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
     if not layer.has_attention and (index == 0 or architecture != "deci"):
         heads = kv_heads = 1
     return LayerWidths(heads, kv_heads, head_dim if heads else 0, max(layer.intermediate_size, 1))
+
+
+def _whole_blocks(channels: int, block: int) -> int:
+    """Channels filled up to whole blocks, where three matrices of them take less space than one left in float16."""
+    whole = -(-channels // block) * block
+    return whole if 3 * whole * _BYTES_PER_WEIGHT < channels * (2 * _BYTES_PER_WEIGHT + 2) else channels
+
+
+def _counts(written: Sequence[LayerWidths], *, as_lists: bool) -> list[Any]:
+    """Query heads, KV heads and channels: of every layer, or of all."""
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    lists = [[getattr(layer, name) for layer in written] for name in names]
+    return lists if as_lists else [values[0] for values in lists]
 
 
 def _rotary(config: PreTrainedConfig, architecture: str, head_dim: int) -> tuple[tuple[float, ...], dict[str, Any]]:
@@ -201,11 +212,11 @@ def _rotary(config: PreTrainedConfig, architecture: str, head_dim: int) -> tuple
         return (), fields
     if kind == "linear":
         return (), {**fields, "rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn" and architecture not in _NEIGHBOURS:
+    if kind == "yarn" and architecture not in NEIGHBOURS:
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         fields |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(rope["factor"])}
         return (), {**fields, "rope.scaling.original_context_length": int(original)}
-    if architecture not in _NEIGHBOURS:
+    if architecture not in NEIGHBOURS:
         raise ValueError(f"GGUF: llama.cpp's {architecture} takes no {kind!r} rotary scaling; leave GGUF out")
     fields |= {"rope.scaling.type": "none"} if kind == "yarn" else {}
     if rotary.attention_scaling != 1.0:
@@ -224,82 +235,3 @@ def _context(config: PreTrainedConfig) -> tuple[int, tuple[str, ...]]:
         f"llama.cpp computes no sliding window here: the context is limited to the window of {window} tokens, within "
         "which both agree",
     )
-
-
-_BLOCKS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def _layer_tensors(
-    config: PreTrainedConfig, architecture: str, index: int, kept: LayerWidths, written: LayerWidths
-) -> list[GgufTensor]:
-    """Tensors of one layer; those of a block that is written but absent are zero, its norms one."""
-    hidden, prefix, block = config.hidden_size, f"model.layers.{index}.", f"blk.{index}."
-    queries, keys = (count * written.head_dim for count in (written.num_attention_heads, written.num_key_value_heads))
-    channels = written.intermediate_size
-    shapes = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (channels, hidden),
-        "mlp.up_proj": (channels, hidden),
-        "mlp.down_proj": (hidden, channels),
-    }
-    permuted = {"self_attn.q_proj": written.num_attention_heads, "self_attn.k_proj": written.num_key_value_heads}
-
-    def norm(name: str, source: str, size: int, present: bool) -> GgufTensor:
-        return GgufTensor(f"{block}{name}.weight", (size,), (f"{prefix}{source}.weight",) if present else (), 0, (1.0,))
-
-    tensors = []
-    if queries:
-        tensors.append(norm("attn_norm", "input_layernorm", hidden, kept.has_attention))
-    if queries and family(config) == "qwen3":
-        tensors += [
-            norm(f"attn_{part}_norm", f"self_attn.{part}_norm", written.head_dim, kept.has_attention) for part in "qk"
-        ]
-    tensors.append(norm("ffn_norm", "post_attention_layernorm", hidden, kept.has_mlp))
-    if architecture == "openelm":
-        fused = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        sources = tuple(f"{prefix}{module}.weight" for module in fused) if kept.has_attention else ()
-        spread = _spread(kept, *fused) if sources else {}
-        tensors.append(GgufTensor(f"{block}attn_qkv.weight", (queries + 2 * keys, hidden), sources, **spread))
-        shapes = {module: shape for module, shape in shapes.items() if module not in fused}
-    for module, shape in shapes.items():
-        present = kept.has_attention if module.startswith("self_attn") else kept.has_mlp
-        heads = permuted.get(module, 0) if architecture in _NEIGHBOURS else 0
-        if 0 in shape:
-            continue
-        name = block + _BLOCKS[module]
-        sources = (f"{prefix}{module}.weight",) if present else ()
-        spread = _spread(kept, module) if present and module.startswith("self_attn") else {}
-        tensors.append(GgufTensor(f"{name}.weight", shape, sources, heads, **spread))
-        if present and _has_bias(config, module):
-            spread = {} if module == "self_attn.o_proj" else spread
-            tensors.append(GgufTensor(f"{name}.bias", shape[:1], (f"{prefix}{module}.bias",), heads, **spread))
-    return tensors
-
-
-def _spread(kept: LayerWidths, *modules: str) -> dict[str, Any]:
-    """Where the dimensions of slim heads go in whole ones, for the weights of an attention block."""
-    if not kept.is_slim:
-        return {}
-    half = kept.head_dim // 2
-    pairs = kept.rotary_pairs or tuple(range(half))
-    rotary = (*pairs, *(pair + half for pair in pairs))
-    values = tuple(range(kept.value_dim or kept.head_dim))
-    positions = tuple(rotary if module.endswith(("q_proj", "k_proj")) else values for module in modules)
-    return {"kept": positions, "head_dim": kept.head_dim, "axis": int(modules[0].endswith("o_proj"))}
-
-
-def _has_bias(config: PreTrainedConfig, module: str) -> bool:
-    if family(config) == "qwen2":
-        return module in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    return bool(getattr(config, "attention_bias" if module.startswith("self_attn") else "mlp_bias", False))

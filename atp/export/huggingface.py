@@ -9,6 +9,7 @@ what a run wants to record goes in as `card` and `provenance`.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import os
@@ -116,6 +117,7 @@ def export_hf(
             (stage / name).write_text(text, encoding="utf-8")
         for weights in stage.rglob("*.safetensors"):  # written readable for their owner only
             shutil.copymode(stage / "config.json", weights)
+        _note_digests(stage)
     return ExportResult(
         directory=target,
         architecture=_architecture(config),
@@ -124,6 +126,20 @@ def export_hf(
         weight_bytes=sum(path.stat().st_size for path in target.glob("*.safetensors")),
         load_lines=load_lines(output_dir, is_stock(config), adapter=adapter is not None),
     )
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file, by which verification knows weights that changed after the export."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _note_digests(stage: Path) -> None:
+    """Adds the digests of the weight files to the provenance."""
+    facts = json.loads((stage / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    weights = sorted(stage.rglob("*.safetensors"))
+    facts["sha256"] = {file.relative_to(stage).as_posix(): digest(file) for file in weights}
+    (stage / PROVENANCE_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def check_target(target: Path, overwrite: bool, marker: str = "config.json") -> None:

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+FOUR_BIT_BLOCK = 32
+
 
 def main() -> None:
     """Does the task on standard input."""
@@ -27,17 +29,19 @@ def main() -> None:
     engine = ENGINES[task["format"]](task)
     ids_WT = np.load(task["ids"])
     reference_WTV = np.load(task["reference"], mmap_mode="r")
-    result = {"spelling": spelling(engine, task.get("text"), task.get("text_ids"))}
+    result = {"spelling": spelling(engine, task.get("text"), task.get("text_ids")), "remark": engine.remark}
     result |= compare(engine, ids_WT, reference_WTV) | greedy(engine, ids_WT[0][: task["prompt"]], task["new_tokens"])
     output.write(json.dumps(result) + "\n")
 
 
 def compare(engine: Any, ids_WT: np.ndarray, reference_WTV: np.ndarray) -> dict[str, Any]:
-    """Largest difference, agreement of the likeliest token, and perplexity, over all windows."""
-    largest, agreeing, nll, scored = 0.0, 0, 0.0, 0
+    """Largest and mean difference, agreement of the likeliest token, and perplexity, over all windows."""
+    largest, squares, agreeing, nll, scored = 0.0, 0.0, 0, 0.0, 0
     for ids_T, expected_TV in zip(ids_WT, reference_WTV, strict=True):
         logits_TV = engine.logits(ids_T)
-        difference = float(np.abs(logits_TV - expected_TV).max())
+        difference_TV = logits_TV - expected_TV
+        difference = float(np.abs(difference_TV).max())
+        squares += float(np.square(difference_TV, dtype=np.float64).mean())
         largest = difference if not difference <= largest else largest  # also when it is not a number
         agreeing += int((logits_TV.argmax(-1) == expected_TV.argmax(-1)).sum())
         shifted = logits_TV[:-1].astype(np.float64)
@@ -47,6 +51,7 @@ def compare(engine: Any, ids_WT: np.ndarray, reference_WTV: np.ndarray) -> dict[
         scored += len(ids_T) - 1
     return {
         "max_abs": largest if np.isfinite(largest) else None,
+        "rms": float(np.sqrt(squares / len(ids_WT))) if np.isfinite(squares) else None,
         "top1": agreeing / ids_WT.size,
         "perplexity": float(np.exp(min(nll / max(scored, 1), 700.0))),
         "tokens": int(ids_WT.size),
@@ -86,7 +91,10 @@ class TransformersEngine:
         self.torch = torch
         path = Path(task["path"])
         custom = "auto_map" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-        options = {"trust_remote_code": custom, "dtype": torch.float32, **quantised(task.get("quantised"))}
+        kind = task.get("quantised")
+        odd = odd_modules(path) if kind in ("bnb-4bit", "torchao-4bit") else []
+        self.remark = f"{len(odd)} matrices kept whole: widths not multiples of {FOUR_BIT_BLOCK}" if odd else ""
+        options = {"trust_remote_code": custom, "dtype": torch.float32, **quantised(kind, ["lm_head", *odd])}
         self.model = AutoModelForCausalLM.from_pretrained(str(path), **options).eval()
         if torch.cuda.is_available() and not task.get("quantised"):
             self.model = self.model.to("cuda")
@@ -115,24 +123,46 @@ class TransformersEngine:
         return made
 
 
-def quantised(kind: str | None) -> dict[str, Any]:
-    """Arguments of from_pretrained that quantise while loading."""
+def quantised(kind: str | None, kept: list[str]) -> dict[str, Any]:
+    """Arguments of from_pretrained that quantise while loading, but for the modules `kept`."""
     if kind is None:
         return {}
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if kind == "bnb-4bit":
-        return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
+        four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=kept)
+        return {"quantization_config": four_bits}
     if kind == "bnb-int8":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    import torch
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
 
-    chosen = Int8WeightOnlyConfig() if kind == "torchao-int8" else Int4WeightOnlyConfig()
-    return {"quantization_config": TorchAoConfig(chosen)}
+    if kind == "torchao-int8":
+        return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+    # Not Int4WeightOnlyConfig, whose kernels need a GPU: this one is computed anywhere.
+    groups = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(FOUR_BIT_BLOCK))
+    return {"quantization_config": TorchAoConfig(groups, modules_to_not_convert=kept)}
+
+
+def odd_modules(path: Path) -> list[str]:
+    """Linears of a directory that no 4-bit kernel takes, as their widths are not multiples of its block."""
+    from safetensors import safe_open
+
+    odd = []
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(str(file), framework="np") as stored:
+            for name in stored.keys():  # noqa: SIM118 -- not a dict
+                shape = stored.get_slice(name).get_shape()
+                if ".layers." in name and len(shape) == 2 and any(size % FOUR_BIT_BLOCK for size in shape):
+                    odd.append(name.removesuffix(".weight"))
+    return odd
 
 
 class LlamaCppEngine:
     """A GGUF file in llama.cpp, with a float32 cache."""
+
+    remark = ""
 
     def __init__(self, task: dict[str, Any]) -> None:
         import llama_cpp
@@ -174,6 +204,8 @@ class LlamaCppEngine:
 
 class OnnxEngine:
     """An ONNX graph with a cache, in onnxruntime."""
+
+    remark = ""
 
     def __init__(self, task: dict[str, Any]) -> None:
         import onnxruntime

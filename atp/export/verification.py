@@ -1,10 +1,11 @@
 """Checking an export: every format is loaded in a fresh process and compared with the reference on the same tokens.
 
-The reference is the model as atp itself loads it (strictly, float32), or logits that the caller brings along. Each
-format runs in :mod:`atp.export.probe`, a process of its own without atp, so that a wrong file, a missing tensor or a
-permutation that only atp would undo shows. Sits above the exporters; knows nothing of training.
+The reference is the model as atp itself loads it (strictly, float32), or one that the caller brings along. Each format
+runs in :mod:`atp.export.probe`, a process of its own without atp, so that a wrong file, a missing tensor or a
+permutation that only atp would undo shows. Weights must also be the files that were exported, by their digests. What
+counts as a match is in :mod:`atp.export.limits`. Sits above the exporters; knows nothing of training.
 
-Shape suffixes: W windows, T tokens, V vocabulary.
+Shape suffixes: W windows, T tokens.
 """
 
 from __future__ import annotations
@@ -16,26 +17,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from atp import modeling_atp
 from atp.export import probe
+from atp.export.huggingface import PROVENANCE_FILE, digest
+from atp.export.limits import verdict
 from atp.export.loading import StoredModel, load_exported
+from atp.export.reference import Reference, spelled, token_windows, write_reference
+from atp.export.rounding import ROUNDINGS
 
-WINDOW = 256
-PROMPT, NEW_TOKENS = 16, 24
-SPELLED_CHARACTERS = 4000
-SPELLED = (
-    "It's 12 o'clock; they'll pay $3,450.75 (net) by 2031-05-06.\n\nSec. 2(b)  two  spaces, naïve café, 東京, 🙂.\n"
-)
-"""Text on which tokenizers are always compared: what their rules differ on."""
 QUANTISED = ("bnb-int8", "bnb-4bit", "torchao-int8", "torchao-4bit")
 """Ways of quantising a Hugging Face directory while it is loaded."""
 
@@ -49,29 +47,6 @@ _WAYS = {
 
 
 @dataclass(frozen=True)
-class Limit:
-    """What counts as a match: a largest logit difference in units of the logits' deviation, and top-1 agreement."""
-
-    max_abs: float
-    top1: float
-    both: bool = False
-
-
-# Exact formats must meet both; a rounded one is wrong only if it misses both, as near ties flip in small models while
-# a misread weight moves logits by several deviations and the likeliest token with them.
-LIMITS = {
-    "hf": Limit(1e-4, 0.999, both=True),
-    "adapter": Limit(1e-3, 0.999, both=True),
-    "onnx": Limit(1e-3, 0.999, both=True),
-    "f32": Limit(2e-2, 0.999, both=True),
-    "f16": Limit(0.3, 0.98),
-    "bf16": Limit(0.6, 0.95),
-    "q8_0": Limit(0.6, 0.95),
-}
-ROUGH = Limit(3.0, 0.5)
-
-
-@dataclass(frozen=True)
 class Check:
     """How one format compared.
 
@@ -80,6 +55,7 @@ class Check:
         file: Where it is, relative to the export.
         size_bytes: Size of the weights' files.
         max_abs: Largest absolute logit difference.
+        rms: Root mean square of the logit differences.
         top1: Share of positions with the same likeliest token.
         perplexity: On the tokens compared.
         reference_perplexity: The reference's.
@@ -93,6 +69,7 @@ class Check:
     file: str
     size_bytes: int
     max_abs: float | None = None
+    rms: float | None = None
     top1: float | None = None
     perplexity: float | None = None
     reference_perplexity: float | None = None
@@ -100,25 +77,6 @@ class Check:
     greedy_equal: str = ""
     ok: bool | None = None
     note: str = ""
-
-
-@dataclass
-class Reference:
-    """What formats are compared with, as files for the fresh processes.
-
-    Attributes:
-        folder: Where the files are.
-        deviation: Standard deviation of the logits.
-        perplexity: On the tokens.
-        greedy: Greedy continuation of the first window's beginning.
-        prompt: Tokens of that beginning.
-    """
-
-    folder: Path
-    deviation: float
-    perplexity: float
-    greedy: list[int] = field(default_factory=list)
-    prompt: int = PROMPT
 
 
 def verify(
@@ -155,70 +113,16 @@ def verify(
             raise ValueError(f"quantisation {kind!r} is not known; choose from {', '.join(QUANTISED)}")
     if ids_WT is None:
         ids_WT = token_windows(stored, text, tokens)
-    spelling = _spelling(stored, SPELLED + (text or ""))
+    spelling = spelled(stored, text)
+    tasks = _tasks(stored.directory, quantised)
+    types = dict.fromkeys(name for name in map(_rounded_type, tasks) if name)
     with tempfile.TemporaryDirectory(prefix="atp-verify-") as folder:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = reference_model or load_exported(directory, dtype=torch.float32, device=device)
-        reference = _write_reference(model, ids_WT, Path(folder))
+        reference = write_reference(model, ids_WT, Path(folder), list(types))
         del model
         threads = threads or torch.get_num_threads()
-        return [_check(stored, task | spelling, reference, threads) for task in _tasks(stored.directory, quantised)]
-
-
-def _spelling(stored: StoredModel, text: str) -> dict[str, Any]:
-    """A text and its ids by the export's own tokenizer, for engines that bring another."""
-    if not (stored.directory / "tokenizer.json").is_file():
-        return {}
-    tokenizer = AutoTokenizer.from_pretrained(str(stored.directory), local_files_only=True)
-    text = text[:SPELLED_CHARACTERS]
-    return {"text": text, "text_ids": list(tokenizer(text, verbose=False)["input_ids"])}
-
-
-def token_windows(stored: StoredModel, text: str | None, tokens: int) -> np.ndarray:
-    """Windows [W, T] of a text's tokens, no longer than every format's exact context; random without a tokenizer."""
-    config = stored.config
-    context = int(config.max_position_embeddings)
-    if getattr(config, "sliding_window", None):
-        context = min(context, int(config.sliding_window))
-    length = min(WINDOW, context, tokens)
-    ids: list[int] = []
-    if text and (stored.directory / "tokenizer.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(str(stored.directory), local_files_only=True)
-        ids = list(tokenizer(text, verbose=False)["input_ids"])[:tokens]
-    if len(ids) < length:
-        ids = np.random.default_rng(0).integers(0, config.vocab_size, tokens).tolist()
-    count = max(len(ids) // length, 1)
-    return np.asarray(ids[: count * length], np.int64).reshape(count, length)
-
-
-@torch.inference_mode()
-def _write_reference(model: PreTrainedModel, ids_WT: np.ndarray, folder: Path) -> Reference:
-    """Reference logits on disk, one window at a time."""
-    np.save(folder / "ids.npy", ids_WT)
-    shape = (*ids_WT.shape, model.config.vocab_size)
-    logits_WTV = np.lib.format.open_memmap(folder / "reference.npy", mode="w+", dtype=np.float32, shape=shape)
-    nll, squares = 0.0, 0.0
-    for index, ids_T in enumerate(ids_WT):
-        ids = torch.tensor(ids_T[None], device=model.device)
-        logits_TV = model(input_ids=ids).logits[0].float()
-        nll += float(torch.nn.functional.cross_entropy(logits_TV[:-1], ids[0, 1:], reduction="sum"))
-        squares += float(logits_TV.var())
-        logits_WTV[index] = logits_TV.cpu().numpy()
-    logits_WTV.flush()
-    scored = ids_WT.size - len(ids_WT)
-    prompt = min(PROMPT, ids_WT.shape[1] // 2)
-    new_tokens = min(NEW_TOKENS, ids_WT.shape[1] - prompt)
-    perplexity = float(np.exp(min(nll / max(scored, 1), 700.0)))
-    deviation = float(np.sqrt(squares / len(ids_WT)))
-    return Reference(folder, deviation, perplexity, _greedy(model, ids_WT[0, :prompt], new_tokens), prompt)
-
-
-def _greedy(model: PreTrainedModel, prompt_T: np.ndarray, new_tokens: int) -> list[int]:
-    """Greedy continuation without a cache: what every engine's cache must reproduce."""
-    ids = torch.tensor(prompt_T[None], device=model.device)
-    for _ in range(new_tokens):
-        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
-    return [int(index) for index in ids[0, len(prompt_T) :]]
+        return [_check(stored, task | spelling, reference, threads) for task in tasks]
 
 
 def _check_code(directory: Path) -> None:
@@ -243,53 +147,69 @@ def _tasks(directory: Path, quantised: Sequence[str]) -> list[dict[str, Any]]:
     return tasks
 
 
-def _check(stored: StoredModel, task: dict[str, Any], reference: Reference, threads: int) -> Check:
-    kind = task["format"]
-    path = Path(task["path"])
-    name = kind if kind != "gguf" else f"gguf {path.stem.removeprefix('model-')}"
+def _rounded_type(task: dict[str, Any]) -> str | None:
+    """The type that a task's weights are rounded to, None where they are kept; unknown types count as the roughest."""
     if task.get("quantised"):
-        name = f"{kind} {task['quantised']}"
+        return str(task["quantised"])
+    if task["format"] != "gguf" or _gguf_type(task) == "f32":
+        return None
+    return _gguf_type(task) if _gguf_type(task) in ROUNDINGS else "q2_k"
+
+
+def _gguf_type(task: dict[str, Any]) -> str:
+    return Path(task["path"]).stem.removeprefix("model-")
+
+
+def _described(stored: StoredModel, task: dict[str, Any]) -> Check:
+    """What is known of a format before it is run."""
+    kind, path = task["format"], Path(task["path"])
+    name = f"gguf {_gguf_type(task)}" if kind == "gguf" else " ".join([kind, *filter(None, [task.get("quantised")])])
     if kind in ("hf", "adapter"):
         size = sum(file.stat().st_size for file in (*path.glob("*.safetensors"), *path.glob("adapter/*.safetensors")))
     else:
         size = sum(file.stat().st_size for file in path.parent.glob(path.name + "*"))
-    common: dict[str, Any] = {"format": name, "file": os.path.relpath(path, stored.directory), "size_bytes": size}
-    common["reference_perplexity"] = reference.perplexity
+    return Check(format=name, file=os.path.relpath(path, stored.directory), size_bytes=size)
+
+
+def _check(stored: StoredModel, task: dict[str, Any], reference: Reference, threads: int) -> Check:
+    kind = task["format"]
+    check = replace(_described(stored, task), reference_perplexity=reference.perplexity)
     package = _PACKAGES.get(kind) or (task.get("quantised") and _quantiser(task["quantised"]))
     if package and importlib.util.find_spec(package) is None:
-        return Check(**common, note=f"not run: {package} is not installed ({_WAYS.get(package, package)})")
+        return replace(check, note=f"not run: {package} is not installed ({_WAYS.get(package, package)})")
     result = _probe(task, reference, threads)
     if "error" in result:
         # A quantiser that this platform lacks a kernel for says nothing about the export.
-        ok = None if task.get("quantised") else False
-        return Check(**common, ok=ok, note=result["error"])
-    limit = ROUGH if task.get("quantised") else LIMITS.get(kind, LIMITS.get(name.split()[-1], ROUGH))
+        return replace(check, ok=None if task.get("quantised") else False, note=result["error"])
+    rounded_type = _rounded_type(task)
+    rounding = reference.rounding[rounded_type] if rounded_type else None
+    exact_kind = _gguf_type(task) if kind == "gguf" else kind
+    faults = [verdict(result, exact_kind, reference.deviation, rounding), result["spelling"]]
+    faults += [_changed_weights(stored.directory)] if kind in ("hf", "adapter") else []
+    note = "; ".join(filter(None, faults))
     equal = next(
         (i for i, pair in enumerate(zip(result["greedy"], reference.greedy, strict=False)) if pair[0] != pair[1]),
         len(reference.greedy),
     )
-    return Check(
-        **common,
-        max_abs=result["max_abs"],
-        top1=result["top1"],
-        perplexity=result["perplexity"],
-        tokens_per_s=result["tokens_per_s"],
-        greedy_equal=f"{equal}/{len(reference.greedy)}",
-        ok=_matches(result, limit, reference.deviation) and not result["spelling"],
-        note=result["spelling"],
-    )
+    measured = {name: result[name] for name in ("max_abs", "rms", "top1", "perplexity", "tokens_per_s")}
+    greedy_equal = f"{equal}/{len(reference.greedy)}"
+    return replace(check, **measured, greedy_equal=greedy_equal, ok=not note, note=note or result["remark"])
+
+
+def _changed_weights(directory: Path) -> str:
+    """Names a weight file that is not the one that was exported; empty where all are, or nothing was noted of them."""
+    try:
+        noted = json.loads((directory / PROVENANCE_FILE).read_text(encoding="utf-8")).get("sha256") or {}
+    except (OSError, ValueError, AttributeError):
+        return ""
+    changed = [
+        name for name, value in noted.items() if not (directory / name).is_file() or digest(directory / name) != value
+    ]
+    return f"{', '.join(changed)} changed since the export (sha256 in {PROVENANCE_FILE})" if changed else ""
 
 
 def _quantiser(kind: str) -> str:
     return "bitsandbytes" if kind.startswith("bnb") else "torchao"
-
-
-def _matches(result: dict[str, Any], limit: Limit, deviation: float) -> bool:
-    if result["max_abs"] is None:
-        return False
-    near = result["max_abs"] <= limit.max_abs * max(deviation, 1.0)
-    agrees = result["top1"] >= limit.top1
-    return near and agrees if limit.both else near or agrees
 
 
 def _probe(task: dict[str, Any], reference: Reference, threads: int) -> dict[str, Any]:
@@ -333,7 +253,7 @@ def verification_table(checks: Sequence[Check], title: str = "") -> Table:
     """The checks as a table for the terminal."""
     table = Table(title=title or None)
     table.add_column("format", no_wrap=True)
-    titles = ("size MiB", "max logit diff", "top-1", "perplexity", "reference", "greedy =", "tokens/s")
+    titles = ("size MiB", "max diff", "rms diff", "top-1", "perplexity", "reference", "greedy =", "tokens/s")
     for name in titles:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("result")
@@ -342,6 +262,7 @@ def verification_table(checks: Sequence[Check], title: str = "") -> Table:
         numbers = (
             f"{check.size_bytes / 2**20:.2f}",
             "" if check.max_abs is None else f"{check.max_abs:.2g}",
+            "" if check.rms is None else f"{check.rms:.2g}",
             "" if check.top1 is None else f"{check.top1:.2%}",
             "" if check.perplexity is None else f"{check.perplexity:.4g}",
             "" if check.reference_perplexity is None else f"{check.reference_perplexity:.4g}",
