@@ -97,7 +97,7 @@ def test_one_command_writes_page_and_tables(sweep: Path, capsys: pytest.CaptureF
     page = (sweep / "report.html").read_text()
     for cost in ("parameters", "latency", "memory"):
         assert f"Quality against {cost}" in page
-    assert "Settings and result" in page
+    assert "Settings and results" in page
     assert "plus or minus 0.71 over 2 seeds" in page and "http" not in page.replace("http-equiv", "")
     links = Links()
     links.feed(page)

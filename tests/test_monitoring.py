@@ -53,7 +53,7 @@ class Recorder(Callback):
     ) -> None:
         assert isinstance(pl_module, PruningModule)
         self.decisions.append(pl_module.mask_state()[0].clone())
-        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+        self.logged.append({k: float(v) for k, v in pl_module.figures.items()})
 
 
 @pytest.fixture

@@ -90,16 +90,24 @@ def across_panels(groups: Sequence[Group], metric: str) -> list[Panel]:
             title, axis = f"Quality against {name}", f"{metric} ({direction} is better)"
             references = _references(groups, dense_keys, metric)
             panels.append(pareto.pareto_panel(f"pareto-{name}", title, label, axis, points, references, lower))
+    return [*panels, *_parallel(groups, metric)]
+
+
+def _parallel(groups: Sequence[Group], metric: str) -> list[Panel]:
+    """Settings that were varied and what came of them, one line per group; none where nothing was varied."""
     settings = [key for key in dict.fromkeys(key for group in groups for key in group.settings) if key != "name"]
     with_result = [group for group in groups if group.figure("eval", "pruned", metric)]
-    if settings and len(with_result) > 1:
-        rows = [
-            [*(group.settings.get(key) for key in settings), _mean(group, "eval", "pruned", metric)]
-            for group in with_result
-        ]
-        labels = [group.label for group in with_result]
-        panels.append(pareto.parallel_panel("parallel", "Settings and result", [*settings, metric], rows, labels))
-    return panels
+    if not settings or len(with_result) < 2:
+        return []
+    outcomes = {"parameters": ("parameters", "pruned"), "decode_ms": ("speed", "pruned", "decode_latency_ms")}
+    outcomes |= {"recovery_%": (runs.reference(groups)[0], "mean"), metric: ("eval", "pruned", metric)}
+    outcomes = {name: keys for name, keys in outcomes.items() if all(group.figure(*keys) for group in with_result)}
+    rows = [
+        [*(group.settings.get(key) for key in settings), *(_mean(group, *keys) for keys in outcomes.values())]
+        for group in with_result
+    ]
+    labels = [group.label for group in with_result]
+    return [pareto.parallel_panel("parallel", "Settings and results", [*settings, *outcomes], rows, labels)]
 
 
 def _references(groups: Sequence[Group], cost: tuple[str, ...], metric: str) -> list[tuple[str, float, float]]:
