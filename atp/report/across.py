@@ -59,6 +59,7 @@ def write_across(
         rows=rows,
         numbered=list(enumerate(groups, 1)),
         panels=panels,
+        by_ratio=varies_in_ratio(groups),
         budgets=budget_lines(groups, metric),
         warning=runs.data_differs(found),
         links=[[(_told(run), _link(run.path, folder)) for run in group.runs] for group in groups],
@@ -76,7 +77,7 @@ def write_across(
 
 def across_panels(groups: Sequence[Group], metric: str) -> list[Panel]:
     """Charts across groups of runs: quality against each cost that was measured, and settings side by side."""
-    panels = []
+    panels, by_ratio = [], varies_in_ratio(groups)
     lower = lower_is_better(metric)
     direction = "lower" if lower else "higher"
     for name, (label, dense_keys, pruned_keys) in _COSTS.items():
@@ -85,12 +86,18 @@ def across_panels(groups: Sequence[Group], metric: str) -> list[Panel]:
             cost, quality = group.figure(*pruned_keys), group.figure("eval", "pruned", metric)
             if cost and quality:
                 deviations = (cost.deviation or 0.0, quality.deviation or 0.0)
-                points.append(pareto.Point(group.label, cost.mean, quality.mean, *deviations, quality.count))
+                mark = f"{_mean(group, 'sparsity', 'target') or 0:.0%}" if by_ratio else ""
+                points.append(pareto.Point(group.label, cost.mean, quality.mean, *deviations, quality.count, mark))
         if points:
             title, axis = f"Quality against {name}", f"{metric} ({direction} is better)"
             references = _references(groups, dense_keys, metric)
             panels.append(pareto.pareto_panel(f"pareto-{name}", title, label, axis, points, references, lower))
     return [*panels, *_parallel(groups, metric)]
+
+
+def varies_in_ratio(groups: Sequence[Group]) -> bool:
+    """Whether the groups differ in their target sparsity only, so that it names them."""
+    return all(set(group.settings) == {"prune.sparsity"} for group in groups)
 
 
 def _parallel(groups: Sequence[Group], metric: str) -> list[Panel]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from atp.report.panel import Curve, Palette, Panel, legend
 
@@ -193,7 +193,9 @@ def quality_panel(
         ax.grid(axis="y", color=palette.faint, linewidth=0.4, alpha=0.6)
         ax.set_xlabel(unit)
         if logarithmic:
-            ax.set_xscale("log")
+            ax.set_xscale("log", subs=[2, 5])
+            for place in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+                place(FuncFormatter(lambda value, _: f"{value:g}"))
         legend(ax)
 
     parts = (f"{metric}: " + ", ".join(f"{c} {v:.4g}" for c, v in row.items()) for metric, row in scores.items())

@@ -20,7 +20,11 @@ _MARKS = "osD^vP*X"
 
 @dataclass(frozen=True)
 class Point:
-    """One group of runs in a chart: cost and quality with their deviations over seeds (0 for a single run)."""
+    """One group of runs in a chart: cost and quality with their deviations over seeds (0 for a single run).
+
+    Attributes:
+        mark: What stands beside the point; its number where that is empty.
+    """
 
     label: str
     cost: float
@@ -28,6 +32,7 @@ class Point:
     cost_deviation: float = 0.0
     quality_deviation: float = 0.0
     count: int = 1
+    mark: str = ""
 
 
 def pareto_front(points: Sequence[Point], lower_is_better: bool) -> list[Point]:
@@ -68,9 +73,8 @@ def pareto_panel(
         _draw_points(ax, palette, points, pareto_front(points, lower_is_better))
         for index, (label, x, y) in enumerate(references):  # hollow and of different sizes: they often meet
             style: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.4, "linestyle": ""}
-            size = max(9.0 - 2.5 * index, 5.0)
-            colour = palette.series[1 + index % 4]
-            ax.plot(x, y, _MARKS[(index + 1) % 8], color=colour, markersize=size, label=label, **style)
+            size, colour = max(10.0 - 2.5 * index, 6.5), palette.series[(index + 2) % 5]
+            ax.plot(x, y, _MARKS[index % 8], color=colour, markersize=size, label=label, **style)
         ax.set_xlabel(cost)
         ax.set_ylabel(quality)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -95,7 +99,9 @@ def _draw_points(ax: Axes, palette: Palette, points: Sequence[Point], front: Seq
         errors: dict[str, Any] = {"xerr": point.cost_deviation or None, "yerr": point.quality_deviation or None}
         marks: dict[str, Any] = {"color": palette.series[0], "capsize": 3, "markersize": 6, "elinewidth": 1.1}
         ax.errorbar(point.cost, point.quality, fmt="o", **errors, **marks)
-        ax.annotate(str(index), (point.cost, point.quality), (5, 5), textcoords="offset points", fontsize=8)
+        ax.annotate(
+            point.mark or str(index), (point.cost, point.quality), (5, 5), textcoords="offset points", fontsize=8
+        )
 
 
 def parallel_panel(
