@@ -121,11 +121,9 @@ class TuningModule(LightningModule):
         fetched = torch.stack(list(tensors.values())).tolist() if tensors else []
         figures = {name: float(v) for name, v in (self.figures | dict(zip(tensors, fetched, strict=True))).items()}
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
-        number = self.global_step - 1
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            for logger in self.loggers:
-                logger.log_metrics({**figures, "epoch": self.current_epoch}, step=number)
-                logger.save()
+        for logger in self.loggers:
+            logger.log_metrics({**figures, "epoch": self.current_epoch}, step=self.global_step - 1)
+            logger.save()
 
     def task_loss(self, batch: Batch) -> Tensor:
         """Cross entropy on the data, mixed with distillation where that is asked for."""

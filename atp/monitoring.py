@@ -30,10 +30,9 @@ _MIB = 1024**2
 _SHOWN_UNITS = 128  # units in a row; wider axes are pictured by the share kept in blocks
 
 
-def is_due(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether the step that just ended is one whose figures are logged."""
-    at_boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-    return at_boundary and trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+def is_due(trainer: Trainer, module: TuningModule, batch_idx: int) -> bool:
+    """Whether a step just ended, and is one whose figures are logged."""
+    return module.is_logged_step and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 class TrainingHealth(Callback):
@@ -49,7 +48,7 @@ class TrainingHealth(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the norms while the gradients are there, at steps that will be logged."""
         self._norms = {}
-        if (trainer.global_step + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if not isinstance(pl_module, TuningModule) or not pl_module.is_logged_step:
             return
         for index, group in enumerate(optimizer.param_groups):
             gradients = [p.grad for p in group["params"] if p.grad is not None]
@@ -61,7 +60,7 @@ class TrainingHealth(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log when due."""
-        if not is_due(trainer, batch_idx) or not isinstance(pl_module, TuningModule):
+        if not isinstance(pl_module, TuningModule) or not is_due(trainer, pl_module, batch_idx):
             return
         pl_module.figures |= {f"grad_norm/{name}": norm for name, norm in self._norms.items()}
         groups = trainer.optimizers[0].param_groups
@@ -120,10 +119,10 @@ class MaskMonitor(Callback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         between = every * max(-(-pl_module.schedule.freeze_step // (every * max(self.pictures, 1))), 1)
         pictured = not self._frozen_pictured if frozen else step % between == 0
-        if not is_due(trainer, batch_idx) and not pictured:
+        if not is_due(trainer, pl_module, batch_idx) and not pictured:
             return
         masks_U, sure_U = pl_module.mask_state()
-        if is_due(trainer, batch_idx):
+        if is_due(trainer, pl_module, batch_idx):
             pl_module.figures |= self._figures(pl_module, masks_U, sure_U, step)
         if pictured and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._picture(trainer, pl_module, sure_U)
