@@ -77,6 +77,7 @@ class AwareModule(PruningModule):
         self.masked.aware = self.lora_aware
         if learnt is None:
             mask_loss = self._apply_masks()
+            self.log_figures({"train/budget_loss": mask_loss})
         else:
             mask_loss, masks_U = learnt
             self.masked.set_masks(masks_U)

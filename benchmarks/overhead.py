@@ -21,53 +21,71 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from omegaconf import OmegaConf
+
+from atp import build
+from atp.callbacks import ProgressReport, Throughput
+from atp.cli import compose_config
+from atp.config import TrainConfig
+from atp.loggers import close_loggers, csv_logger
+from atp.module import PruningModule
+from atp.monitoring import MaskMonitor, TrainingHealth
+
 TURN = 10  # steps
 OUT = Path(__file__).parent / "results" / "overhead.json"
 
 
-def compose(steps: int) -> Any:
-    """The default legal run, with the wandb logger."""
-    from omegaconf import OmegaConf
+class Turns(Callback):
+    """Ends a turn every few steps, at a step's start, when all of the step before it is written.
 
-    from atp.cli import compose_config
+    Args:
+        connection: Told what each turn took; gives the word to go on.
+    """
 
-    overrides = ["experiment=legal_50pct", "logger=wandb", f"trainer.max_steps={steps}"]
-    return OmegaConf.to_object(compose_config(overrides))
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.since = self.cpu_since = 0.0
+
+    def wait(self) -> None:
+        """Begin a turn when it comes."""
+        self.connection.recv()
+        self.since, self.cpu_since = time.perf_counter(), time.process_time()
+
+    def end(self) -> None:
+        """Tell what the turn took, on the clock and of the processor."""
+        self.connection.send((time.perf_counter() - self.since, time.process_time() - self.cpu_since))
+        self.wait()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """End the turn when its steps are done."""
+        if trainer.global_step and trainer.global_step % TURN == 0:
+            self.end()
+
+
+def open_logging(config: TrainConfig, folder: Path) -> tuple[list[Callback], list[Logger]]:
+    """Everything that a run logs with, as its stages do."""
+    callbacks = [MaskMonitor(folder, folder / "mask_history.jsonl"), Throughput(), TrainingHealth()]
+    loggers = [csv_logger(folder / "csv"), *build.make_loggers(config, folder)]
+    for logger in loggers:
+        assert logger.experiment
+    return [*callbacks, ProgressReport("joint")], loggers
+
+
+def silence(module: PruningModule) -> None:
+    """Take the module's own logging away as well."""
+    module.log = module.log_dict = module.log_figures = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    module._log_masks = lambda *_: None  # type: ignore[method-assign]
 
 
 def train(connection: Connection, folder: Path, logged: bool, steps: int, seed: int, threads: int) -> None:
-    """One fit in turns: waits for the word to go on, and tells after each turn what it took."""
-    import torch
-    from lightning import LightningModule, Trainer, seed_everything
-    from lightning.pytorch.callbacks import Callback
-
-    from atp import build
-    from atp.callbacks import ProgressReport, Throughput
-    from atp.loggers import close_loggers, csv_logger
-    from atp.monitoring import MaskMonitor, TrainingHealth
-
-    class Turns(Callback):
-        """Ends a turn every few steps, at a step's start, when all of the step before it is written."""
-
-        def __init__(self) -> None:
-            self.begin()
-
-        def begin(self) -> None:
-            self.since, self.cpu_since = time.perf_counter(), time.process_time()
-
-        def on_train_batch_start(
-            self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-        ) -> None:
-            if trainer.global_step and trainer.global_step % TURN == 0:
-                self.end()
-
-        def end(self) -> None:
-            connection.send((time.perf_counter() - self.since, time.process_time() - self.cpu_since))
-            connection.recv()
-            self.begin()
-
+    """One fit in turns, in a process of its own: the default legal run."""
     torch.set_num_threads(threads)
-    config = compose(steps)
+    overrides = ["experiment=legal_50pct", "logger=wandb", f"trainer.max_steps={steps}"]
+    config: Any = OmegaConf.to_object(compose_config(overrides))
     seed_everything(seed, workers=True, verbose=False)
     base = build.load_base(config.model)
     splits = build.load_splits(config.data, config.seed)
@@ -75,23 +93,16 @@ def train(connection: Connection, folder: Path, logged: bool, steps: int, seed: 
     data.setup("fit")
     module = build.pruning_module(config, base)
     started = time.perf_counter()
-    callbacks: list[Any] = []
-    loggers: list[Any] = []
     if logged:
-        callbacks = [MaskMonitor(folder, folder / "mask_history.jsonl"), Throughput(), TrainingHealth()]
-        callbacks.append(ProgressReport("joint"))
-        loggers = [csv_logger(folder / "csv"), *build.make_loggers(config, folder)]
-        for logger in loggers:
-            assert logger.experiment
+        callbacks, loggers = open_logging(config, folder)
     else:
-        module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
-        module._log_masks = lambda *_: None  # type: ignore[method-assign, assignment]
+        callbacks, loggers = [], []
+        silence(module)
     opening_s = time.perf_counter() - started
-    turns = Turns()
-    trainer = build.make_trainer(config, [turns, *callbacks], loggers, data.num_batches)
     connection.send("ready")
-    connection.recv()
-    turns.begin()
+    turns = Turns(connection)
+    trainer = build.make_trainer(config, [turns, *callbacks], loggers, data.num_batches)
+    turns.wait()
     trainer.fit(module, datamodule=data)
     turns.end()
     started = time.perf_counter()

@@ -167,24 +167,7 @@ def quality_panel(
     logarithmic = bool(values) and min(values) > 0 and max(values) / min(values) > 20
 
     def draw(ax: Axes, palette: Palette) -> None:
-        order = [column for column in columns if any(column in row for row in scores.values())]
-        for index, column in enumerate(order):
-            points = [
-                (row[column], y) for y, row in enumerate(scores.values()) if math.isfinite(row.get(column, math.nan))
-            ]
-            if not points:
-                continue
-            colour, solid = palette.series[(index + 2) % 5], column == "pruned"
-            style: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.4, "zorder": 3}
-            ax.plot(  # references are hollow and of different sizes: where they meet, each stays visible
-                *zip(*points, strict=True),
-                "osDv^"[index % 5],
-                color=palette.series[0] if solid else colour,
-                markersize=6.0 if solid else max(10.0 - 2.5 * index, 6.5),
-                label=column,
-                linestyle="",
-                **({"zorder": 2} if solid else style),
-            )
+        _draw_scores(ax, palette, scores, columns)
         for row, metric in enumerate(scores):
             ax.text(0.012, row - 0.22, metric, transform=ax.get_yaxis_transform(), va="bottom", fontsize=8)
         ax.set_yticks(range(len(scores)), [])
@@ -200,6 +183,21 @@ def quality_panel(
 
     parts = (f"{metric}: " + ", ".join(f"{c} {v:.4g}" for c, v in row.items()) for metric, row in scores.items())
     return Panel(name, title, f"Dot chart, {unit}. {'; '.join(parts)}.", 1.05 + 0.44 * len(scores), draw)
+
+
+def _draw_scores(ax: Axes, palette: Palette, scores: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> None:
+    """Marks of all models, a row per metric; references are hollow and of different sizes, as models often meet."""
+    order = [column for column in columns if any(column in row for row in scores.values())]
+    for index, column in enumerate(order):
+        rows = enumerate(scores.values())
+        points = [(row[column], y) for y, row in rows if math.isfinite(row.get(column, math.nan))]
+        if not points:
+            continue
+        style: dict[str, Any] = {"color": palette.series[0], "markersize": 6.0, "zorder": 2}
+        if column != "pruned":
+            style = {"color": palette.series[(index + 2) % 5], "markersize": max(10.0 - 2.5 * index, 6.5), "zorder": 3}
+            style |= {"markerfacecolor": "none", "markeredgewidth": 1.4}
+        ax.plot(*zip(*points, strict=True), "osDv^"[index % 5], label=column, linestyle="", **style)
 
 
 def _phase_marks(ax: Axes, palette: Palette, marks: Sequence[tuple[float, str]]) -> None:
