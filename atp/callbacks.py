@@ -133,13 +133,14 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the step's padded tokens and log the rate now and then."""
+        """Count the step's padded tokens; log the rate at steps that are logged."""
         self._tokens += batch["input_ids"].numel() * trainer.world_size
         elapsed = time.perf_counter() - self._since
         if elapsed > 1.0 or not self.tokens_per_second:
             self.tokens_per_second = self._tokens / max(elapsed, 1e-9)
             self._tokens, self._since = 0, time.perf_counter()
-        pl_module.log("train/tokens_per_second", self.tokens_per_second)
+        if isinstance(pl_module, TuningModule):
+            pl_module.log_figures({"train/tokens_per_second": self.tokens_per_second})
 
 
 class ProgressReport(Callback):
@@ -194,14 +195,23 @@ class ProgressReport(Callback):
         step = trainer.global_step
         if self._bar is not None:
             description = f"{self.title} · {self._phase.value}" if self._phase else self.title
-            self._bar.update(self._task, completed=step, description=description, figures=_figures(trainer))
+            self._bar.update(self._task, completed=step, description=description)
+            if getattr(pl_module, "is_logged_step", True):
+                self._bar.update(self._task, figures=_figures(trainer, pl_module))
         elif (
             step % max(int(trainer.max_steps) // self.lines, 1) == 0
             and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         ):
             per_step = (time.perf_counter() - self._started_at) / max(step - self._first_step, 1)
             left = per_step * (int(trainer.max_steps) - step)
-            log.info("%s step %d/%d  %s  %.0f s left", self.title, step, trainer.max_steps, _figures(trainer), left)
+            log.info(
+                "%s step %d/%d  %s  %.0f s left",
+                self.title,
+                step,
+                trainer.max_steps,
+                _figures(trainer, pl_module),
+                left,
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
@@ -217,9 +227,9 @@ class ProgressReport(Callback):
             self._bar = None
 
 
-def _figures(trainer: Trainer) -> str:
+def _figures(trainer: Trainer, pl_module: LightningModule) -> str:
     """Loss, sparsity against target, kept heads and channels, tokens per second: what has been logged of them."""
-    seen = trainer.callback_metrics
+    seen = {**trainer.callback_metrics, **getattr(pl_module, "figures", {})}
 
     def number(name: str, form: str) -> str:
         return format(float(seen[name]), form) if name in seen else ""

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atp.report.comparison import metric_names
+from atp.report.pareto import compact
 from atp.report.record import RunReport, number
 from atp.report.runs import FIGURES, Run, data_differs, flatten, varied_settings
 from atp.report.uncertainty import interval
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for missing in (report for report in (report_a, report_b) if not report.masks):
         sys.stderr.write(f"warning: {missing.run_dir} has no readable masks.json; masks are not compared\n")
     console = Console()
-    console.print(f"A: {options.a}", f"B: {options.b}", sep="\n", markup=False, highlight=False)
+    console.print(f"A: {options.a}", f"B: {options.b}", sep="\n", markup=False, highlight=False, soft_wrap=True)
     for table in (_settings_table(settings), _mask_table(overlaps), _figure_table(differences)):
         if table.row_count:
             console.print(table)
@@ -182,14 +183,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _table(title: str, columns: Sequence[str], note: str = "") -> Table:
-    table = Table(title=title, caption=note or None, box=SIMPLE_HEAD, show_edge=False, title_justify="left")
+    tight: dict[str, Any] = {"show_edge": False, "pad_edge": False, "collapse_padding": True}  # 80 columns are enough
+    table = Table(title=title, caption=note or None, box=SIMPLE_HEAD, title_justify="left", **tight)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return table
 
 
 def _settings_table(settings: Mapping[str, tuple[Any, Any]]) -> Table:
     table = _table("Settings that differ", ["setting", "A", "B"])
+    for column in table.columns[1:]:
+        column.no_wrap = False
     for key, values in settings.items():
         table.add_row(*(Text(str(cell)) for cell in (key, *values)))
     return table
@@ -211,10 +215,15 @@ def _figure_table(differences: Sequence[Difference]) -> Table:
     table = _table("Figures", ["figure", "A", "B", "B - A", "95% interval", "verdict"], note)
     for d in differences:
         ends = "" if d.low is None or d.high is None else f"{d.low:+.3g} to {d.high:+.3g}"
-        verdict = {None: "", True: "differs", False: "not told apart"}[d.is_clear]
-        cells = (d.name, f"{d.a:,.4g}", f"{d.b:,.4g}", f"{d.b - d.a:+,.4g}", ends, verdict)
+        verdict = {None: "", True: "differs", False: "unclear"}[d.is_clear]
+        sign = "+" if d.b > d.a else ""
+        cells = (d.name, _told(d.a), _told(d.b), sign + _told(d.b - d.a), ends, verdict)
         table.add_row(*(Text(cell) for cell in cells))
     return table
+
+
+def _told(value: float) -> str:
+    return compact(value) if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ nothing of what is logged.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import importlib
 import importlib.util
 import io
 import logging
@@ -71,6 +73,10 @@ def wandb_logger(
     if offline and mode not in ("offline", "dryrun", "disabled"):
         log.info("wandb: not logged in, so the run is written offline; `wandb sync` uploads it later")
     os.environ.setdefault("WANDB_SILENT", "true")
+    with contextlib.suppress(
+        ImportError
+    ):  # wandb imports it at the first picture: a second, better spent before training
+        importlib.import_module("pandas")
     folder = Path(save_dir)
     folder.mkdir(parents=True, exist_ok=True)
     sweep = folder.parent.parent

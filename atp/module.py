@@ -84,19 +84,46 @@ class TuningModule(LightningModule):
         self.distill = distill
         self._teacher = [teacher]  # in a list, so that it is no submodule of this one
         self.val_loss = MeanMetric()
+        self.is_logged_step = False  # the first, every ``trainer.log_every_n_steps``-th, the last
+        self.figures: dict[str, Tensor | float] = {}  # of the step at hand, where they are wanted
 
     # ---- steps
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed the step's noise from (seed, step)."""
+        """Seed the step's noise from (seed, step); see whether its figures are wanted."""
+        if self._trainer is not None:
+            number, every = self.global_step + 1, self._trainer.log_every_n_steps  # type: ignore[attr-defined]
+            self.is_logged_step = number == 1 or number % every == 0 or number == self.total_steps
+        self.figures = {}
         torch.manual_seed((self.seed * 1_000_003 + batch_idx) % 2**63)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward pass; returns the loss to descend."""
         loss = self.task_loss(batch)
         self._check_finite(loss)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log_figures({"train/loss": loss})
         return loss
+
+    def log_figures(self, figures: Mapping[str, Tensor | float]) -> None:
+        """Note figures of the step at hand, if they are wanted."""
+        if self.is_logged_step:
+            self.figures |= {name: v.detach() if isinstance(v, Tensor) else v for name, v in figures.items()}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Hand what step and callbacks have noted to the loggers, all at once.
+
+        ``self.log`` would keep books on every figure at every step, and fetch each from the device by itself: more than
+        the work of a small model's step. Validation is logged by it as usual.
+        """
+        if not self.figures or (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        tensors = {name: value.float() for name, value in self.figures.items() if isinstance(value, Tensor)}
+        fetched = torch.stack(list(tensors.values())).tolist() if tensors else []
+        figures = {name: float(v) for name, v in (self.figures | dict(zip(tensors, fetched, strict=True))).items()}
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
+        for logger in self.loggers:
+            logger.log_metrics({**figures, "epoch": self.current_epoch}, step=self.global_step - 1)
+            logger.save()
 
     def task_loss(self, batch: Batch) -> Tensor:
         """Cross entropy on the data, mixed with distillation where that is asked for."""
@@ -104,8 +131,7 @@ class TuningModule(LightningModule):
             return causal_loss(self.model, batch)
         output = self.model(**batch)
         divergence = distillation_loss(output.logits, self.teacher_logits(batch), batch["labels"])
-        self.log("train/distillation_loss", divergence)
-        self.log("train/data_loss", output.loss)
+        self.log_figures({"train/distillation_loss": divergence, "train/data_loss": output.loss})
         return (1.0 - self.distill) * output.loss + self.distill * divergence
 
     @torch.no_grad()
@@ -354,9 +380,7 @@ class PruningModule(TuningModule):
         task_loss = self.task_loss(batch)
         loss = task_loss + budget_loss
         self._check_finite(loss)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/task_loss", task_loss)
-        self.log("train/budget_loss", budget_loss)
+        self.log_figures({"train/loss": loss, "train/task_loss": task_loss, "train/budget_loss": budget_loss})
         return loss
 
     @torch.no_grad()
@@ -375,7 +399,6 @@ class PruningModule(TuningModule):
         """Set this step's masks; return the budget term."""
         phase, target = self.phase, self.schedule.target_at(self.global_step)
         nothing = self.final_masks_U.new_zeros(())
-        self.log("mask/phase", float(list(Phase).index(phase)))
         if phase is not Phase.PRUNING:
             masks_U = self.current_masks()
             self.masked.set_masks(self.frozen_masks() if phase is Phase.FROZEN else None)
@@ -402,14 +425,18 @@ class PruningModule(TuningModule):
         return logits_U + self._shift(logits_U.detach(), target)
 
     def _log_masks(self, sparsity: Tensor, target: float) -> None:
-        self.log("mask/sparsity", sparsity.detach())
-        self.log("mask/target_sparsity", target)
-        self.log("mask/keep_ratio", 1.0 - sparsity.detach())
-        kept_U = (self.sampled_U if self.sampled_U is not None else self.current_masks()) > 0.5
-        self.log("mask/heads_kept", self.space.kept_heads(kept_U.float()))
-        self.log("mask/channels_kept", self.space.kept_channels(kept_U.float()))
-        for index, value in enumerate(self.budget.multipliers(), 1):
-            self.log(f"mask/lambda_{index}", value.detach())
+        if not self.is_logged_step:
+            return
+        kept_U = ((self.sampled_U if self.sampled_U is not None else self.current_masks()) > 0.5).float()
+        figures: dict[str, Tensor | float] = {
+            "mask/phase": float(list(Phase).index(self.phase)),
+            "mask/sparsity": sparsity,
+            "mask/target_sparsity": target,
+            "mask/keep_ratio": 1.0 - sparsity,
+            "mask/heads_kept": self.space.kept_heads(kept_U),
+            "mask/channels_kept": self.space.kept_channels(kept_U),
+        }
+        self.log_figures(figures | {f"mask/lambda_{i}": value for i, value in enumerate(self.budget.multipliers(), 1)})
 
     def on_validation_start(self) -> None:
         """Validate with noise-free masks."""

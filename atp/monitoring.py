@@ -1,9 +1,9 @@
 """What a run shows of itself while it trains: rates, gradients, memory, masks per layer, mask pictures.
 
-Sits beside the other callbacks in the Lightning trainer. Scalars go through the module's own logging, so that every
-logger and the CSV file get the same names at the same steps; pictures of masks go to the loggers that can show them
-and, as PNG and as data, into the run directory. Nothing here changes what is learnt. It knows the training modules'
-public state; nothing of Hydra, stages or reports.
+Sits beside the other callbacks in the Lightning trainer. Scalars go with the figures that the module notes of a step,
+so that every logger and the CSV file get the same names at the same steps; pictures of masks go to the loggers that can
+show them and, as PNG and as data, into the run directory. Nothing here changes what is learnt. It knows the training
+modules' public state; nothing of Hydra, stages or reports.
 
 Shape suffixes: U units.
 """
@@ -23,17 +23,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from atp.loggers import log_image, log_table
-from atp.module import PruningModule
+from atp.module import PruningModule, TuningModule
 from atp.report.mask_picture import block_shares, mask_picture
 
 _MIB = 1024**2
 _SHOWN_UNITS = 128  # units in a row; wider axes are pictured by the share kept in blocks
 
 
-def is_due(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether the step that just ended is one whose figures are logged."""
-    at_boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-    return at_boundary and trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+def is_due(trainer: Trainer, module: TuningModule, batch_idx: int) -> bool:
+    """Whether a step just ended, and is one whose figures are logged."""
+    return module.is_logged_step and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 class TrainingHealth(Callback):
@@ -49,7 +48,7 @@ class TrainingHealth(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the norms while the gradients are there, at steps that will be logged."""
         self._norms = {}
-        if (trainer.global_step + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if not isinstance(pl_module, TuningModule) or not pl_module.is_logged_step:
             return
         for index, group in enumerate(optimizer.param_groups):
             gradients = [p.grad for p in group["params"] if p.grad is not None]
@@ -61,16 +60,16 @@ class TrainingHealth(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log when due."""
-        if not is_due(trainer, batch_idx):
+        if not isinstance(pl_module, TuningModule) or not is_due(trainer, pl_module, batch_idx):
             return
-        pl_module.log_dict({f"grad_norm/{name}": norm for name, norm in self._norms.items()})
+        pl_module.figures |= {f"grad_norm/{name}": norm for name, norm in self._norms.items()}
         groups = trainer.optimizers[0].param_groups
-        pl_module.log_dict({f"lr/{group.get('name', i)}": float(group["lr"]) for i, group in enumerate(groups)})
+        pl_module.figures |= {f"lr/{group.get('name', i)}": float(group["lr"]) for i, group in enumerate(groups)}
         memory = {"memory/process_mib": _resident_mib()}
         if pl_module.device.type == "cuda":
             memory["memory/cuda_mib"] = torch.cuda.memory_allocated(pl_module.device) / _MIB
             memory["memory/cuda_peak_mib"] = torch.cuda.max_memory_allocated(pl_module.device) / _MIB
-        pl_module.log_dict({name: value for name, value in memory.items() if value})
+        pl_module.figures |= {name: value for name, value in memory.items() if value}
 
 
 class MaskMonitor(Callback):
@@ -81,13 +80,14 @@ class MaskMonitor(Callback):
     logged step, per step), ``mask/sampled_flips`` (units whose drawn mask changed from one step to the next, mean over
     the steps since) and ``mask/temperature``.
 
-    Pictures are taken before the first step, about ``pictures`` times until the masks are frozen, and at the freeze:
-    ``figures/masks/<kind>_<step>.png``, a line each in the history file, and images and tables in the loggers.
+    Pictures are taken before the first step, at most ``pictures`` times at logged steps until the masks are frozen,
+    and at the freeze: ``figures/masks/<kind>_<step>.png``, a line each in the history file, and images and tables in
+    the loggers.
 
     Args:
         folder: The run directory.
         history: JSON-lines file for the pictures' data; a resumed run goes on in it.
-        pictures: Pictures wanted between start and freeze.
+        pictures: Most pictures between start and freeze.
     """
 
     def __init__(self, folder: Path, history: Path, pictures: int = 10) -> None:
@@ -116,13 +116,14 @@ class MaskMonitor(Callback):
             return
         self._count_drawn(pl_module)
         step, frozen = trainer.global_step, bool(pl_module.is_frozen)
-        between = max(pl_module.schedule.freeze_step // max(self.pictures, 1), 1)
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        between = every * max(-(-pl_module.schedule.freeze_step // (every * max(self.pictures, 1))), 1)
         pictured = not self._frozen_pictured if frozen else step % between == 0
-        if not is_due(trainer, batch_idx) and not pictured:
+        if not is_due(trainer, pl_module, batch_idx) and not pictured:
             return
         masks_U, sure_U = pl_module.mask_state()
-        if is_due(trainer, batch_idx):
-            pl_module.log_dict(self._figures(pl_module, masks_U, sure_U, step))
+        if is_due(trainer, pl_module, batch_idx):
+            pl_module.figures |= self._figures(pl_module, masks_U, sure_U, step)
         if pictured and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._picture(trainer, pl_module, sure_U)
             self._frozen_pictured = frozen
@@ -145,10 +146,10 @@ class MaskMonitor(Callback):
             found["mask/temperature"] = float(temperature)
         self._decided_U, self._decided_at = decided_U, step
         self._drawn_flips, self._drawn_steps = 0.0, 0
-        kept = module.space.split(decided_U.float())
-        for axis in module.space.axes:
+        kept = torch.stack([part.sum() for part in module.space.split(decided_U).values()]).tolist()  # one wait
+        for axis, count in zip(module.space.axes, kept, strict=True):
             where = f"layer_{axis.layer:02d}" if axis.layer >= 0 else "all_layers"
-            found[f"{axis.kind}_kept/{where}"] = float(kept[axis.name].sum())
+            found[f"{axis.kind}_kept/{where}"] = float(count)
         return found
 
     def _picture(self, trainer: Trainer, module: PruningModule, sure_U: Tensor) -> None:

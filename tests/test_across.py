@@ -19,6 +19,7 @@ from atp.report.pareto import Point, pareto_front
 from atp.report.record import RunReport
 from atp.report.runs import data_differs, find_runs, group_runs, smallest_within, table
 from atp.report.uncertainty import interval, wilson
+from benchmarks import picture
 
 FOUR = ((0.2, 0, 4.0, 99), (0.2, 1, 4.4, 98), (0.5, 0, 6.0, 96), (0.5, 1, 7.0, 94))
 
@@ -97,7 +98,7 @@ def test_one_command_writes_page_and_tables(sweep: Path, capsys: pytest.CaptureF
     page = (sweep / "report.html").read_text()
     for cost in ("parameters", "latency", "memory"):
         assert f"Quality against {cost}" in page
-    assert "Settings and result" in page
+    assert "Settings and results" in page
     assert "plus or minus 0.71 over 2 seeds" in page and "http" not in page.replace("http-equiv", "")
     links = Links()
     links.feed(page)
@@ -106,6 +107,27 @@ def test_one_command_writes_page_and_tables(sweep: Path, capsys: pytest.CaptureF
     assert [float(row["eval.pruned.perplexity"]) for row in rows] == [4.0, 4.4, 6.0, 7.0]
     assert (sweep / "table.md").read_text().splitlines()[1].startswith("| --- |")
     assert (sweep / "figures" / "pareto.png").is_file()
+
+
+def test_points_are_named_by_ratio_where_nothing_else_varies(sweep: Path) -> None:
+    def page() -> str:
+        assert main([str(sweep)]) == 0
+        return (sweep / "report.html").read_text()
+
+    assert "named by their target sparsity" in page() and ">20%</text>" in page()
+    make(sweep / "wide", 0.5, 0, 5.0, 97, lora={"r": 32})
+    assert "Numbers name the rows" in page() and ">20%</text>" not in page()
+
+
+def test_picture_of_a_sweep_is_one_command_and_small(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = sweep / "picture.png"
+    assert picture.main([str(sweep), str(target)]) == 0
+    assert target.read_bytes().startswith(b"\x89PNG") and target.stat().st_size < 150_000
+    told = capsys.readouterr()
+    assert "sparsity=0.2: 2 runs, perplexity 4.200" in told.out and "left out" in told.err
+    with pytest.raises(SystemExit, match="2"):
+        picture.main([str(sweep), str(target), "--sparsity", "0.9"])
+    assert "no finished run at a target of 0.9" in capsys.readouterr().err
 
 
 def test_one_run_gets_its_own_page_again(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:

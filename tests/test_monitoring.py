@@ -10,9 +10,11 @@ import torch
 from conftest import tiny_batch, tiny_model
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 
 from atp import loggers
+from atp.callbacks import Throughput
 from atp.generator import FreeLogits
 from atp.lora import MaskedModel, add_lora
 from atp.module import PruningModule
@@ -53,7 +55,7 @@ class Recorder(Callback):
     ) -> None:
         assert isinstance(pl_module, PruningModule)
         self.decisions.append(pl_module.mask_state()[0].clone())
-        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+        self.logged.append({k: float(v) for k, v in pl_module.figures.items()})
 
 
 @pytest.fixture
@@ -90,6 +92,43 @@ def test_kept_units_and_flips_are_those_of_the_masks(trained: tuple[Recorder, Pa
     for axis in module.space.axes:
         kept = float(module.space.split(decided[5])[axis.name].sum())
         assert logged[5][f"{axis.kind}_kept/layer_{axis.layer:02d}"] == kept
+
+
+class Kept(DummyLogger):
+    """A logger that remembers its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.calls.append((step, metrics))
+
+
+def test_a_logged_step_is_one_call_with_all_its_figures() -> None:
+    model = tiny_model("llama", "gqa")
+    space = PruningSpace.from_model(model)
+    schedule = SparsitySchedule.from_fractions(0.5, 5, warmup=0.0, ramp=0.5, freeze_at=0.8)
+    parts = (FreeLogits(space), Threshold(), Projection(), schedule)
+    module = PruningModule(MaskedModel(add_lora(model, r=2), space), *parts, total_steps=5)
+    logger = Kept()
+    trainer = Trainer(
+        max_steps=5,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        log_every_n_steps=2,
+        logger=logger,
+        callbacks=[Throughput(), TrainingHealth()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader([tiny_batch(seed=seed) for seed in range(10)], batch_size=None))
+    assert [step for step, _ in logger.calls] == [0, 1, 3, 4]  # the first, every second, the last
+    for _, figures in logger.calls:
+        assert {"train/loss", "mask/sparsity", "lr/lora", "grad_norm/lora", "train/tokens_per_second"} <= figures.keys()
+        assert all(isinstance(value, (int, float)) for value in figures.values())
+    assert float(trainer.callback_metrics["train/loss"]) == float(module.figures["train/loss"])
 
 
 def test_gradient_norms_and_rates_per_group(trained: tuple[Recorder, Path, PruningModule]) -> None:

@@ -59,6 +59,7 @@ def write_across(
         rows=rows,
         numbered=list(enumerate(groups, 1)),
         panels=panels,
+        by_ratio=varies_in_ratio(groups),
         budgets=budget_lines(groups, metric),
         warning=runs.data_differs(found),
         links=[[(_told(run), _link(run.path, folder)) for run in group.runs] for group in groups],
@@ -76,7 +77,7 @@ def write_across(
 
 def across_panels(groups: Sequence[Group], metric: str) -> list[Panel]:
     """Charts across groups of runs: quality against each cost that was measured, and settings side by side."""
-    panels = []
+    panels, by_ratio = [], varies_in_ratio(groups)
     lower = lower_is_better(metric)
     direction = "lower" if lower else "higher"
     for name, (label, dense_keys, pruned_keys) in _COSTS.items():
@@ -85,21 +86,35 @@ def across_panels(groups: Sequence[Group], metric: str) -> list[Panel]:
             cost, quality = group.figure(*pruned_keys), group.figure("eval", "pruned", metric)
             if cost and quality:
                 deviations = (cost.deviation or 0.0, quality.deviation or 0.0)
-                points.append(pareto.Point(group.label, cost.mean, quality.mean, *deviations, quality.count))
+                mark = f"{_mean(group, 'sparsity', 'target') or 0:.0%}" if by_ratio else ""
+                points.append(pareto.Point(group.label, cost.mean, quality.mean, *deviations, quality.count, mark))
         if points:
             title, axis = f"Quality against {name}", f"{metric} ({direction} is better)"
             references = _references(groups, dense_keys, metric)
             panels.append(pareto.pareto_panel(f"pareto-{name}", title, label, axis, points, references, lower))
+    return [*panels, *_parallel(groups, metric)]
+
+
+def varies_in_ratio(groups: Sequence[Group]) -> bool:
+    """Whether the groups differ in their target sparsity only, so that it names them."""
+    return all(set(group.settings) == {"prune.sparsity"} for group in groups)
+
+
+def _parallel(groups: Sequence[Group], metric: str) -> list[Panel]:
+    """Settings that were varied and what came of them, one line per group; none where nothing was varied."""
     settings = [key for key in dict.fromkeys(key for group in groups for key in group.settings) if key != "name"]
     with_result = [group for group in groups if group.figure("eval", "pruned", metric)]
-    if settings and len(with_result) > 1:
-        rows = [
-            [*(group.settings.get(key) for key in settings), _mean(group, "eval", "pruned", metric)]
-            for group in with_result
-        ]
-        labels = [group.label for group in with_result]
-        panels.append(pareto.parallel_panel("parallel", "Settings and result", [*settings, metric], rows, labels))
-    return panels
+    if not settings or len(with_result) < 2:
+        return []
+    outcomes = {"parameters": ("parameters", "pruned"), "decode_ms": ("speed", "pruned", "decode_latency_ms")}
+    outcomes |= {"recovery_%": (runs.reference(groups)[0], "mean"), metric: ("eval", "pruned", metric)}
+    outcomes = {name: keys for name, keys in outcomes.items() if all(group.figure(*keys) for group in with_result)}
+    rows = [
+        [*(group.settings.get(key) for key in settings), *(_mean(group, *keys) for keys in outcomes.values())]
+        for group in with_result
+    ]
+    labels = [group.label for group in with_result]
+    return [pareto.parallel_panel("parallel", "Settings and results", [*settings, *outcomes], rows, labels)]
 
 
 def _references(groups: Sequence[Group], cost: tuple[str, ...], metric: str) -> list[tuple[str, float, float]]:

@@ -1,4 +1,4 @@
-"""The dense, tuned and pruned models side by side: rows of figures, headlines, and the table on the terminal.
+"""The dense, tuned and pruned models side by side: rows of figures, and the table on the terminal.
 
 Takes the content of a `metrics.json` and turns it into text once; the terminal table and the page of `report` show the
 same rows. Quantities that were not measured have no row.
@@ -100,9 +100,7 @@ def comparison_table(metrics: Mapping[str, Any]) -> Table:
     table = _EncodableTable(
         title=Text(f"{name}: pruned against dense"),
         caption=Text(
-            "; ".join(
-                ["recovery: pruned in % of dense + LoRA", "vs dense: pruned vs dense base", *_speed_note(metrics)]
-            )
+            "; ".join(["recovery: pruned in % of dense + LoRA", "vs dense: pruned vs dense base", *speed_note(metrics)])
         ),
         box=SIMPLE_HEAD,
         show_edge=False,
@@ -142,55 +140,6 @@ def comparison_cells(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[s
         else:
             cells.append([section, row.label, *(row.cells.get(model, "") for model in models), row.against])
     return ["section", "quantity", *map(model_label, models), "comparison"], cells
-
-
-def headlines(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Pick the figures a reader wants first.
-
-    Args:
-        metrics: Checked content of a `metrics.json`.
-
-    Returns:
-        Name, figure and explanation of each headline whose numbers are there.
-    """
-    found = []
-    blocks, target, whole = (number(metrics, "sparsity", key) for key in ("blocks", "target", "model"))
-    if blocks is not None:
-        goal = [] if target is None else [f"target {_percent(target)}"]
-        found.append(
-            ("block sparsity", _percent(blocks), "; ".join([*goal, "of the decoder blocks' parameters removed"]))
-        )
-    dense, pruned = number(metrics, "parameters", "dense"), number(metrics, "parameters", "pruned")
-    if pruned is not None:
-        share = "" if whole is None else f", {_percent(whole)} fewer"
-        found.append(("parameters", _count(pruned), "" if dense is None else f"dense base {_count(dense)}{share}"))
-    recovery, versus = number(metrics, "recovery", "mean"), number(metrics, "recovery_vs_dense", "mean")
-    if recovery is not None:
-        other = "" if versus is None else f"; {versus:.1f}% of the untuned dense base"
-        found.append(("mean recovery", f"{recovery:.1f}%", f"of dense + LoRA{other}"))
-    perplexity = number(metrics, "eval", "pruned", "perplexity")
-    if perplexity is not None:
-        others = [(model_label(m), number(metrics, "eval", m, "perplexity")) for m in ("dense_lora", "dense")]
-        told = [f"{label} {_figure(value)}" for label, value in others if value is not None]
-        sure = _sure(metrics, "perplexity")
-        found.append(("perplexity", _figure(perplexity), "; ".join([*sure, ", ".join(told), "lower is better"])))
-    for metric in (name for name in metric_names(metrics) if name.endswith("accuracy")):
-        value = number(metrics, "eval", "pruned", metric)
-        if value is not None:
-            others = [(model_label(m), number(metrics, "eval", m, metric)) for m in ("dense_lora", "dense")]
-            told = [f"{label} {_figure(score)}" for label, score in others if score is not None]
-            found.append((clean(metric), _figure(value), "; ".join([*_sure(metrics, metric), ", ".join(told)])))
-    for kind in ("prefill", "decode"):
-        ratio = speed_ratio(metrics, kind)
-        if ratio is not None:
-            remark = "; measured as noted below" if _speed_note(metrics) else ""
-            found.append((f"{kind} speed", f"{ratio:.2f}x", f"relative to the dense base{remark}"))
-    return found
-
-
-def _sure(metrics: Mapping[str, Any], metric: str) -> list[str]:
-    ends = interval(metrics, "pruned", metric)
-    return [] if ends is None else [f"95% interval {_range(ends)}"]
 
 
 def evaluated_models(metrics: Mapping[str, Any]) -> list[str]:
@@ -260,7 +209,8 @@ def speed_ratio(metrics: Mapping[str, Any], kind: str) -> float | None:
     return dense / pruned if ratio is None and dense and pruned else ratio
 
 
-def _speed_note(metrics: Mapping[str, Any]) -> list[str]:
+def speed_note(metrics: Mapping[str, Any]) -> list[str]:
+    """The remark on how speed was measured, if there is one."""
     note = (metrics.get("speed") or {}).get("note")
     return [f"speed: {clean(note)}"] if note else []
 
@@ -281,17 +231,17 @@ def _size_rows(metrics: Mapping[str, Any]) -> list[Row]:
     rows = []
     for label, suffix in (("parameters", ""), ("decoder-block parameters", "_blocks")):
         rows.append(
-            _pair(label, [number(metrics, "parameters", f"{model}{suffix}") for model in ("dense", "pruned")], _count)
+            _pair(label, [number(metrics, "parameters", f"{model}{suffix}") for model in ("dense", "pruned")], count)
         )
     target = number(metrics, "sparsity", "target")
-    goal = "" if target is None else f", target {_percent(target)}"
+    goal = "" if target is None else f", target {percent(target)}"
     for label, key in ((f"block sparsity{goal}", "blocks"), ("whole-model sparsity", "model")):
         value = number(metrics, "sparsity", key)
         if value is not None:
-            cells = {"dense": _percent(0.0), "pruned": _percent(value)}
+            cells = {"dense": percent(0.0), "pruned": percent(value)}
             if key == "blocks":
                 others = {model: number(metrics, "baselines", model, "sparsity") for model in evaluated_models(metrics)}
-                cells |= {model: _percent(share) for model, share in others.items() if share is not None}
+                cells |= {model: percent(share) for model, share in others.items() if share is not None}
             rows.append(Row(label, cells))
     rows.append(_pair("file size (MiB)", [number(metrics, "files", f"{m}_mib") for m in ("dense", "pruned")], _decimal))
     return [row for row in rows if row.cells]
@@ -300,14 +250,14 @@ def _size_rows(metrics: Mapping[str, Any]) -> list[Row]:
 def _quality_rows(metrics: Mapping[str, Any]) -> list[Row]:
     rows = []
     for metric in metric_names(metrics):
-        count, kept = number(metrics, "eval_counts", metric), number(metrics, "recovery", metric)
+        items, kept = number(metrics, "eval_counts", metric), number(metrics, "recovery", metric)
         unit = _COUNTED.get(metric.rsplit("/", 1)[-1], "")
-        details = ["lower is better"] * lower_is_better(metric) + ([] if count is None else [f"n={count:,.0f}{unit}"])
+        details = ["lower is better"] * lower_is_better(metric) + ([] if items is None else [f"n={items:,.0f}{unit}"])
         label = clean(metric) + (f" ({', '.join(details)})" if details else "")
         scores = {model: number(metrics, "eval", model, metric) for model in evaluated_models(metrics)}
-        cells = {model: _figure(score) for model, score in scores.items() if score is not None}
+        cells = {model: figure(score) for model, score in scores.items() if score is not None}
         sure = {model: interval(metrics, model, metric) for model in cells}
-        ranges = {model: _range(ends) for model, ends in sure.items() if ends is not None}
+        ranges = {model: between(ends) for model, ends in sure.items() if ends is not None}
         rows.append(Row(label, cells, "" if kept is None else f"{kept:.1f}%", ranges=ranges))
     baselines = {model: number(metrics, "baselines", model, "recovery", "mean") for model in evaluated_models(metrics)}
     reference = "recovery" if "dense_lora" in (metrics.get("eval") or {}) else "recovery_vs_dense"
@@ -325,7 +275,7 @@ def _cost_rows(metrics: Mapping[str, Any]) -> list[Row]:
     both = ("dense", "pruned")
     rows = [_pair("MACs per token", [number(metrics, "macs", f"{model}_per_token") for model in both], _macs)]
     for kind, label in (("prefill", "prefill latency (ms)"), ("decode", "decode latency (ms/token)")):
-        row = _pair(label, [number(metrics, "speed", model, f"{kind}_latency_ms") for model in both], _figure)
+        row = _pair(label, [number(metrics, "speed", model, f"{kind}_latency_ms") for model in both], figure)
         ratio = speed_ratio(metrics, kind)
         rows.append(Row(label, row.cells, "" if ratio is None else f"{ratio:.2f}x speed"))
     rates = [number(metrics, "speed", model, "prefill_tokens_per_s") for model in both]
@@ -340,8 +290,9 @@ def _cost_rows(metrics: Mapping[str, Any]) -> list[Row]:
     return [row for row in rows if row.cells or row.against]
 
 
-def _range(ends: tuple[float, float]) -> str:
-    return f"{_figure(ends[0])} to {_figure(ends[1])}"
+def between(ends: tuple[float, float]) -> str:
+    """An interval in words."""
+    return f"{figure(ends[0])} to {figure(ends[1])}"
 
 
 def _pair(label: str, values: Iterable[float | None], form: Callable[[float], str]) -> Row:
@@ -351,7 +302,8 @@ def _pair(label: str, values: Iterable[float | None], form: Callable[[float], st
     return Row(label, cells, change)
 
 
-def _percent(fraction: float) -> str:
+def percent(fraction: float) -> str:
+    """A fraction in percent."""
     return f"{100 * fraction:.1f}%"
 
 
@@ -359,13 +311,15 @@ def _decimal(value: float) -> str:
     return f"{value:,.1f}"
 
 
-def _figure(value: float) -> str:
+def figure(value: float) -> str:
+    """A score or a time, with as many digits as tell something."""
     if abs(value) >= 1e5:
         return f"{value:.3g}"
     return f"{value:,.{3 if abs(value) < 10 else 2 if abs(value) < 100 else 1}f}"
 
 
-def _count(value: float) -> str:
+def count(value: float) -> str:
+    """A number of parameters, in k, M, B or T."""
     return _scaled(value, ("", "k", "M", "B", "T"))
 
 

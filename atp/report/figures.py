@@ -1,35 +1,25 @@
-"""The charts of one run: what was kept, where it was cut, how training went, what it costs.
+"""The charts of one run: widths kept, how training went, how good the model is and what it costs.
 
 Each function takes plain numbers and returns a `Panel` that says in words what it shows; `report` puts panels on a page
 and into files. Marks differ in shape, dash or lightness as well as in colour, so that a grey print stays readable.
 
-It does not know run directories, record formats or pages.
+Pictures of masks are in `mask_panels`. It does not know run directories, record formats or pages.
 
-Legend: L layers, U units of one kind in a layer (heads or channels), F ffn width.
+Legend: L layers.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
-from matplotlib.patches import Patch, PathPatch
-from matplotlib.path import Path as Outline
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from atp.report.panel import Palette, Panel
+from atp.report.panel import Curve, Palette, Panel, legend
 
-SHARE_BINS = 32
-SHADES = 20  # steps of lightness in the picture of shares
-EVOLUTION_COLUMNS = 40
 SMOOTH_ABOVE = 60  # points; curves with more get a running mean
 MAX_POINTS = 600
-
-Curve = tuple[Sequence[float], Sequence[float]]
-"""Steps and values of one logged quantity, same length."""
 
 
 def widths_panel(
@@ -71,101 +61,10 @@ def widths_panel(
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         handles = ax.get_legend_handles_labels()[0]
-        _legend(ax, [*handles[-2:], *handles[:-2]])
+        legend(ax, [*handles[-2:], *handles[:-2]])
 
     counts = "; ".join(f"layer {i}: {k} of {d}" for i, (k, d) in enumerate(zip(kept, dense, strict=True)))
     return Panel(name, title, f"Bar chart, {unit} kept of the dense model's. {counts}.", 2.5, draw)
-
-
-def mask_panel(name: str, title: str, unit: str, grid: Sequence[Sequence[int]]) -> Panel:
-    """Picture of a mask: one row per layer, one cell per unit, filled if kept.
-
-    Args:
-        name: Panel identifier.
-        title: Panel title.
-        unit: What the cells are, in the plural ("heads").
-        grid: 0 or 1 per unit and layer, L rows of U entries; rows may differ in length.
-
-    Returns:
-        The panel.
-    """
-    kept = [sum(row) for row in grid]
-    alt = f"Grid of layers by {unit}, a filled cell is kept. " + "; ".join(
-        f"layer {i}: {k} of {len(row)} kept" for i, (k, row) in enumerate(zip(kept, grid, strict=True))
-    )
-
-    def draw(ax: Axes, palette: Palette) -> None:
-        _cells(ax, palette, [[float(bit) for bit in row] for row in grid])
-        units = max(map(len, grid), default=0)
-        step = max(1, math.ceil(units / 16))
-        ax.set_xticks([unit + 0.5 for unit in range(0, units, step)], [str(n) for n in range(0, units, step)])
-        ax.set_xlabel(f"{unit} (index in the dense model)")
-        _legend(ax, [_swatch(palette, 1.0, "kept"), _swatch(palette, 0.0, "cut")])
-
-    return Panel(name, title, f"{alt}.", _rows_height(len(grid)), draw)
-
-
-def share_panel(name: str, title: str, unit: str, grid: Sequence[Sequence[int]]) -> Panel:
-    """Picture of a wide mask: one row per layer, one cell per block of neighbouring units, shaded by the share kept.
-
-    Args:
-        name: Panel identifier.
-        title: Panel title.
-        unit: What is counted, in the plural ("channels").
-        grid: 0 or 1 per unit and layer, L rows of F entries; rows may differ in length.
-
-    Returns:
-        The panel.
-    """
-    shares = [_block_shares(row, SHARE_BINS) for row in grid]
-    totals = [sum(row) / len(row) if row else 0.0 for row in grid]
-    alt = f"Grid of layers by blocks of {unit}, a stronger shade is a larger share kept. " + "; ".join(
-        f"layer {i}: {100 * share:.0f}% kept" for i, share in enumerate(totals)
-    )
-
-    def draw(ax: Axes, palette: Palette) -> None:
-        _cells(ax, palette, shares)
-        if len(grid) <= 40:
-            right = max((len(row) for row in shares), default=0)
-            for layer, share in enumerate(totals):
-                ax.text(right + 0.3, layer + 0.5, f"{100 * share:.0f}%", va="center", fontsize=7.5)
-        ax.set_xlabel(f"{unit} in index order, in blocks of neighbours" + "; right: whole layer" * (len(grid) <= 40))
-        ax.set_xticks([])
-        _legend(ax, [_swatch(palette, level, f"{100 * level:.0f}% kept") for level in (0.0, 0.5, 1.0)])
-
-    return Panel(name, title, f"{alt}.", _rows_height(len(grid)), draw)
-
-
-def evolution_panel(name: str, title: str, unit: str, shares: Sequence[Curve]) -> Panel:
-    """Picture of what each layer kept over training: one row per layer, one column per logged step.
-
-    Args:
-        name: Panel identifier.
-        title: Panel title.
-        unit: What is counted, in the plural.
-        shares: Steps and shares in [0, 1] of each layer, L entries; all at the same steps.
-
-    Returns:
-        The panel.
-    """
-    steps = list(shares[0][0])
-    count = min(len(steps), EVOLUTION_COLUMNS)
-    chosen = [round(i * (len(steps) - 1) / max(count - 1, 1)) for i in range(count)]
-    grid = [[values[i] if i < len(values) else 0.0 for i in chosen] for _, values in shares]
-
-    def draw(ax: Axes, palette: Palette) -> None:
-        _cells(ax, palette, grid)
-        ticks = range(0, count, max(1, count // 5))
-        ax.set_xticks([tick + 0.5 for tick in ticks], [f"{steps[chosen[tick]]:g}" for tick in ticks])
-        ax.set_xlabel("optimiser step")
-        _legend(ax, [_swatch(palette, level, f"{100 * level:.0f}% kept") for level in (0.0, 0.5, 1.0)])
-
-    told = "; ".join(
-        f"layer {layer}: {100 * row[0]:.0f}% at step {steps[0]:g}, {100 * row[-1]:.0f}% at step {steps[-1]:g}"
-        for layer, row in enumerate(grid)
-    )
-    alt = f"Grid of layers by logged steps, a stronger shade is a larger share of {unit} kept. {told}."
-    return Panel(name, title, alt, _rows_height(len(grid)), draw)
 
 
 def curves_panel(
@@ -209,7 +108,7 @@ def curves_panel(
         ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         ax.grid(axis="y", color=palette.faint, linewidth=0.4, alpha=0.6)
         _phase_marks(ax, palette, marks)
-        _legend(ax)
+        legend(ax)
 
     parts = [
         f"{label} from {v[0]:.4g} at step {s[0]:g} to {v[-1]:.4g} at step {s[-1]:g}" for label, (s, v) in finite.items()
@@ -268,22 +167,7 @@ def quality_panel(
     logarithmic = bool(values) and min(values) > 0 and max(values) / min(values) > 20
 
     def draw(ax: Axes, palette: Palette) -> None:
-        order = [column for column in columns if any(column in row for row in scores.values())]
-        for index, column in enumerate(order):
-            points = [
-                (row[column], y) for y, row in enumerate(scores.values()) if math.isfinite(row.get(column, math.nan))
-            ]
-            if not points:
-                continue
-            colour, solid = palette.series[(index + 2) % 5], column == "pruned"
-            ax.plot(
-                *zip(*points, strict=True),
-                "osDv^"[index % 5],
-                color=palette.series[0] if solid else colour,
-                markersize=9.0 if solid else 6.5,
-                zorder=2 if solid else 3,
-                label=column,
-            )
+        _draw_scores(ax, palette, scores, columns)
         for row, metric in enumerate(scores):
             ax.text(0.012, row - 0.22, metric, transform=ax.get_yaxis_transform(), va="bottom", fontsize=8)
         ax.set_yticks(range(len(scores)), [])
@@ -292,44 +176,28 @@ def quality_panel(
         ax.grid(axis="y", color=palette.faint, linewidth=0.4, alpha=0.6)
         ax.set_xlabel(unit)
         if logarithmic:
-            ax.set_xscale("log")
-        _legend(ax)
+            ax.set_xscale("log", subs=[2, 5])
+            for place in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+                place(FuncFormatter(lambda value, _: f"{value:g}"))
+        legend(ax)
 
     parts = (f"{metric}: " + ", ".join(f"{c} {v:.4g}" for c, v in row.items()) for metric, row in scores.items())
     return Panel(name, title, f"Dot chart, {unit}. {'; '.join(parts)}.", 1.05 + 0.44 * len(scores), draw)
 
 
-def _cells(ax: Axes, palette: Palette, grid: Sequence[Sequence[float]]) -> None:
-    """Draw one cell per entry, all cells of a shade as one shape: a page with 80 layers stays small."""
-    shades: dict[int, list[Outline]] = {}
-    gap = 0.08
-    for layer, row in enumerate(grid):
-        for unit, share in enumerate(row):
-            left, right, top, bottom = unit + gap, unit + 1 - gap, layer + gap, layer + 1 - gap
-            corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
-            shades.setdefault(round(share * SHADES), []).append(Outline(corners, closed=True))
-    for shade, cells in shades.items():
-        colour = to_rgba(palette.fill, shade / SHADES)
-        shape = Outline.make_compound_path(*cells)
-        ax.add_patch(PathPatch(shape, facecolor=colour, edgecolor=palette.faint, linewidth=0.35))
-    ax.set_xlim(0, max((len(row) for row in grid), default=1) or 1)
-    ax.set_ylim(len(grid), 0)
-    step = max(1, math.ceil(len(grid) / 16))
-    ax.set_yticks([layer + 0.5 for layer in range(0, len(grid), step)], [str(n) for n in range(0, len(grid), step)])
-    ax.set_ylabel("layer (0 = first)")
-    ax.tick_params(length=0)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
-
-
-def _swatch(palette: Palette, share: float, label: str) -> Patch:
-    return Patch(facecolor=to_rgba(palette.fill, share), edgecolor=palette.faint, linewidth=0.6, label=label)
-
-
-def _legend(ax: Axes, handles: Sequence[Artist] = ()) -> None:
-    if handles or ax.get_legend_handles_labels()[0]:
-        extra: dict[str, Any] = {"handles": handles} if handles else {}
-        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, columnspacing=1.4, **extra)
+def _draw_scores(ax: Axes, palette: Palette, scores: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> None:
+    """Marks of all models, a row per metric; references are hollow and of different sizes, as models often meet."""
+    order = [column for column in columns if any(column in row for row in scores.values())]
+    for index, column in enumerate(order):
+        rows = enumerate(scores.values())
+        points = [(row[column], y) for y, row in rows if math.isfinite(row.get(column, math.nan))]
+        if not points:
+            continue
+        style: dict[str, Any] = {"color": palette.series[0], "markersize": 6.0, "zorder": 2}
+        if column != "pruned":
+            style = {"color": palette.series[(index + 2) % 5], "markersize": max(10.0 - 2.5 * index, 6.5), "zorder": 3}
+            style |= {"markerfacecolor": "none", "markeredgewidth": 1.4}
+        ax.plot(*zip(*points, strict=True), "osDv^"[index % 5], label=column, linestyle="", **style)
 
 
 def _phase_marks(ax: Axes, palette: Palette, marks: Sequence[tuple[float, str]]) -> None:
@@ -342,16 +210,6 @@ def _phase_marks(ax: Axes, palette: Palette, marks: Sequence[tuple[float, str]])
         ax.axvline(step, color=palette.ink, linewidth=0.8, linestyle=(0, (1, 2)))
         height = 0.99 - 0.085 * (index % 2)
         ax.text(step, height, f" {label}", transform=ax.get_xaxis_transform(), ha="left", va="top", fontsize=7.5)
-
-
-def _rows_height(layers: int) -> float:
-    return 1.0 + min(max(0.17 * layers, 0.7), 7.0)
-
-
-def _block_shares(row: Sequence[int], bins: int) -> list[float]:
-    count = min(bins, len(row))
-    edges = [round(i * len(row) / count) for i in range(count + 1)] if count else []
-    return [sum(row[a:b]) / (b - a) for a, b in pairwise(edges)]
 
 
 def _finite(curve: Curve) -> tuple[list[float], list[float]]:

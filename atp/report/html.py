@@ -34,6 +34,7 @@ def render(template: str, **content: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"svg": lambda chart: Markup(panel.inline_svg(chart)), "flat": _flat, "label": model_label}
+    environment.filters["without"] = lambda mapping, *names: {k: v for k, v in mapping.items() if k not in names}
     return environment.get_template(template).render(**content)
 
 
@@ -55,5 +56,14 @@ def _flat(mapping: Mapping[str, Any] | None, prefix: str = "") -> list[tuple[str
         if isinstance(value, Mapping):
             pairs += _flat(value, f"{prefix}{key}.")
         elif value is not None:
-            pairs.append((f"{prefix}{key}", f"{value:,}" if isinstance(value, int) and value >= 10_000 else value))
+            pairs.append((f"{prefix}{key}", _told(value)))
     return pairs
+
+
+def _told(value: Any) -> Any:
+    """A figure with thousands set apart, or with four digits where it is small and not whole."""
+    if isinstance(value, int) and value >= 10_000:
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1 else f"{value:.6g}"
+    return value

@@ -15,17 +15,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from atp.report import figures, panel
+from atp.report import figures, mask_panels, panel
 from atp.report.comparison import (
     comparison_rows,
     comparison_table,
     evaluated_models,
-    headlines,
     lower_is_better,
     metric_names,
     model_label,
 )
 from atp.report.evidence import evidence
+from atp.report.headlines import headlines
 from atp.report.html import render, replace_file
 from atp.report.panel import Panel
 from atp.report.record import Curve, RunReport, number
@@ -144,8 +144,8 @@ def _layer_rows(metrics: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
 def _mask_panel(kind: str, grid: list[list[int]]) -> Panel:
     name, words = "mask-" + re.sub(r"\W+", "-", kind), kind.replace("_", " ")
     if kind != "channels" and max(map(len, grid)) <= _HEADS_PICTURED:
-        return figures.mask_panel(name, f"Which {words} were kept", words, grid)
-    return figures.share_panel(name, f"Share of {words} kept", words, grid)
+        return mask_panels.mask_panel(name, f"Which {words} were kept", words, grid)
+    return mask_panels.share_panel(name, f"Share of {words} kept", words, grid)
 
 
 def _training_panels(report: RunReport) -> list[Panel]:
@@ -199,7 +199,7 @@ def _evolution_panels(report: RunReport) -> list[Panel]:
         if shares and len(shares) == len(rows):
             words = kind.replace("_", " ")
             name = "evolution-" + re.sub(r"\W+", "-", kind)
-            panels.append(figures.evolution_panel(name, f"Share of {words} kept, by layer and step", words, shares))
+            panels.append(mask_panels.evolution_panel(name, f"Share of {words} kept, by layer and step", words, shares))
     specs = {
         ("Indecision of the masks", "entropy (bits per unit)"): {"entropy": report.curves.get("mask/entropy")},
         ("Decisions changed", "units per step"): {
@@ -238,7 +238,8 @@ def _quality_panels(metrics: Mapping[str, Any]) -> list[Panel]:
     for metric in metric_names(metrics):
         found = {model_label(model): number(metrics, "eval", model, metric) for model in models}
         scores[metric] = {label: value for label, value in found.items() if value is not None}
-    fractions = {m: s for m, s in scores.items() if not lower_is_better(m) and all(0 <= v <= 1 for v in s.values())}
+    higher = {metric: row for metric, row in scores.items() if not lower_is_better(metric)}
+    fractions = {metric: row for metric, row in higher.items() if all(0 <= v <= 1 + 1e-6 for v in row.values())}
     labels = [model_label(model) for model in models]
     panels: list[Panel] = []
     if fractions:

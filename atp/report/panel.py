@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.style
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -33,6 +34,9 @@ _STYLE = {
     "text.parse_math": False,
     "svg.fonttype": "none",
 }
+
+Curve = tuple[Sequence[float], Sequence[float]]
+"""Steps and values of one logged quantity, same length."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,13 @@ class Gallery:
     def _repr_png_(self) -> bytes:
         """Show the charts in a notebook."""
         return file_bytes(list(self.panels), "png", self.columns)
+
+
+def legend(ax: Axes, handles: Sequence[Artist] = ()) -> None:
+    """Put a legend above the axes: of some artists, or of what carries a label; nothing where there is neither."""
+    if handles or ax.get_legend_handles_labels()[0]:
+        extra: dict[str, Any] = {"handles": handles} if handles else {}
+        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, columnspacing=1.4, **extra)
 
 
 def inline_svg(panel: Panel) -> str:

@@ -13,14 +13,18 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from atp.report.panel import Palette, Panel
+from atp.report.panel import Palette, Panel, legend
 
 _MARKS = "osD^vP*X"
 
 
 @dataclass(frozen=True)
 class Point:
-    """One group of runs in a chart: cost and quality with their deviations over seeds (0 for a single run)."""
+    """One group of runs in a chart: cost and quality with their deviations over seeds (0 for a single run).
+
+    Attributes:
+        mark: What stands beside the point; its number where that is empty.
+    """
 
     label: str
     cost: float
@@ -28,6 +32,7 @@ class Point:
     cost_deviation: float = 0.0
     quality_deviation: float = 0.0
     count: int = 1
+    mark: str = ""
 
 
 def pareto_front(points: Sequence[Point], lower_is_better: bool) -> list[Point]:
@@ -63,30 +68,19 @@ def pareto_panel(
     Returns:
         The panel.
     """
-    front = pareto_front(points, lower_is_better)
 
     def draw(ax: Axes, palette: Palette) -> None:
-        ax.plot(
-            [p.cost for p in front],
-            [p.quality for p in front],
-            "--",
-            color=palette.series[0],
-            linewidth=1.2,
-            label="front",
-        )
-        for number, point in enumerate(points, 1):
-            errors: dict[str, Any] = {"xerr": point.cost_deviation or None, "yerr": point.quality_deviation or None}
-            style: dict[str, Any] = {"color": palette.series[0], "capsize": 3, "markersize": 6, "elinewidth": 1.1}
-            ax.errorbar(point.cost, point.quality, fmt="o", **errors, **style)
-            ax.annotate(str(number), (point.cost, point.quality), (5, 5), textcoords="offset points", fontsize=8)
-        for index, (label, x, y) in enumerate(references):
-            ax.plot(x, y, _MARKS[(index + 1) % 8], color=palette.series[1 + index % 4], markersize=7, label=label)
+        _draw_points(ax, palette, points, pareto_front(points, lower_is_better))
+        for index, (label, x, y) in enumerate(references):  # hollow and of different sizes: they often meet
+            style: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.4, "linestyle": ""}
+            size, colour = max(10.0 - 2.5 * index, 6.5), palette.series[(index + 2) % 5]
+            ax.plot(x, y, _MARKS[index % 8], color=colour, markersize=size, label=label, **style)
         ax.set_xlabel(cost)
         ax.set_ylabel(quality)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
         ax.grid(color=palette.faint, linewidth=0.4, alpha=0.6)
-        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, columnspacing=1.4)
+        legend(ax)
 
     told = [
         f"{i}: {p.label}: {compact(p.cost)}, {p.quality:.4g}"
@@ -95,6 +89,19 @@ def pareto_panel(
     ]
     told += [f"{label}: {compact(x)}, {y:.4g}" for label, x, y in references]
     return Panel(name, title, f"Scatter chart of {quality} against {cost}. {'; '.join(told)}.", 2.9, draw)
+
+
+def _draw_points(ax: Axes, palette: Palette, points: Sequence[Point], front: Sequence[Point]) -> None:
+    """Numbered groups with their error bars, and a dashed line through the best of them."""
+    style: dict[str, Any] = {"color": palette.series[0], "linewidth": 1.2, "label": "front"}
+    ax.plot([point.cost for point in front], [point.quality for point in front], "--", **style)
+    for index, point in enumerate(points, 1):
+        errors: dict[str, Any] = {"xerr": point.cost_deviation or None, "yerr": point.quality_deviation or None}
+        marks: dict[str, Any] = {"color": palette.series[0], "capsize": 3, "markersize": 6, "elinewidth": 1.1}
+        ax.errorbar(point.cost, point.quality, fmt="o", **errors, **marks)
+        ax.annotate(
+            point.mark or str(index), (point.cost, point.quality), (5, 5), textcoords="offset points", fontsize=8
+        )
 
 
 def parallel_panel(
@@ -117,14 +124,17 @@ def parallel_panel(
     def draw(ax: Axes, palette: Palette) -> None:
         for index, row in enumerate(rows):
             heights = [columns[i][0][index] for i in range(len(row))]
-            strength = 0.25 + 0.75 * (1.0 - heights[-1])
-            style = ("-", "--", ":", "-.")[index % 4]
-            ax.plot(range(len(axes)), heights, style, color=to_rgba(palette.fill, strength), linewidth=1.6)
+            strength = 0.45 + 0.55 * (1.0 - heights[-1])
+            dashes = ("-", "--", ":", "-.")[index % 4]
+            ax.plot(range(len(axes)), heights, dashes, color=to_rgba(palette.fill, strength), linewidth=1.6)
             ax.text(len(axes) - 0.97, heights[-1], str(index + 1), va="center", fontsize=7.5)
         for i, (_, ticks) in enumerate(columns):
             ax.axvline(i, color=palette.faint, linewidth=0.8)
+            last = i == len(columns) - 1  # its right side holds the numbers of the lines
             for height, text in ticks:
-                ax.text(i, height, f" {text}", fontsize=7.5, va="bottom" if height < 0.5 else "top")
+                offset = (-3 if last else 3, 3 if height < 0.5 else -3)
+                style: dict[str, Any] = {"ha": "right" if last else "left", "va": "bottom" if height < 0.5 else "top"}
+                ax.annotate(text, (i, height), offset, textcoords="offset points", fontsize=7.5, **style)
         ax.set_xticks(range(len(axes)), [axis.rpartition(".")[2].replace("_", "\n", 1) for axis in axes])
         ax.set_yticks([])
         ax.set_xlim(-0.15, len(axes) - 0.6)
@@ -160,4 +170,6 @@ def _positions(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, st
 
 
 def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return compact(value) if abs(value) >= 1e4 else f"{value:.4g}"
+    return str(value)

@@ -241,9 +241,11 @@ def _spread(name: str, spread: Spread | None) -> str:
         return ""
     if name == "block sparsity":
         return f"{100 * spread.mean:.1f}%"
-    form = "{:,.0f}" if abs(spread.mean) >= 1000 else "{:.4g}"
-    deviation = "" if spread.deviation is None or spread.deviation == 0 else f" ± {spread.deviation:.2g}"
-    return form.format(spread.mean) + deviation
+    large = abs(spread.mean) >= 1000
+    told = f"{spread.mean:,.0f}" if large else f"{spread.mean:.4g}"
+    if not spread.deviation:
+        return told
+    return told + (f" ± {spread.deviation:,.0f}" if large else f" ± {spread.deviation:.2g}")
 
 
 def reference(groups: Sequence[Group]) -> tuple[str, str]:
