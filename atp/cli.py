@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from atp import sweep
 from atp.config import config_dir, register_schema, schema_fields
 from atp.config_help import help_text
+from atp.imports import without_plots
 from atp.rundir import find_run, saved_overrides
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sweep's job.
     """
     register_schema()
+    without_plots()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
         sys.stdout.write(help_text())

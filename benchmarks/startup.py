@@ -29,6 +29,8 @@ JOBS = {"first step": ["prune.warm_start.batches=0"], "first step after warm sta
 _MARK = "ATP_STARTUP_MARK"
 _IMPORT = """
 import importlib, json, sys
+from atp.imports import without_plots
+without_plots()
 for name in json.load(open(sys.argv[1])):
     try:
         importlib.import_module(name)

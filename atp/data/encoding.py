@@ -18,7 +18,7 @@ Shape suffixes: B batch, T tokens.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -111,6 +111,19 @@ class Encoder:
         self.truncated: Counter[str] = Counter(prompts=0, completions=0, texts=0)
         self._bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
         self._eos = [int(tokenizer.eos_token_id)] if close and tokenizer.eos_token_id is not None else []
+
+    @property
+    def settings(self) -> list[int | list[int] | None]:
+        """Return what decides the ids besides tokenizer and records."""
+        return [self.max_length, self.stride, self._bos, self._eos]
+
+    def counts(self) -> dict[str, int]:
+        """Return what was counted so far, for :meth:`add_counts` where the same records are not encoded again."""
+        return dict(self.truncated)
+
+    def add_counts(self, counts: Mapping[str, int]) -> None:
+        """Count records that were encoded at another time."""
+        self.truncated.update(counts)
 
     @property
     def pad_id(self) -> int:
