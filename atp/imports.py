@@ -1,17 +1,21 @@
-"""Import hooks: doing something as soon as a library's module has been imported, by whomever.
+"""Imports: what is done as soon as a library's module has been imported, and what makes importing them cheaper.
 
 Below everything else; it imports nothing but the standard library, and knows no module of this package.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
+
+_MANY = 1000  # modules; fewer are not worth setting aside
 
 
 def after_import(name: str, then: Callable[[ModuleType], None]) -> None:
@@ -32,6 +36,20 @@ def without_plots() -> None:
     say that matplotlib is not installed.
     """
     after_import("torchmetrics.utilities.imports", _hide_matplotlib)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Run imports without garbage collection, which finds nothing among modules, and leave them out of it for good."""
+    before, enabled = len(sys.modules), gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+        if len(sys.modules) > before + _MANY:
+            gc.freeze()
 
 
 def _hide_matplotlib(module: ModuleType) -> None:

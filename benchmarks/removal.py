@@ -4,8 +4,9 @@ Models of the Llama 3.2 1B shape with more and fewer layers, randomly initialise
 rank 8 on all linears, lose half of their decoder blocks. Weights are read from safetensors, merged, sliced and written
 one tensor at a time. Each size runs in a process of its own that imports everything first; its memory is the largest
 resident set beyond that start. The whole model never is in memory; the aim is that of streaming, 1.3 times the largest
-shard plus the pruned model. ``--device cuda`` builds the pruned model on the GPU. Prints a table and writes
-``benchmarks/results/removal.json``.
+shard plus the pruned model. Beside it stands what loading the dense model for training takes: memory of its own, and
+pages of the files, which are mapped and can be dropped. ``--device cuda`` builds the pruned model on the GPU. Prints a
+table and writes ``benchmarks/results/removal.json``.
 """
 
 from __future__ import annotations
@@ -75,11 +76,27 @@ def cut(folder: Path, device: str) -> dict[str, float]:
     }
 
 
+def load(folder: Path) -> dict[str, float]:
+    """Load the dense model for training as a run does; memory of its own, and pages that stay in its files."""
+    import torch
+
+    from atp.build import load_base
+    from atp.config import ModelConfig
+
+    config = ModelConfig(path=str(folder / "dense"), dtype="bfloat16")
+    before = {key: resident(key) for key in ("RssAnon", "RssFile")}
+    model = load_base(config)
+    with torch.no_grad():
+        total = sum(float(parameter.sum()) for parameter in model.parameters())  # reads every page
+    assert total == total
+    return {f"load_{key[3:].lower()}_mib": (resident(key) - value) / MIB for key, value in before.items()}
+
+
 def measure(layers: int, device: str, rounds: int) -> dict[str, Any]:
     """One size: its files, and the medians over rounds."""
     with tempfile.TemporaryDirectory() as made:
         _child("dense", made, layers, device)
-        found = [_child("cut", made, layers, device) for _ in range(rounds)]
+        found = [{**_child("cut", made, layers, device), **_child("load", made, layers, device)} for _ in range(rounds)]
         sizes = {
             name: [file.stat().st_size / MIB for file in (Path(made) / name).glob("*.safetensors")]
             for name in ("dense", "pruned")
@@ -101,7 +118,7 @@ def _child(step: str, folder: str, layers: int, device: str) -> dict[str, float]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{step} with {layers} layers failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1]) if step == "cut" else {}
+    return {} if step == "dense" else json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:
@@ -112,24 +129,25 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="1 and 2 layers")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/removal.json")
-    parser.add_argument("--step", choices=("dense", "cut"), help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=("dense", "cut", "load"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step == "dense":
         make_dense(options.folder, options.layers[0])
         make_adapter(options.folder, options.layers[0])
         return
-    if options.step == "cut":
-        print(json.dumps(cut(options.folder, options.device)))
+    if options.step:
+        print(json.dumps(load(options.folder) if options.step == "load" else cut(options.folder, options.device)))
         return
     rows = []
-    print("layers  dense MiB pruned MiB  removal s  export s  peak MiB      aim")
+    print("layers  dense MiB pruned MiB  removal s  export s  peak MiB      aim  load: own  in files")
     for layers in [1, 2] if options.quick else options.layers:
         row = measure(layers, options.device, options.rounds)
         rows.append(row)
         print(
             f"{layers:6d} {row['dense_mib']:10.1f} {row['pruned_mib']:10.1f} {row['merge_and_removal_s']:10.2f} "
-            f"{row['export_s']:9.2f} {row['peak_mib']:9.1f} {row['limit_mib']:8.1f}"
+            f"{row['export_s']:9.2f} {row['peak_mib']:9.1f} {row['limit_mib']:8.1f} "
+            f"{row['load_anon_mib']:10.1f} {row['load_file_mib']:9.1f}"
         )
     result = {"sizes": rows, "device": options.device, "threads": os.environ.get("OMP_NUM_THREADS", os.cpu_count())}
     options.output.parent.mkdir(parents=True, exist_ok=True)
