@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from atp.data.encoding import IGNORED, Choices, Example, pad
+from atp.evaluate.cache import with_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +52,7 @@ def sequence_nats(
     """Return each example's negative log-likelihood over its learnt tokens, in nats."""
     found = [0.0] * len(examples)
     given = [example.input_ids[: example.context].tolist() for example in examples]
-    for group, shared in _groups(given):
+    for group, shared in _groups(model, given):
         prefix = _prefix(model, given[group[0]][:shared], device)
         for batch in _batches([len(examples[i].input_ids) for i in group], batch_size):
             chosen = [group[place] for place in batch]
@@ -77,7 +78,7 @@ def _sequence_batch(
     else:
         rest = {name: tensor[:, shared:] for name, tensor in tensors.items()}
         state = prefix.repeated(len(examples))
-        logits_BTV = _read_on(model, state, rest["input_ids"], rest["attention_mask"]).logits_BTV[:, :-1]
+        logits_BTV = _read_on(model, state, rest["input_ids"], rest["attention_mask"])[0][:, :-1]
     learnt_BT = labels_BT != IGNORED
     nats = functional.cross_entropy(logits_BTV[learnt_BT].float(), labels_BT[learnt_BT], reduction="none")
     sums_B = torch.zeros(len(examples), dtype=torch.float64, device=device)
@@ -94,7 +95,7 @@ def choice_nats(
     those of one item.
     """
     found: list[list[list[float]]] = [[] for _ in items]
-    for group, shared in _groups([item.prompt for item in items]):
+    for group, shared in _groups(model, [item.prompt for item in items]):
         prefix = _prefix(model, items[group[0]].prompt[:shared], device)
         sizes = [len(items[i].prompt) + max(map(len, items[i].continuations)) for i in group]
         for batch in _batches(sizes, batch_size, [len(items[i].continuations) for i in group]):
@@ -108,14 +109,14 @@ def choice_nats(
 def _choice_batch(
     model: PreTrainedModel, items: Sequence[Choices], prefix: _State | None, pad_id: int, device: torch.device
 ) -> list[list[list[float]]]:
-    state = _read(model, [item.prompt for item in items], pad_id, device, prefix)
+    prompts = [item.prompt for item in items]
+    state = _read(model, prompts, pad_id, device, prefix)
     continuations = [ids for item in items for ids in item.continuations]
     owners_C = torch.tensor([row for row, item in enumerate(items) for _ in item.continuations], device=device)
     ids_CT, mask_CT = _right_padded(continuations, pad_id, device)
-    logits_CTV = state.logits_BTV[owners_C, -1:]
-    if ids_CT.shape[1] > 1:
-        onward = _read_on(model, state.select(owners_C), ids_CT[:, :-1], mask_CT[:, :-1])
-        logits_CTV = torch.cat([logits_CTV, onward.logits_BTV], dim=1)
+    last_C1 = torch.tensor([[item.prompt[-1]] for item in items for _ in item.continuations], device=device)
+    read_CT = torch.cat([last_C1, ids_CT[:, :-1]], dim=1)
+    logits_CTV, _ = _read_on(model, state and state.select(owners_C), read_CT, mask_CT)
     # Flat, as the softmax over a dimension that is not the last takes ten times as long on a CPU.
     nats = functional.cross_entropy(logits_CTV.flatten(0, 1).float(), ids_CT.flatten(), reduction="none")
     rows = iter(zip(continuations, nats.view(ids_CT.shape).tolist(), strict=True))
@@ -134,7 +135,7 @@ def greedy(
 ) -> list[list[int]]:
     """Return the most likely continuation of each prompt, token by token, up to a stop (left out) or the limit."""
     found: list[list[int]] = [[] for _ in prompts]
-    for group, shared in _groups(prompts):
+    for group, shared in _groups(model, prompts):
         prefix = _prefix(model, prompts[group[0]][:shared], device)
         for batch in _batches([len(prompts[i]) for i in group], batch_size):
             chosen = [group[place] for place in batch]
@@ -155,15 +156,14 @@ def _greedy_batch(
 ) -> list[list[int]]:
     stops_S = torch.tensor(list(stops), device=device, dtype=torch.long)
     state = _read(model, prompts, pad_id, device, prefix)
+    next_B = torch.tensor([ids[-1] for ids in prompts], device=device)
     stopped_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     steps: list[Tensor] = []
-    while True:
-        next_B = state.logits_BTV[:, -1].argmax(-1)
+    while len(steps) < max_new_tokens and not bool(stopped_B.all()):
+        logits_BTV, state = _read_on(model, state, next_B[:, None], torch.ones_like(next_B[:, None]))
+        next_B = logits_BTV[:, -1].argmax(-1)
         steps.append(next_B)
         stopped_B |= torch.isin(next_B, stops_S)
-        if len(steps) == max_new_tokens or bool(stopped_B.all()):
-            break
-        state = _read_on(model, state, next_B[:, None], torch.ones_like(next_B[:, None]))
     rows = torch.stack(steps, dim=1).tolist()
     return [ids[: next((at for at, token in enumerate(ids) if token in stops), len(ids))] for ids in rows]
 
@@ -173,13 +173,11 @@ class _State:
     """A batch read so far.
 
     Attributes:
-        logits_BTV: Of the latest tokens read, at least of the last.
         cache: Keys and values.
         mask_BT: 1 for tokens, 0 for padding, over everything in the cache.
         lengths_B: Tokens read, without padding: the position of the next.
     """
 
-    logits_BTV: Tensor
     cache: Any
     mask_BT: Tensor
     lengths_B: Tensor
@@ -187,19 +185,22 @@ class _State:
     def select(self, rows_C: Tensor) -> _State:
         """Return the state with these rows, which may repeat; the cache is changed in place."""
         self.cache.batch_select_indices(rows_C)
-        return _State(self.logits_BTV[rows_C], self.cache, self.mask_BT[rows_C], self.lengths_B[rows_C])
+        return _State(self.cache, self.mask_BT[rows_C], self.lengths_B[rows_C])
 
     def repeated(self, times: int) -> _State:
         """Return a single row's state so many times, in a cache of its own."""
         rows_B = torch.zeros(times, dtype=torch.long, device=self.mask_BT.device)
-        return _State(self.logits_BTV, copy.deepcopy(self.cache), self.mask_BT, self.lengths_B).select(rows_B)
+        return _State(copy.deepcopy(self.cache), self.mask_BT, self.lengths_B).select(rows_B)
 
 
-def _groups(sequences: Sequence[list[int]]) -> list[tuple[list[int], int]]:
+def _groups(model: PreTrainedModel, sequences: Sequence[list[int]]) -> list[tuple[list[int], int]]:
     """Group sequences by how they begin; each group with how many tokens all of it share, short of a whole sequence.
 
-    Sequences that begin like few others make one group that shares nothing.
+    Sequences that begin like few others make one group that shares nothing; so do all for a model with a sliding
+    window, which padding after a shared beginning would stretch.
     """
+    if _has_window(model):
+        return [(list(range(len(sequences))), 0)] if sequences else []
     alike: dict[tuple[int, ...], list[int]] = {}
     for i, ids in enumerate(sequences):
         alike.setdefault(tuple(ids[:_LEAST_SHARED]) if len(ids) > _LEAST_SHARED else (), []).append(i)
@@ -218,37 +219,53 @@ def _groups(sequences: Sequence[list[int]]) -> list[tuple[list[int], int]]:
 
 def _prefix(model: PreTrainedModel, ids: list[int], device: torch.device) -> _State | None:
     """Read what a group of sequences begins with."""
-    return _read(model, [ids], 0, device) if ids else None
+    if not ids:
+        return None
+    ids_BT = torch.tensor([ids], device=device)
+    return _read_on(model, None, ids_BT, torch.ones_like(ids_BT), keep=1)[1]
 
 
 def _read(
-    model: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    pad_id: int,
-    device: torch.device,
-    prefix: _State | None = None,
-) -> _State:
-    """Read prompts, padded on the left, so that all of them end at the same place; what they share, from its state."""
+    model: PreTrainedModel, prompts: Sequence[list[int]], pad_id: int, device: torch.device, prefix: _State | None
+) -> _State | None:
+    """Read prompts up to their last token, which is read with what follows; what they share, from its state.
+
+    None stands for nothing read: all prompts are a single token long.
+    """
     shared = 0 if prefix is None else int(prefix.lengths_B[0])
-    rest = [ids[shared:] for ids in prompts]
-    longest = max(map(len, rest))
-    ids_BT = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in rest], device=device)
-    lengths_B = torch.tensor([len(ids) for ids in rest], device=device)
-    mask_BT = (torch.arange(longest, device=device) >= (longest - lengths_B)[:, None]).long()
-    if prefix is not None:
-        return _read_on(model, prefix.repeated(len(prompts)), ids_BT, mask_BT, keep=1)
-    options: dict[str, Any] = {"logits_to_keep": 1, "position_ids": (mask_BT.cumsum(-1) - 1).clamp(min=0)}
+    state = None if prefix is None else prefix.repeated(len(prompts))
+    rest = [ids[shared:-1] for ids in prompts]
+    padded = _left_padded if _has_window(model) else _right_padded
+    return _read_on(model, state, *padded(rest, pad_id, device), keep=1)[1] if any(rest) else state
+
+
+def _read_on(
+    model: PreTrainedModel, state: _State | None, ids_BT: Tensor, mask_BT: Tensor, keep: int = 0
+) -> tuple[Tensor, _State]:
+    """Read further tokens, padded on either side; the logits of the last ``keep`` positions, or of all for 0.
+
+    The first reading takes no mask: what is padded on the right is seen by nothing before it, and later readings mask
+    it. Attention that is causal and nothing else is the fastest there is. A model with a sliding window, which counts
+    padding between tokens, is padded on the left and given the mask.
+    """
+    options: dict[str, Any] = {"logits_to_keep": keep}
+    lengths_B = mask_BT.sum(-1)
+    if state is None and not _has_window(model):
+        out = model(input_ids=ids_BT, use_cache=True, **_accepted(model, options))
+        return out.logits, _State(with_room(out.past_key_values), mask_BT, lengths_B)
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    if state is not None:
+        mask_BT = torch.cat([state.mask_BT, mask_BT], dim=1)
+        positions_BT = positions_BT + state.lengths_B[:, None]
+        lengths_B = lengths_B + state.lengths_B
+        options["past_key_values"] = state.cache
+    options["position_ids"] = positions_BT
     out = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=True, **_accepted(model, options))
-    return _State(out.logits[:, -1:], out.past_key_values, mask_BT, lengths_B)
+    return out.logits, _State(out.past_key_values, mask_BT, lengths_B)
 
 
-def _read_on(model: PreTrainedModel, state: _State, ids_BT: Tensor, mask_BT: Tensor, keep: int = 0) -> _State:
-    """Read further tokens, padded on either side; the logits of the last ``keep``, or of all for 0."""
-    mask = torch.cat([state.mask_BT, mask_BT], dim=1)
-    positions_BT = state.lengths_B[:, None] + (mask_BT.cumsum(-1) - 1).clamp(min=0)
-    options = _accepted(model, {"position_ids": positions_BT, "logits_to_keep": keep})
-    out = model(input_ids=ids_BT, attention_mask=mask, past_key_values=state.cache, use_cache=True, **options)
-    return _State(out.logits, out.past_key_values, mask, state.lengths_B + mask_BT.sum(-1))
+def _has_window(model: PreTrainedModel) -> bool:
+    return getattr(model.config, "sliding_window", None) is not None
 
 
 def _accepted(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
@@ -264,6 +281,10 @@ def _right_padded(rows: Sequence[list[int]], pad_id: int, device: torch.device) 
     ids_BT = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids in rows], device=device)
     lengths_B = torch.tensor([len(ids) for ids in rows], device=device)
     return ids_BT, (torch.arange(longest, device=device) < lengths_B[:, None]).long()
+
+
+def _left_padded(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return tuple(tensor.flip(1) for tensor in _right_padded([ids[::-1] for ids in rows], pad_id, device))  # type: ignore[return-value]
 
 
 def _batches(lengths: Sequence[int], batch_size: int, rows: Sequence[int] | None = None) -> Iterator[list[int]]:
