@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _LEAST_SHARED = 16
 _FEWEST_SHARING = 4
+_SHARE_WORTH_READING_ONCE = 0.2  # of the mean length; below, masks cost more than reading it again
 
 
 @contextmanager
@@ -91,36 +92,44 @@ def choice_nats(
 ) -> list[list[list[float]]]:
     """Return the negative log-likelihood of each token of each item's choices, in nats.
 
-    A prompt is read once, and its cache repeated for its choices. At most ``batch_size`` choices are read at a time, or
-    those of one item.
+    A prompt is read once, and its cache repeated for its choices. At most ``batch_size`` prompts or choices are read at
+    a time, those of like length together.
     """
     found: list[list[list[float]]] = [[] for _ in items]
     for group, shared in _groups(model, [item.prompt for item in items]):
         prefix = _prefix(model, items[group[0]].prompt[:shared], device)
-        sizes = [len(items[i].prompt) + max(map(len, items[i].continuations)) for i in group]
-        for batch in _batches(sizes, batch_size, [len(items[i].continuations) for i in group]):
+        for batch in _batches([len(items[i].prompt) for i in group], batch_size):
             chosen = [group[place] for place in batch]
-            nats = _choice_batch(model, [items[i] for i in chosen], prefix, pad_id, device)
+            nats = _choice_batch(model, [items[i] for i in chosen], prefix, batch_size, pad_id, device)
             for i, of_item in zip(chosen, nats, strict=True):
                 found[i] = of_item
     return found
 
 
 def _choice_batch(
-    model: PreTrainedModel, items: Sequence[Choices], prefix: _State | None, pad_id: int, device: torch.device
+    model: PreTrainedModel,
+    items: Sequence[Choices],
+    prefix: _State | None,
+    batch_size: int,
+    pad_id: int,
+    device: torch.device,
 ) -> list[list[list[float]]]:
-    prompts = [item.prompt for item in items]
-    state = _read(model, prompts, pad_id, device, prefix)
-    continuations = [ids for item in items for ids in item.continuations]
-    owners_C = torch.tensor([row for row, item in enumerate(items) for _ in item.continuations], device=device)
-    ids_CT, mask_CT = _right_padded(continuations, pad_id, device)
-    last_C1 = torch.tensor([[item.prompt[-1]] for item in items for _ in item.continuations], device=device)
-    read_CT = torch.cat([last_C1, ids_CT[:, :-1]], dim=1)
-    logits_CTV, _ = _read_on(model, state and state.select(owners_C), read_CT, mask_CT)
-    # Flat, as the softmax over a dimension that is not the last takes ten times as long on a CPU.
-    nats = functional.cross_entropy(logits_CTV.flatten(0, 1).float(), ids_CT.flatten(), reduction="none")
-    rows = iter(zip(continuations, nats.view(ids_CT.shape).tolist(), strict=True))
-    return [[nats[: len(ids)] for ids, nats in (next(rows) for _ in item.continuations)] for item in items]
+    state = _read(model, [item.prompt for item in items], pad_id, device, prefix)
+    rows = [(owner, place) for owner, item in enumerate(items) for place in range(len(item.continuations))]
+    found: list[list[list[float]]] = [[[] for _ in item.continuations] for item in items]
+    for batch in _batches([len(items[owner].continuations[place]) for owner, place in rows], batch_size):
+        chosen = [rows[i] for i in batch]
+        owners_C = torch.tensor([owner for owner, _ in chosen], device=device)
+        continuations = [items[owner].continuations[place] for owner, place in chosen]
+        ids_CT, mask_CT = _right_padded(continuations, pad_id, device)
+        last_C1 = torch.tensor([[items[owner].prompt[-1]] for owner, _ in chosen], device=device)
+        read_CT = torch.cat([last_C1, ids_CT[:, :-1]], dim=1)
+        logits_CTV, _ = _read_on(model, state and state.select(owners_C), read_CT, mask_CT)
+        # Flat, as the softmax over a dimension that is not the last takes ten times as long on a CPU.
+        nats = functional.cross_entropy(logits_CTV.flatten(0, 1).float(), ids_CT.flatten(), reduction="none")
+        for (owner, place), ids, row in zip(chosen, continuations, nats.view(ids_CT.shape).tolist(), strict=True):
+            found[owner][place] = row[: len(ids)]
+    return found
 
 
 def greedy(
@@ -183,20 +192,21 @@ class _State:
     lengths_B: Tensor
 
     def select(self, rows_C: Tensor) -> _State:
-        """Return the state with these rows, which may repeat; the cache is changed in place."""
-        self.cache.batch_select_indices(rows_C)
-        return _State(self.cache, self.mask_BT[rows_C], self.lengths_B[rows_C])
+        """Return a state with these rows, which may repeat, in a cache of its own."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache.batch_select_indices(rows_C)
+        return _State(cache, self.mask_BT[rows_C], self.lengths_B[rows_C])
 
     def repeated(self, times: int) -> _State:
-        """Return a single row's state so many times, in a cache of its own."""
-        rows_B = torch.zeros(times, dtype=torch.long, device=self.mask_BT.device)
-        return _State(copy.deepcopy(self.cache), self.mask_BT, self.lengths_B).select(rows_B)
+        """Return a single row's state so many times."""
+        return self.select(torch.zeros(times, dtype=torch.long, device=self.mask_BT.device))
 
 
 def _groups(model: PreTrainedModel, sequences: Sequence[list[int]]) -> list[tuple[list[int], int]]:
     """Group sequences by how they begin; each group with how many tokens all of it share, short of a whole sequence.
 
-    Sequences that begin like few others make one group that shares nothing; so do all for a model with a sliding
+    Sequences that begin like few others, or share little, make one group that shares nothing; so do all for a model with a sliding
     window, which padding after a shared beginning would stretch.
     """
     if _has_window(model):
@@ -213,7 +223,10 @@ def _groups(model: PreTrainedModel, sequences: Sequence[list[int]]) -> list[tupl
         first, last = (pick(sequences[i] for i in members) for pick in (min, max))
         most = min(len(sequences[i]) for i in members) - 1
         same = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
-        groups.append((members, min(same, most)))
+        if min(same, most) * len(members) < _SHARE_WORTH_READING_ONCE * sum(len(sequences[i]) for i in members):
+            alone.extend(members)
+        else:
+            groups.append((members, min(same, most)))
     return [*groups, *([(sorted(alone), 0)] if alone else [])]
 
 
@@ -287,19 +300,8 @@ def _left_padded(rows: Sequence[list[int]], pad_id: int, device: torch.device) -
     return tuple(tensor.flip(1) for tensor in _right_padded([ids[::-1] for ids in rows], pad_id, device))  # type: ignore[return-value]
 
 
-def _batches(lengths: Sequence[int], batch_size: int, rows: Sequence[int] | None = None) -> Iterator[list[int]]:
-    """Yield positions in batches of similar rows and length, longest first, so that a lack of memory shows at once.
-
-    An item takes one row unless ``rows`` says otherwise; a batch has at most ``batch_size`` rows, or a single item.
-    """
-    rows = [1] * len(lengths) if rows is None else rows
-    batch: list[int] = []
-    taken = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (-rows[i], -lengths[i])):
-        if batch and taken + rows[i] > batch_size:
-            yield batch
-            batch, taken = [], 0
-        batch.append(i)
-        taken += rows[i]
-    if batch:
-        yield batch
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield positions in batches of similar length, longest first, so that a lack of memory shows at once."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
