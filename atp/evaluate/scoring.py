@@ -206,8 +206,8 @@ class _State:
 def _groups(model: PreTrainedModel, sequences: Sequence[list[int]]) -> list[tuple[list[int], int]]:
     """Group sequences by how they begin; each group with how many tokens all of it share, short of a whole sequence.
 
-    Sequences that begin like few others, or share little, make one group that shares nothing; so do all for a model with
-    a sliding window, which padding after a shared beginning would stretch.
+    Sequences that begin like few others, or share little, make one group that shares nothing; so do all for a model
+    with a sliding window, which padding after a shared beginning would stretch.
     """
     if _has_window(model):
         return [(list(range(len(sequences))), 0)] if sequences else []
