@@ -73,7 +73,7 @@ def test_the_export_is_the_original_weights_with_the_adapters(kind: str, tmp_pat
     made = config(
         f"model.quantization={kind}", "trainer.max_steps=6", "prune.schedule.freeze_at=0.5", "export.verify=false"
     )
-    stages = Stages(made, RunDirectory(tmp_path / "run", {}, []), {}, {})
+    stages = Stages(made, RunDirectory(tmp_path / "run", {}, [], resume=False), {}, {})
     trained = build.load_base(made.model, quantized=True)
     projection: Any = trained.get_submodule("model.layers.0.mlp.up_proj")
     assert projection.weight.dtype in (torch.uint8, torch.int8)
