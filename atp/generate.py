@@ -1,8 +1,9 @@
 """``python -m atp.generate``: streams text from an exported model, from its Hugging Face directory or a GGUF file.
 
 A thin command line for trying a result. The prompt reaches the model as training made prompts: verbatim after the
-beginning-of-sequence token, or filled into one of the training tasks' templates (``--task``); ``--chat`` uses the
-tokenizer's chat template instead. Reads the prompt from standard input when that is piped.
+beginning-of-sequence token, or filled into one of the training tasks' templates (``--task``), within the prompt that
+the model was evaluated with (its ``prompt.json``; ``--plain`` leaves that out); ``--chat`` uses the tokenizer's chat
+template instead. Reads the prompt from standard input when that is piped.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time (0)")
     made.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1)")
     made.add_argument("--seed", type=int, default=0, help="seed of sampling (0)")
-    made.add_argument("--task", help="fill the prompt into this task's template, e.g. casehold or billsum")
+    made.add_argument("--task", help="fill the prompt into this task's template, e.g. casehold, and instruct so")
+    made.add_argument("--plain", action="store_true", help="without the prompt that the model was evaluated with")
     made.add_argument("--chat", action="store_true", help="use the tokenizer's chat template")
     return made
 
@@ -71,11 +73,29 @@ def _prompt(arguments: argparse.Namespace) -> str:
         raise ValueError("there is no prompt; give --prompt TEXT, or pipe a text in")
     if arguments.task and arguments.chat:
         raise ValueError("--task and --chat are two ways of framing the prompt; choose one")
-    if arguments.task:
-        from atp.data.tasks import fill_prompt
+    return _framed(str(prompt), arguments)
 
-        return fill_prompt(arguments.task, prompt)
-    return str(prompt)
+
+def _framed(text: str, arguments: argparse.Namespace) -> str:
+    """The text in its task's template, and in the prompt that the model was evaluated with."""
+    from atp.data.tasks import fill_prompt, load_tasks
+    from atp.prompt import Prompt, read_prompt
+
+    own = Prompt()
+    if not (arguments.plain or arguments.chat):
+        path, kind = find_model(arguments.model, arguments.format)
+        folder = path if kind == "hf" else path.parent
+        own = read_prompt(folder.parent if folder.name == "gguf" else folder)
+    instructed = arguments.task in own.instructions and arguments.task not in load_tasks()
+    if arguments.task and not instructed:
+        text = fill_prompt(arguments.task, text)
+    if own.is_empty:
+        return text
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True) if own.chat else None
+    sys.stderr.write(f"prompt: {own.name}, from the model's prompt.json; --plain leaves it out\n")
+    return own.render(text, arguments.task or "text", tokenizer)
 
 
 def stream(

@@ -2,16 +2,19 @@
 
 A prompt has a system part (Compresso's collaborative prompt, Tailored-LLaMA's task instruction, or the user's text) and
 a template for the rest, both Jinja; where the tokenizer has a chat template, the two become its system and user turns.
-It sits between :mod:`atp.data` and the stages: records in, records out. It knows nothing of files, token ids or models.
+It sits between :mod:`atp.data` and the stages: records in, records out. Of files it knows only
+``prompt.json``; it knows nothing of token ids or models.
 
 Running text has no prompt to stand before, and is left as it is.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -31,6 +34,9 @@ COLLABORATIVE = (
     "is left. Rely on what this task needs, let the rest go, and answer as you did when you were whole."
 )
 """The text of ``prompt=collaborative`` and of methods that bring the prompt along; after Compresso, our own wording."""
+
+PROMPT_FILE = "prompt.json"
+"""What a run and an exported model keep their prompt in."""
 
 VARIABLES = ("prompt", "task", "instruction")
 
@@ -61,18 +67,8 @@ class Prompt:
     chat: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("system", "template"):
-            source = getattr(self, key)
-            try:
-                named = meta.find_undeclared_variables(ENVIRONMENT.parse(source))
-            except jinja2.TemplateSyntaxError as error:
-                raise ValueError(f"prompt.{key} is not valid Jinja (line {error.lineno}: {error.message})") from None
-            unknown = sorted(named - set(VARIABLES))
-            if unknown:
-                raise ValueError(
-                    f"prompt.{key} names the undefined variable {unknown[0]!r}; there are {', '.join(VARIABLES)}"
-                )
-        if "prompt" not in meta.find_undeclared_variables(ENVIRONMENT.parse(self.template)):
+        _variables_of(self.system, "prompt.system")
+        if "prompt" not in _variables_of(self.template, "prompt.template"):
             raise ValueError(f"prompt.template={self.template!r} lacks {{{{ prompt }}}}, the record's own prompt")
 
     @property
@@ -89,7 +85,8 @@ class Prompt:
             tokenizer: Whose chat template to use, if ``chat`` is set.
 
         Raises:
-            ValueError: ``{{ instruction }}`` is used and the task has none; names the task and how the record begins.
+            ValueError: ``{{ instruction }}`` is used and the task has none, or a template fails on this record; names
+                the task and how the record begins.
         """
         values = {"prompt": text, "task": task}
         instruction = self.instructions.get(task, self.instructions.get("default"))
@@ -98,10 +95,13 @@ class Prompt:
         try:
             system = ENVIRONMENT.from_string(self.system).render(**values).strip()
             rest = ENVIRONMENT.from_string(self.template).render(**values)
-        except jinja2.UndefinedError:
+        except (TypeError, ValueError, AttributeError, jinja2.TemplateError) as error:
+            why = str(error) or type(error).__name__
+            if isinstance(error, jinja2.UndefinedError) and "'instruction'" in why:
+                why = f"there is no instruction for the task {task!r}"
             raise ValueError(
-                f"prompt={self.name}: there is no instruction for the task {task!r} (the record that begins "
-                f"{text[:60]!r}); set prompt.instructions.{task} or prompt.instructions.default"
+                f"prompt={self.name}: {why} (task {task}, the record that begins {text[:60]!r}); mend the template, or "
+                f"set prompt.instructions.{task} or prompt.instructions.default"
             ) from None
         if self.chat is None or tokenizer is None:
             return f"{system}\n\n{rest}" if system else rest
@@ -188,26 +188,53 @@ class Prompt:
         return cls(**data)
 
 
+def read_prompt(path: Path) -> Prompt:
+    """Return the prompt that a run or an exported model was evaluated with: from the file, or the one in a folder.
+
+    A folder without one, and a prompt that was switched off at inference, give the empty prompt.
+
+    Raises:
+        ValueError: There is no such file, or it holds no prompt.
+    """
+    file = path / PROMPT_FILE if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        return Prompt()
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read as a prompt ({error})") from None
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{file}: a prompt is an object with {', '.join(Prompt.__dataclass_fields__)}")
+    prompt = Prompt.from_plain(data, str(file))
+    return prompt if prompt.inference else Prompt()
+
+
 def from_text(text: str, where: str) -> dict[str, str]:
     """Return ``system`` and ``template`` of a user's file.
 
     It is a whole template where it names ``prompt``, else what stands before.
 
     Raises:
-        ValueError: It is empty or not valid Jinja.
+        ValueError: It is empty, not valid Jinja, or names a variable that there is not.
     """
     if not text.strip():
         raise ValueError(f"{where} is empty; write what is to stand before each prompt, or use prompt=none")
+    if "prompt" in _variables_of(text, where):
+        return {"system": "", "template": text}
+    return {"system": text.strip(), "template": "{{ prompt }}"}
+
+
+def _variables_of(source: str, where: str) -> set[str]:
+    """The variables that a template names; ValueError if it is not valid Jinja or names one that there is not."""
     try:
-        named = meta.find_undeclared_variables(ENVIRONMENT.parse(text))
+        ENVIRONMENT.compile(source)  # knows the filters, which parsing alone does not
+        named = meta.find_undeclared_variables(ENVIRONMENT.parse(source))
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"{where}:{error.lineno}: not valid Jinja ({error.message})") from None
     unknown = sorted(named - set(VARIABLES))
     if unknown:
-        raise ValueError(f"{where}: names the undefined variable {unknown[0]!r}; there are {', '.join(VARIABLES)}")
-    return (
-        {"system": "", "template": text} if "prompt" in named else {"system": text.strip(), "template": "{{ prompt }}"}
-    )
+        raise ValueError(f"{where} names the undefined variable {unknown[0]!r}; there are {', '.join(VARIABLES)}")
+    return named
 
 
 def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

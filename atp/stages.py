@@ -46,6 +46,7 @@ from atp.loggers import close_loggers, csv_logger, log_figures, log_folder, log_
 from atp.lora import base_tensors, extract_adapter, merge_in_place, merged_tensors
 from atp.module import PruningModule, TuningModule
 from atp.monitoring import MaskMonitor, TrainingHealth
+from atp.prompt import PROMPT_FILE
 from atp.removal import max_logit_difference, remove, slice_adapter, widths_after
 from atp.restoration import restore
 from atp.rundir import RunDirectory, write_json
@@ -54,7 +55,6 @@ from atp.space import block_parameters
 log = logging.getLogger(__name__)
 
 
-PROMPT_FILE = "prompt.json"
 _PROMPTS_COUNTED = 200
 
 

@@ -274,10 +274,29 @@ def test_bad_settings_are_refused() -> None:
     for name in ("batch_size", "num_batches", "max_validation_examples"):
         with pytest.raises(ValueError, match=rf"data\.{name}=0 must be at least 1"):
             make_module(**{name: 0})
-    for name in ("train", "validation"):
-        splits = make_splits(**{name: 0})
+    for name in ("train", "validation", "test"):
+        splits = replace(make_splits(), **{name: []})
         with pytest.raises(ValueError, match=f"the {name} split of 'made' is empty"):
             PruningDataModule(splits, TOKENIZER, max_length=64, batch_size=4, num_batches=3, seed=0)
+
+
+def test_answers_longer_than_a_sequence_are_counted_and_refused_if_none_fits(caplog: pytest.LogCaptureFixture) -> None:
+    long, short = (CompletionRecord("a bill", " to amend the act" * n, "t") for n in (9, 1))
+    needed = len(encode(long, TOKENIZER, 999)[0].input_ids) - len(ids_of("a bill")) + 1
+
+    def module(*train: CompletionRecord, max_length: int = 16) -> PruningDataModule:
+        splits = Splits(list(train), [short], [short], "mine")
+        return PruningDataModule(splits, TOKENIZER, max_length=max_length, batch_size=1, num_batches=1, seed=0)
+
+    with caplog.at_level(logging.WARNING):
+        module(short, long, short).setup()
+    assert "mine: 1 of 3 answers are longer than data.max_length=16 tokens allow" in caplog.text
+    assert f"data.max_length={needed}" in caplog.text
+    with pytest.raises(ValueError, match=rf"2 of 2 answers are longer.*the longest needs data\.max_length={needed} "):
+        module(long, long).setup()
+    caplog.clear()
+    module(long, long, max_length=needed).setup()
+    assert "longer" not in caplog.text
 
 
 def test_the_data_describes_itself_and_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

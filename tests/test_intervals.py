@@ -17,6 +17,7 @@ from atp import embedded
 from atp.evaluate.__main__ import main, parse
 from atp.evaluate.intervals import Items, interval, paired, score
 from atp.evaluate.quality import evaluate
+from atp.prompt import Prompt
 from atp.report.evidence import evidence
 
 
@@ -126,12 +127,18 @@ def test_any_model_is_scored_from_the_command_line(tmp_path: Path, capsys: pytes
     assert "holding/accuracy" in scored["legal/holding"]["intervals"]
     assert result["paired"]["records"]["choice/accuracy"]["difference"] == 0
     assert result["recovery"]["legal/holding"]["mean"] == pytest.approx(100)
-    assert "legal/holding accuracy" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "legal/holding\n" in printed.replace(" ", "") and " accuracy " in printed and "…" not in printed
+    prompt = tmp_path / "prompt.json"
+    prompt.write_text(json.dumps(Prompt("mine", system="Say whether the number can be halved.").plain()))
+    main(["embedded", f"records={file}", f"prompt={prompt}", *common, f"out={out}"])
+    cost = json.loads(out.read_text())["prompt"]["embedded"]
+    assert cost["tokens_added"] > 5 and cost["shared_prefix_tokens"] > 5
+    assert f"'mine', {cost['tokens_added']:g} tokens added per record" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_prompt_of_an_exported_model_is_used(tmp_path: Path) -> None:
     from atp.evaluate.__main__ import load_prompt
-    from atp.prompt import Prompt
 
     plain = Prompt("mine", system="S").plain()
     (tmp_path / "prompt.json").write_text(json.dumps(plain))
@@ -141,6 +148,9 @@ def test_the_prompt_of_an_exported_model_is_used(tmp_path: Path) -> None:
     assert load_prompt(str(tmp_path), "auto").is_empty
     with pytest.raises(ValueError, match="no such file"):
         load_prompt(str(tmp_path), "other.json")
+    (tmp_path / "prompt.json").write_text("[]")
+    with pytest.raises(ValueError, match="a prompt is an object with name, system"):
+        load_prompt("embedded", str(tmp_path / "prompt.json"))
 
 
 @pytest.mark.parametrize(
@@ -150,6 +160,8 @@ def test_the_prompt_of_an_exported_model_is_used(tmp_path: Path) -> None:
         (["m", "tsk=casehold"], "there is no option 'tsk'; did you mean 'task'"),
         (["m", "task=x", "batch_size=few"], "batch_size='few' must be a whole number"),
         (["m"], "name what to score"),
+        (["m", "task=x", "batch_size=0"], "batch_size=0 must be at least 1"),
+        (["m", "task=x", "bootstrap=-1"], "bootstrap=-1 must not be negative"),
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:

@@ -59,13 +59,17 @@ def test_bad_templates_name_the_variable_and_the_record() -> None:
         Prompt("x", template="{{ promt }}")
     with pytest.raises(ValueError, match=r"lacks \{\{ prompt \}\}"):
         Prompt("x", template="{{ task }}")
-    with pytest.raises(ValueError, match=r"prompt\.system is not valid Jinja \(line 1"):
+    with pytest.raises(ValueError, match=r"prompt\.system:1: not valid Jinja"):
         Prompt("x", system="{{ task")
-    with pytest.raises(ValueError, match=r"no instruction for the task 'c' \(the record that begins 'Who"):
+    with pytest.raises(ValueError, match=r"no instruction for the task 'c' \(task c, the record that begins 'Who"):
         Prompt("x", system="{{ instruction }}").on(CompletionRecord("Who is it?", " me", "c"))
+    with pytest.raises(ValueError, match=r"prompt\.template:1: not valid Jinja \(No filter named 'shout'"):
+        Prompt("x", template="{{ prompt | shout }}")
+    with pytest.raises(ValueError, match=r"no attribute 'question' \(task c, the record that begins 'Who"):
+        Prompt("x", template="{{ prompt.question }} {{ instruction }}").on(CompletionRecord("Who is it?", " me", "c"))
     with pytest.raises(ValueError, match=r"mine\.txt:2: not valid Jinja"):
         from_text("fine\n{{ prompt", "mine.txt")
-    with pytest.raises(ValueError, match=r"mine\.txt: names the undefined variable 'user'"):
+    with pytest.raises(ValueError, match=r"mine\.txt names the undefined variable 'user'"):
         from_text("{{ user }}", "mine.txt")
 
 

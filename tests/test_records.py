@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import lzma
+import re
 import string
 import types
 from collections import Counter
@@ -27,6 +29,7 @@ from atp.data.records import (
     separate,
 )
 from atp.data.sources import load_embedded, load_files, read_records
+from atp.data.tasks import find_task, load_tasks
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -392,6 +395,50 @@ def test_a_few_bad_hub_rows_are_left_out_and_many_are_an_error(monkeypatch, capl
     rows.clear()
     with pytest.raises(ValueError, match="but none of"):
         load_domain(only, seed=0)
+
+
+def test_files_of_the_hub_behind_a_loading_script_are_read_as_they_are(tmp_path: Path, monkeypatch) -> None:
+    """LegalBench's TSV and MultiLegalPile's compressed JSONL, laid out as on the hub, through the real ``datasets``."""
+    datasets = pytest.importorskip("datasets")
+    real = datasets.load_dataset
+    folder = tmp_path / "nguha" / "legalbench" / "data" / "hearsay"
+    folder.mkdir(parents=True)
+    for split, answers in (("train", ["Yes", "None"]), ("test", ["None", "Yes", "Yes"])):
+        lines = ["index\ttext\tanswer", *(f"{i}\tFact {split} {i}\t{answer}" for i, answer in enumerate(answers))]
+        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    folder = tmp_path / "joelniklaus" / "Multi_Legal_Pile" / "data" / "en" / "legislation"
+    folder.mkdir(parents=True)
+    for name in ("uk", "ch"):
+        with lzma.open(folder / f"{name}.jsonl.xz", "wt") as file:
+            file.write("".join(json.dumps({"type": "legislation", "text": f"{name} {i}"}) + "\n" for i in range(3)))
+
+    def load(builder: str, data_files: dict[str, str], **kwargs: object) -> object:
+        local = {
+            split: re.sub(r"^hf://datasets/(.+?)@main", rf"{tmp_path}/\1", file) for split, file in data_files.items()
+        }
+        return real(builder, data_files=local, cache_dir=str(tmp_path / "cache"), **kwargs)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    tasks = load_tasks()
+    found = domains.read_task(find_task("legalbench/hearsay", tasks))
+    assert [record.choices[record.label] for record in found["test"]] == [" None", " Yes", " Yes"]
+    assert len(found["train"]) == 2
+    assert len(domains.read_task(tasks["multilegalpile"])["train"]) == 6
+
+
+def test_a_split_of_the_hub_is_not_taken_twice_and_empty_answers_are_left_out(monkeypatch, caplog) -> None:
+    """BoolQ's validation set is our test set; MedQuAD's answers of some sources were removed."""
+    datasets = pytest.importorskip("datasets")
+    rows = [{"question": f"is {i} it", "passage": f"P {i}", "answer": i % 2 == 0} for i in range(60)]
+    found = {"train": rows[:40], "validation": rows[40:]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: found)
+    splits = load_domain({"boolq": None}, seed=0, near_duplicates="ignore")
+    assert splits.counts() == {"train": 38, "validation": 2, "test": 20}
+    asked = [{"question": f"Q {i}?", "answer": None if i % 3 else f"A {i}."} for i in range(90)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: {"train": asked})
+    with caplog.at_level(logging.INFO):
+        splits = load_domain({"medquad": None}, seed=0, near_duplicates="ignore")
+    assert sum(splits.counts().values()) == 30 and "left out 60 of 90 rows without answer" in caplog.text
 
 
 def test_nothing_of_the_network_is_touched_for_local_files(legal_files: dict[str, Path], monkeypatch) -> None:

@@ -204,6 +204,10 @@ def test_columns_map_by_name_template_and_list() -> None:
         record_parser({"prompt": "{{ contex }}", "completion": "q"})(row, "f.csv:4")
     with pytest.raises(ValueError, match="not valid Jinja"):
         record_parser({"text": "{{ q"})
+    with pytest.raises(ValueError, match=r"f\.csv:4: data\.fields names the columns \['contx'\]; the record has"):
+        record_parser({"prompt": "contx", "completion": "q"})(row, "f.csv:4")
+    with pytest.raises(ValueError, match=r"f\.csv:4: data\.fields\.prompt cannot be made.*is null"):
+        record_parser({"prompt": "{{ ctx }}: {{ q }}", "completion": "one"})({**row, "ctx": None}, "f.csv:4")
     with pytest.raises(ValueError, match=r"label 'c' is none of the 2 choices"):
         record_parser({"prompt": "q", "choices": ["one", "two"], "label": "ctx"})({**row, "ctx": "c"}, "x")
 
@@ -269,7 +273,7 @@ def test_packed_records_learn_what_they_learn_apart() -> None:
     tokenizer = make_tokenizer()
     records: list[Record] = [CompletionRecord("a bill " * (1 + i % 4), "the act" * (1 + i % 3), "t") for i in range(12)]
     model = tiny_model(vocabulary=len(tokenizer)).eval()
-    splits = Splits(records, records[:2], [], "x")
+    splits = Splits(records, records[:2], records[:2], "x")
     totals = []
     for packing in (False, True):
         data = PruningDataModule(
@@ -303,7 +307,7 @@ def test_a_stream_gives_the_splits_and_batches_of_a_list(tmp_path: Path) -> None
     tokenizer = make_tokenizer()
     sizes = {"max_length": 32, "batch_size": 4, "num_batches": 20, "seed": 3}
     streamed = PruningDataModule(splits, tokenizer, **sizes)
-    listed = PruningDataModule(Splits(list(splits.train), splits.validation, [], "x"), tokenizer, **sizes)
+    listed = PruningDataModule(Splits(list(splits.train), splits.validation, splits.test, "x"), tokenizer, **sizes)
     for one, other in zip(streamed.train_dataloader(), listed.train_dataloader(), strict=True):
         assert all((one[key] == other[key]).all() for key in one)
     assert streamed.describe()["tokens"] == listed.describe()["tokens"]

@@ -28,6 +28,7 @@ from atp.export.probe import LlamaCppEngine
 from atp.export.verification import LIMITS, ROUGH, Limit, _matches, mismatches, verify
 from atp.generate import main as generate
 from atp.lora import base_tensors, extract_adapter, merged_tensors
+from atp.prompt import Prompt
 from atp.removal import max_logit_difference, remove, slice_adapter
 from atp.selection import select
 from atp.space import PruningSpace
@@ -287,6 +288,23 @@ def test_generation_reads_a_pipe_and_fills_a_task_template(model_dir, capsys, mo
     prompt = fill_prompt("casehold", "the court held")
     assert generate([str(model_dir), "--max-new-tokens", "8", "--prompt", prompt]) == 0
     assert capsys.readouterr().out == piped
+
+
+def test_generation_asks_with_the_prompt_that_the_model_was_evaluated_with(model_dir, capsys):
+    own = Prompt("mine", system="{{ instruction }}", instructions={"holding": "Name it.", "default": "Do it."})
+    (model_dir / "prompt.json").write_text(json.dumps(own.plain()))
+    asked = [str(model_dir), "--max-new-tokens", "8", "--prompt"]
+    for prompt, whole in (
+        (["the court held"], own.render("the court held", "text")),
+        (["the court held", "--task", "holding"], own.render("the court held", "holding")),
+        (["the court held", "--task", "casehold"], own.render(fill_prompt("casehold", "the court held"), "casehold")),
+    ):
+        assert generate([*asked, *prompt]) == 0
+        told = capsys.readouterr()
+        assert generate([*asked, whole, "--plain"]) == 0
+        assert capsys.readouterr().out == told.out and "--plain leaves it out" in told.err
+    (model_dir / "prompt.json").write_text("{")
+    assert generate([*asked, "a"]) == 2 and "cannot be read as a prompt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def load_beyond(config: TrainConfig) -> tuple[dict[str, list[Record]], dict[str,
     """Records besides the target: of other domains, for their perplexity, and of further tasks; read before training.
 
     Raises:
-        ValueError: An unknown name or a missing file, or the harness is asked for and not installed.
+        ValueError: An unknown name or a missing file, or the harness is asked for and lacks something.
     """
     settings = config.evaluate
     if settings.max_forgetting < 1 and settings.forgetting:
@@ -190,7 +190,7 @@ def load_beyond(config: TrainConfig) -> tuple[dict[str, list[Record]], dict[str,
         name: load_scored(config, name, settings.max_forgetting) for name in settings.forgetting if name not in own
     }
     if settings.harness:
-        harness.require(settings.tasks)
+        harness.prepare(settings.tasks, settings.harness_path)
         return others, {}
     return others, {name: load_scored(config, name, config.data.max_test or 400) for name in settings.tasks}
 

@@ -92,7 +92,7 @@ class PruningDataModule(lightning.LightningDataModule):
                 f"data.max_length={max_length} exceeds the model's context of {model_context} tokens; "
                 f"set data.max_length={model_context} or less"
             )
-        for name, records in (("train", splits.train), ("validation", splits.validation)):
+        for name, records in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
             if not records:
                 raise ValueError(
                     f"the {name} split of {splits.name!r} is empty; give more records or another data.path"
@@ -119,6 +119,7 @@ class PruningDataModule(lightning.LightningDataModule):
         if self._train:
             return
         train = self._encode_train()
+        self.encoder.check_answers(self.splits.name)
         rng = np.random.default_rng(self.seed)
         picked = rng.permutation(len(self.splits.validation))[: self.max_validation_examples]
         records = [self.splits.validation[i] for i in sorted(picked)]
@@ -130,14 +131,6 @@ class PruningDataModule(lightning.LightningDataModule):
         self._validation = sorted(
             (example for example in validation if example.loss_tokens > 0), key=lambda example: len(example.input_ids)
         )
-        cut = self._train_truncated["completions"]
-        if cut:
-            log.warning(
-                "%s: %d completions do not fit in data.max_length=%d and are cut; raise it to learn them whole",
-                self.splits.name,
-                cut,
-                self.encoder.max_length,
-            )
         log.info("data %s: %s", self.splits.name, self.describe())
 
     def _encode_train(self) -> Sequence[Example] | Sequence[PackedExample]:

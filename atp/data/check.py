@@ -74,6 +74,9 @@ def report(
     Returns:
         The figures: ``records``, ``tasks``, ``tokens``, ``loss_tokens``, ``lengths`` (tokens of each training example),
         ``truncated``, ``duplicates`` and ``overlap``.
+
+    Raises:
+        ValueError: No answer fits into a sequence; everything else is printed before.
     """
     console = console or Console()
     train = list(splits.train)
@@ -96,6 +99,7 @@ def report(
         console.print(Text(f"\nexample {number} of the task {record.task}", style="bold"))
         console.print(coloured(found[0], tokenizer), soft_wrap=True)
     console.print(Text("\ngiven tokens are dim, learnt ones underlined in green", style="italic"))
+    encoder.check_answers(splits.name)
     return figures
 
 

@@ -66,6 +66,8 @@ def _reader(key: str, value: Any) -> Callable[[Mapping[str, Any], str], Any]:
             raise ValueError(
                 f"{where}: data.fields.{key}: {error.message}; the columns are {sorted(map(str, row))}"
             ) from None
+        except (TypeError, ValueError, AttributeError, jinja2.TemplateError) as error:
+            raise ValueError(f"{where}: data.fields.{key} cannot be made of this record: {error}") from None
 
     return render
 

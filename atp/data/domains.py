@@ -78,28 +78,22 @@ def load_domain(
         read = read_task(task, path, alone=len(weights) == 1)
         parts[task_name] = complete(read, shares, seed=seed, where=task_name, name=task_name)
     sizes = _sizes({task: len(part.train) for task, part in parts.items()}, weights, max_train)
-    joined = _combined(parts, sizes, max_validation=max_validation, max_test=max_test, seed=seed, name=name)
-    return check_overlap(joined, near_duplicates)
-
-
-def _combined(
-    parts: Mapping[str, Splits],
-    sizes: Mapping[str, int],
-    *,
-    max_validation: int | None,
-    max_test: int | None,
-    seed: int,
-    name: str,
-) -> Splits:
-    """One data set of the tasks' splits: so many training records of each, held-out ones equally many."""
     each = {most: None if most is None else max(1, most // len(parts)) for most in (max_validation, max_test)}
-    dropped: dict[str, int] = {"train": 0, "validation": 0}
-    joined = Splits([], [], [], name)
+    joined = _mixed(parts, sizes, each[max_validation], each[max_test], seed)
+    return check_overlap(replace(joined, name=name), near_duplicates)
+
+
+def _mixed(
+    parts: Mapping[str, Splits], sizes: Mapping[str, int], validation: int | None, test: int | None, seed: int
+) -> Splits:
+    """The tasks' records together: so many training records of each, and at most so many of the other splits."""
+    joined = Splits([], [], [], "")
+    dropped = {"train": 0, "validation": 0}
     for task_name, part in parts.items():
         assert isinstance(joined.train, list) and isinstance(part.train, list)
         joined.train.extend(limit(part.train, sizes[task_name], seed))
-        joined.validation.extend(limit(part.validation, each[max_validation], seed))
-        joined.test.extend(limit(part.test, each[max_test], seed))
+        joined.validation.extend(limit(part.validation, validation, seed))
+        joined.test.extend(limit(part.test, test, seed))
         for split in dropped:
             dropped[split] += part.overlap["exact_dropped"][split]
     return replace(joined, overlap={"exact_dropped": dropped})
@@ -164,6 +158,7 @@ def read_task(task: Task, path: Any = None, *, alone: bool = True) -> dict[str, 
         split: list(itertools.chain.from_iterable(rows(p, header=_header(task, p)) for p in some))
         for split, some in found.items()
     }
+    raw = {split: _filled(task, some) for split, some in raw.items()}
     bound = task.with_options_of(row for some in raw.values() for row, _ in some)
     return {split: _joined(bound, [bound.record(row, where) for row, where in some]) for split, some in raw.items()}
 
@@ -257,16 +252,24 @@ def _sizes(counts: Mapping[str, int], weights: Mapping[str, float | None], most:
     return {task: max(1, round(share[task] * total)) for task in counts}
 
 
+def _filled(task: Task, found: Sequence[Row]) -> list[Row]:
+    """The rows without those that the task skips."""
+    kept = [(row, where) for row, where in found if not task.skips(row)]
+    if len(kept) < len(found):
+        empty = " or ".join(task.skip_empty)
+        log.info("%s: left out %d of %d rows without %s", task.name, len(found) - len(kept), len(found), empty)
+    return kept
+
+
 def _read_hub(task: Task) -> dict[str, list[Record]]:
     """Fetch a task from the Hugging Face hub, which the user asked for by naming it without local files."""
     where = f"{task.hub}{f' ({task.subset})' if task.subset else ''}, revision {task.revision}"
-    converted = task.revision.startswith("refs/convert")
-    part = {"data_dir": task.subset} if converted else {"name": task.subset}
+    given = set(task.splits.values())  # what one split takes is not taken once more by the split of that name
+    wanted = {
+        split: task.splits.get(split, split) for split in SPLIT_NAMES if split in task.splits or split not in given
+    }
     try:
-        from datasets import load_dataset
-
-        found = load_dataset(task.hub, revision=task.revision, **part)
-        wanted = {split: task.splits.get(split, split) for split in SPLIT_NAMES}
+        found = _fetch(task)
         raw = {split: list(found[theirs]) for split, theirs in wanted.items() if theirs in found}
     # Whatever the client raises (offline, gated, gone, moved, a script, a broken cache), the way out is the same.
     except Exception as error:
@@ -284,11 +287,30 @@ def _read_hub(task: Task) -> dict[str, list[Record]]:
         ) from error
     if not raw:
         raise ValueError(f"{where} has the splits {sorted(found)} but none of {sorted(wanted.values())}")
-    bound = task.with_options_of(row for some in raw.values() for row in some)
-    return {
-        split: _joined(bound, _usable(bound, [(row, f"{task.hub}/{split} row {i}") for i, row in enumerate(some)]))
+    placed = {
+        split: _filled(task, [(row, f"{task.hub}/{split} row {i}") for i, row in enumerate(some)])
         for split, some in raw.items()
     }
+    bound = task.with_options_of(row for some in placed.values() for row, _ in some)
+    return {split: _joined(bound, _usable(bound, some)) for split, some in placed.items()}
+
+
+def _fetch(task: Task) -> Any:
+    """The task's set as ``datasets`` gives it, by the set's own split names (ours for files that the task lists)."""
+    from datasets import load_dataset
+
+    if not task.hub_files:
+        part = {"data_dir": task.subset} if task.revision.startswith("refs/convert") else {"name": task.subset}
+        return load_dataset(task.hub, revision=task.revision, **part)
+    folder = f"hf://datasets/{task.hub}@{task.revision}"
+    files = {split: f"{folder}/{some.format(subset=task.subset)}" for split, some in task.hub_files.items()}
+    suffixes = Path(next(iter(files.values()))).suffixes
+    if ".jsonl" in suffixes:
+        return load_dataset("json", data_files=files)
+    if ".parquet" in suffixes:
+        return load_dataset("parquet", data_files=files)
+    # "None" and "N/A" are answers, not missing values.
+    return load_dataset("csv", data_files=files, sep="\t" if ".tsv" in suffixes else ",", keep_default_na=False)
 
 
 def _usable(task: Task, found: Sequence[Row]) -> list[Record]:

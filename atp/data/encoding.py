@@ -17,6 +17,7 @@ Shape suffixes: B batch, T tokens.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from atp.data.records import ChoiceRecord, CompletionRecord, Record, TextRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of tokens that do not count, as in torch and transformers."""
@@ -109,6 +112,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncated: Counter[str] = Counter(prompts=0, completions=0, texts=0)
+        self._answers = 0
+        self._longest_answer = 0
         self._bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
         self._eos = [int(tokenizer.eos_token_id)] if close and tokenizer.eos_token_id is not None else []
 
@@ -181,6 +186,28 @@ class Encoder:
                 f"data.max_length={self.max_length}; lower the one or raise the other"
             )
         return [self._bos + self._cut_middle(ids, room) for ids in self._ids(texts)]
+
+    def check_answers(self, name: str, *, refuse: bool = True) -> None:
+        """Warn of answers encoded so far that are longer than a sequence, which are cut at their end.
+
+        Args:
+            name: What to call the data.
+            refuse: Whether it is an error if none of them fits.
+
+        Raises:
+            ValueError: ``refuse`` is set and no answer fits; says how long a sequence would have to be.
+        """
+        cut, needed = self.truncated["completions"], len(self._bos) + 1 + self._longest_answer
+        if not cut:
+            return
+        told = (
+            f"{name}: {cut} of {self._answers} answers are longer than data.max_length={self.max_length} tokens allow "
+            f"and are cut at their end; the longest needs data.max_length={needed} (within the model's context). "
+            'Otherwise shorten them, or give them as running text ({"text": ...}), which is continued in windows'
+        )
+        if refuse and cut == self._answers:
+            raise ValueError(told)
+        log.warning("%s", told)
 
     def _encode_chunk(self, records: Sequence[Record], loss_on: str) -> Iterator[list[Example]]:
         texts = [record for record in records if isinstance(record, TextRecord)]
@@ -257,6 +284,8 @@ class Encoder:
     def _close(self, prompt: list[int], ids: list[int], text: str) -> tuple[list[int], int]:
         """Return the completion with its end of sequence, and its bytes; cut if it does not fit."""
         room = self.max_length - len(self._bos) - len(prompt)
+        self._answers += 1
+        self._longest_answer = max(self._longest_answer, len(ids) + len(self._eos))
         if len(ids) + len(self._eos) <= room:
             return ids + self._eos, len(text.encode())
         self.truncated["completions"] += 1

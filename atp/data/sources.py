@@ -60,15 +60,22 @@ def load_files(
     """
     parse = record_parser(fields)
     shares = {"validation": validation_fraction, "test": test_fraction}
-    given = {"train": path, "validation": validation_path, "test": test_path}
-    where = {split: "data.path" if split == "train" else f"data.{split}_path" for split in given}
-    files = {split: paths_of(paths, where[split]) for split, paths in given.items() if paths is not None}
+    files = _files({"train": path, "validation": validation_path, "test": test_path})
     if stream:
         held_out = {split: _read(some, parse) for split, some in files.items() if split != "train"}
         records = StreamedRecords(files["train"], parse)
         return stream_splits(records, held_out, shares, seed=seed, near_duplicates=near_duplicates, name=name)
     read = {split: _read(some, parse) for split, some in files.items()}
     return check_overlap(complete(read, shares, seed=seed, where=str(path), name=name), near_duplicates)
+
+
+def _files(given: Mapping[str, Paths | None]) -> dict[str, list[Path]]:
+    """The files of each split that has any."""
+    return {
+        split: paths_of(paths, "data.path" if split == "train" else f"data.{split}_path")
+        for split, paths in given.items()
+        if paths is not None
+    }
 
 
 def read_records(path: Paths, *, fields: Mapping[str, Any] | None = None, most: int | None = None) -> list[Record]:

@@ -71,9 +71,11 @@ class Task:
     hub: str = ""
     subset: str | None = None
     revision: str = "main"
+    hub_files: Mapping[str, str] = field(default_factory=dict)
     splits: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Sequence[str]] = field(default_factory=dict)
     header: Sequence[str] | None = None
+    skip_empty: Sequence[str] = ()
     instruction: str = ""
     prompt: str = ""
     target: str | None = None
@@ -127,6 +129,12 @@ class Task:
             raise ValueError(f"{where}: choices[{texts.index('')}] is empty; fill it in or leave the record out")
         label = label_of(self._evaluate("label", row, where), texts, where)
         return ChoiceRecord(prompt, tuple(" " + text for text in texts), label, self.name)
+
+    def skips(self, row: Any) -> bool:
+        """Return whether a row leaves a column empty that the set is known to leave empty at times."""
+        return isinstance(row, Mapping) and any(
+            column in row and not str(row[column] or "").strip() for column in self.skip_empty
+        )
 
     def with_options_of(self, rows: Iterable[Any]) -> Task:
         """Return the task with its options taken from the values of the column that it names, in sorted order."""

@@ -7,7 +7,6 @@ exported with a prompt (``prompt.json``) is asked with it. It knows nothing of t
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,11 +31,11 @@ from atp.evaluate import harness
 from atp.evaluate.intervals import paired
 from atp.evaluate.metrics import Metrics, recovery
 from atp.evaluate.quality import evaluate
-from atp.prompt import Prompt
+from atp.prompt import Prompt, read_prompt
 from atp.rundir import write_json
 
 USAGE = """\
-python -m atp.evaluate <model directory, hub id, or 'embedded'> [name=value ...]
+python -m atp.evaluate <model or run directory, hub id, or 'embedded'> [name=value ...]
 """
 
 
@@ -115,6 +114,12 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
                 raise ValueError(f"{name}={value!r} must be a whole number") from None
         else:
             setattr(options, name, value)
+    for name in ("max_items", "max_new_tokens", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name}={getattr(options, name)} must be at least 1")
+    for name in ("max_length", "max_generate", "stride", "bootstrap"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"{name}={getattr(options, name)} must not be negative")
     if not (options.task or options.records or options.harness):
         raise ValueError("name what to score: task=casehold,billsum, records=<file> or harness=piqa")
     return models[0], options
@@ -130,14 +135,18 @@ def run(model_name: str, options: Options, console: Console) -> dict[str, Any]:
     Raises:
         ValueError: A user's mistake.
     """
-    names = [model_name, *([options.against] if options.against else [])]
+    names = [_model_folder(name) for name in (model_name, options.against) if name]
     sets = _record_sets(options)
     found: dict[str, dict[str, Metrics]] = {}
     result: dict[str, Any] = {"models": {}, "harness": {}, "prompt": {}}
     for name in names:
         model, tokenizer = load(name, options.dtype)
         prompt = load_prompt(name, options.prompt)
-        result["prompt"][name] = prompt.plain()
+        every = [record for records in sets.values() for record in records]
+        cost = prompt.cost(every, tokenizer, _length(model, options))
+        result["prompt"][name] = {**prompt.plain(), **cost}
+        if not prompt.is_empty:
+            console.print(Text(_prompt_line(name, prompt, cost)), soft_wrap=True)
         found[name] = {
             task: _score(model, tokenizer, [prompt.on(record, tokenizer) for record in records], options)
             for task, records in sets.items()
@@ -152,12 +161,18 @@ def run(model_name: str, options: Options, console: Console) -> dict[str, Any]:
             for task, one in found[name].items()
         }
     if options.against:
-        result |= _compared(found[model_name], found[options.against], options.bootstrap)
+        result |= _compared(found[names[0]], found[names[1]], options.bootstrap)
     if sets:
         console.print(_table(names, found, result))
     for name, scored in result["harness"].items():
         console.print(_harness_table(name, scored))
     return result
+
+
+def _model_folder(name: str) -> str:
+    """The exported model of a run directory; anything else as it is."""
+    pruned = Path(name).expanduser() / "pruned"
+    return str(pruned) if (pruned / "config.json").is_file() else name
 
 
 def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -189,13 +204,12 @@ def load_prompt(model_name: str, chosen: str) -> Prompt:
     """Return the prompt to ask with: none, a ``prompt.json``, or for ``auto`` the one beside the model, if any."""
     if chosen == "none":
         return Prompt()
-    path = Path(model_name) / "prompt.json" if chosen == "auto" else Path(chosen)
-    if not path.is_file():
-        if chosen == "auto":
-            return Prompt()
-        raise ValueError(f"prompt={chosen}: no such file; give a prompt.json of a run or of an exported model, or none")
-    prompt = Prompt.from_plain(json.loads(path.read_text(encoding="utf-8")), str(path))
-    return prompt if prompt.inference else Prompt()
+    if chosen != "auto":
+        if not Path(chosen).exists():
+            raise ValueError(f"prompt={chosen}: no such file; give a prompt.json of a run or of a model, auto, or none")
+        return read_prompt(Path(chosen))
+    folder = Path(model_name).expanduser()
+    return read_prompt(folder) if folder.is_dir() else Prompt()
 
 
 def _record_sets(options: Options) -> dict[str, list[Record]]:
@@ -217,19 +231,30 @@ def _record_sets(options: Options) -> dict[str, list[Record]]:
 def _score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], options: Options
 ) -> Metrics:
-    context = int(getattr(model.config, "max_position_embeddings", 2048))
     by_task = {name: task.normalise for name, task in load_tasks(options.tasks_file or None).items()}
     families = {record.task: by_task.get(record.task.partition("/")[0], "tokens") for record in records}
     return evaluate(
         model,
         tokenizer,
         records,
-        max_length=options.max_length or min(2048, context),
+        max_length=_length(model, options),
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         max_generate=options.max_generate,
         normalise=families if options.normalise == "task" else options.normalise,
         stride=options.stride or None,
+    )
+
+
+def _length(model: PreTrainedModel, options: Options) -> int:
+    return options.max_length or min(2048, int(getattr(model.config, "max_position_embeddings", 2048)))
+
+
+def _prompt_line(name: str, prompt: Prompt, cost: Mapping[str, float]) -> str:
+    return (
+        f"{_title(name)}: asked with the prompt {prompt.name!r}, {cost['tokens_added']:g} tokens added per "
+        f"record ({100 * cost['share_of_context']:.1f}% of a sequence), of which all begin with "
+        f"{cost['shared_prefix_tokens']}, read once; prompt=none leaves it out"
     )
 
 
@@ -258,17 +283,18 @@ def _table(names: Sequence[str], found: Mapping[str, Mapping[str, Metrics]], res
     )
     table.add_column("metric", no_wrap=True)
     for name in names:
-        table.add_column(Text(Path(name).name or name), justify="right")
+        table.add_column(Text(_title(name)), justify="right")
     table.add_column("over", justify="right")
     if len(names) > 1:
         table.add_column("difference", justify="right")
         table.add_column("recovery", justify="right")
     for task, metrics in found[names[0]].items():
+        table.add_row(Text(task, style="bold"))
         for key in metrics.values:
             if key == "perplexity" and sum(name.endswith("/perplexity") for name in metrics.values) == 1:
                 continue  # the task's own says the same
             cells = [_with_interval(found[name][task].values[key], result["models"][name][task], key) for name in names]
-            label = f"{task} {key.rpartition('/')[2] if key.partition('/')[0] in task else key}"
+            label = f"  {key.rpartition('/')[2] if key.partition('/')[0] in task else key}"
             row = [label, *cells, f"{metrics.counts[key]:,}"]
             if len(names) > 1:
                 pair = result["paired"][task].get(key)
@@ -279,18 +305,27 @@ def _table(names: Sequence[str], found: Mapping[str, Mapping[str, Metrics]], res
     return table
 
 
+def _title(name: str) -> str:
+    """What to call a model: its folder, or its run where the folder is the run's ``pruned``."""
+    path = Path(name)
+    return path.parent.name if path.name == "pruned" and path.parent.name else path.name or name
+
+
 def _with_interval(value: float, scored: Mapping[str, Any], key: str) -> str:
     bounds = scored["intervals"].get(key)
     return f"{value:.4g}" + (f" ± {(bounds[1] - bounds[0]) / 2:.2g}" if bounds else "")
 
 
 def _harness_table(name: str, scored: Mapping[str, Mapping[str, float]]) -> Table:
-    table = Table(title=Text(f"lm-evaluation-harness: {Path(name).name}"), box=SIMPLE_HEAD, show_edge=False)
+    title = Text(f"lm-evaluation-harness: {_title(name)}")
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, caption=Text("± standard error"))
     for column in ("task", "metric", "value"):
         table.add_column(column)
     for task, figures in scored.items():
-        for metric, value in figures.items():
-            table.add_row(task, metric, f"{value:.4f}")
+        for metric in (name for name in figures if not name.endswith("_stderr")):
+            error = figures.get(f"{metric}_stderr")
+            told = f"{figures[metric]:.0f}" if metric == "items" else f"{figures[metric]:.4f}"
+            table.add_row(task, metric, told + (f" ± {error:.4f}" if error is not None else ""))
     return table
 
 

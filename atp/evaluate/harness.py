@@ -7,15 +7,17 @@ imported only when it is asked for.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
+_RESAMPLES = 100  # for the standard errors that have no formula
 
 
 def score(
@@ -42,36 +44,62 @@ def score(
         ``<metric>_stderr``, and ``items``.
 
     Raises:
-        ValueError: The library is not installed, no task is named, or it does not know one.
+        ValueError: As :func:`prepare`.
     """
-    require(tasks)
+    manager = prepare(tasks, folder)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=folder, include_defaults=False) if folder else TaskManager()
-    if folder and not set(tasks) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=folder)
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        from difflib import get_close_matches
-
-        close = get_close_matches(unknown[0], manager.all_tasks, n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"evaluate.tasks: the harness has no task {unknown[0]!r}{hint}")
-    was_training = model.training
+    was_training, chatter = model.training, logging.getLogger("lm_eval")
+    level = chatter.level
+    chatter.setLevel(logging.ERROR)  # it explains its own workings at length, and warns of models in memory
     try:
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-        found: Any = simple_evaluate(
-            wrapped, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
-        )
+        how: dict[str, Any] = {"bootstrap_iters": _RESAMPLES, "log_samples": False}
+        found: Any = simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, limit=limit, **how)
     finally:
+        chatter.setLevel(level)
         model.train(was_training)
     counts = found.get("n-samples", {})
     return {
         task: {**_figures(figures), "items": float(counts.get(task, {}).get("effective", 0))}
         for task, figures in found["results"].items()
     }
+
+
+def prepare(tasks: Sequence[str], folder: str | None = None) -> Any:
+    """Find the tasks and load their data, so that what is missing shows before anything is trained.
+
+    Returns:
+        The harness' task manager.
+
+    Raises:
+        ValueError: The library is not installed, no task is named, it does not know one, or a task cannot be
+            loaded.
+    """
+    require(tasks)
+    from lm_eval.tasks import TaskManager
+
+    path = None if folder is None else Path(folder).expanduser()
+    if path is not None and not path.is_dir():
+        raise ValueError(f"evaluate.harness_path={folder}: no such folder; give one that holds the harness' task files")
+    manager = TaskManager(include_path=path, include_defaults=False) if path else TaskManager()
+    if path and not set(tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=path)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            close = difflib.get_close_matches(task, manager.all_tasks, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise ValueError(f"evaluate.tasks: the harness has no task {task!r}{hint}")
+        try:
+            manager.load(task)
+        # Whatever reading a task's files or its data raises, the way out is the same.
+        except Exception as error:
+            raise ValueError(
+                f"evaluate.tasks: the harness cannot load {task} ({type(error).__name__}: {error}); go online, or "
+                "describe it in a file of its own over local data: evaluate.harness_path=<folder>"
+            ) from error
+    return manager
 
 
 def require(tasks: Sequence[str]) -> None:

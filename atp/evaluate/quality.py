@@ -101,6 +101,7 @@ def evaluate(
         texts = run.complete(records, max_new_tokens, max_generate)
     if any(truncated.values()):
         log.info("cut to max_length=%d while evaluating: %s", max_length, truncated)
+        encoder.check_answers("evaluation", refuse=False)
     return _metrics(tallies, picks, texts, {record.task for record in records if isinstance(record, TextRecord)})
 
 
