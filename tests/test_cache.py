@@ -58,9 +58,8 @@ def test_a_second_run_does_not_tokenise(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     TokenCache(tmp_path).examples(RECORDS, Encoder(tokenizer, 32), "auto")
-    encoder = Encoder(tokenizer, 32)
-    monkeypatch.setattr(encoder, "encode", lambda *_: pytest.fail("tokenised again"))
-    assert TokenCache(tmp_path).examples(RECORDS, encoder, "auto")
+    monkeypatch.setattr(Encoder, "encode", lambda *_: pytest.fail("tokenised again"))
+    assert TokenCache(tmp_path).examples(RECORDS, Encoder(tokenizer, 32), "auto")
 
 
 def test_everything_that_decides_the_ids_is_in_the_key(tokenizer: PreTrainedTokenizerBase) -> None:

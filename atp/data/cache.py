@@ -76,9 +76,10 @@ class TokenCache:
             examples, counts = found
             encoder.add_counts(counts)
             return examples
-        before = encoder.counts()
-        examples = _encoded(records, encoder, loss_on)
-        self._write(path, examples, {name: value - before.get(name, 0) for name, value in encoder.counts().items()})
+        apart = encoder.fresh()
+        examples = _encoded(records, apart, loss_on)
+        encoder.add_counts(apart.counts())
+        self._write(path, examples, apart.counts())
         return examples
 
     def _read(self, path: Path) -> tuple[list[Example], dict[str, int]] | None:

@@ -17,6 +17,7 @@ Shape suffixes: B batch, T tokens.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,13 +123,22 @@ class Encoder:
         """Return what decides the ids besides tokenizer and records."""
         return [self.max_length, self.stride, self._bos, self._eos]
 
+    def fresh(self) -> Encoder:
+        """Return an encoder of the same settings that has counted nothing."""
+        encoder = copy.copy(self)
+        encoder.truncated = Counter(dict.fromkeys(self.truncated, 0))
+        encoder._answers = encoder._longest_answer = 0
+        return encoder
+
     def counts(self) -> dict[str, int]:
         """Return what was counted so far, for :meth:`add_counts` where the same records are not encoded again."""
-        return dict(self.truncated)
+        return {**self.truncated, "answers": self._answers, "longest_answer": self._longest_answer}
 
     def add_counts(self, counts: Mapping[str, int]) -> None:
-        """Count records that were encoded at another time."""
-        self.truncated.update(counts)
+        """Count records that another encoder of these settings has encoded."""
+        self.truncated.update({name: counts[name] for name in self.truncated})
+        self._answers += counts["answers"]
+        self._longest_answer = max(self._longest_answer, counts["longest_answer"])
 
     @property
     def pad_id(self) -> int:
