@@ -22,7 +22,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -329,34 +329,3 @@ class Encoder:
 
 def _answer(record: CompletionRecord | ChoiceRecord) -> str:
     return record.choices[record.label] if isinstance(record, ChoiceRecord) else record.completion
-
-
-class Sequenced(Protocol):
-    """What can be padded into a batch: an example, or several packed into one."""
-
-    @property
-    def input_ids(self) -> np.ndarray:
-        """Token ids, int32 [T]."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Unshifted labels, int64 [T]."""
-
-
-def pad(examples: Sequence[Sequenced], pad_id: int) -> dict[str, np.ndarray]:
-    """Pad examples on the right to the longest of them.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` (1 for tokens, 0 for padding) and ``labels``, int64 [B, T].
-    """
-    longest = max(len(example.input_ids) for example in examples)
-    shape = (len(examples), longest)
-    ids_BT = np.full(shape, pad_id, dtype=np.int64)
-    mask_BT = np.zeros(shape, dtype=np.int64)
-    labels_BT = np.full(shape, IGNORED, dtype=np.int64)
-    for row, example in enumerate(examples):
-        size = len(example.input_ids)
-        ids_BT[row, :size] = example.input_ids
-        mask_BT[row, :size] = 1
-        labels_BT[row, :size] = example.labels
-    return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}

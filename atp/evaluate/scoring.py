@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from atp.data.encoding import IGNORED, Choices, Example, pad
+from atp.data.encoding import IGNORED, Choices, Example
+from atp.data.padding import pad
 from atp.evaluate.cache import with_room
 
 if TYPE_CHECKING:
