@@ -34,7 +34,7 @@ def check_quantization(config: TrainConfig) -> None:
         return
     if kind not in QUANTIZATIONS:
         raise ValueError(f"model.quantization is {kind!r}; known: {', '.join(QUANTIZATIONS)}, or null for none")
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if not is_installed():
         raise ValueError(f"model.quantization={kind} needs bitsandbytes: pip install 'atp[quantization]'")
     own = f"model.quantization={kind}: while training there are no original weights"
     if prune.warm_start.batches > 0 and prune.warm_start.criterion in _OF_WEIGHTS:
@@ -48,6 +48,11 @@ def check_quantization(config: TrainConfig) -> None:
         raise ValueError(f"{own} for the generator {prune.generator['_target_']}; choose prune/generator=free")
     if prune.compact:
         log.warning("prune.compact is ignored: model.quantization=%s packs weights, which are not cut in place", kind)
+
+
+def is_installed() -> bool:
+    """Whether bitsandbytes is there."""
+    return importlib.util.find_spec("bitsandbytes") is not None
 
 
 def bitsandbytes_settings(config: ModelConfig, compute_dtype: torch.dtype) -> Any:

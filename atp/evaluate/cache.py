@@ -33,7 +33,7 @@ class RoomyLayer(DynamicLayer):
                 for states in (key_states, value_states)
             )
             if before:
-                assert self._buffers is not None
+                assert self._buffers is not None and self.keys is not None and self.values is not None
                 self._buffers[0][..., :before, :] = self.keys
                 self._buffers[1][..., :before, :] = self.values
         assert self._buffers is not None

@@ -115,22 +115,24 @@ def _choice_batch(
     pad_id: int,
     device: torch.device,
 ) -> list[list[list[float]]]:
-    state = _read(model, [item.prompt for item in items], pad_id, device, prefix)
-    rows = [(owner, place) for owner, item in enumerate(items) for place in range(len(item.continuations))]
-    found: list[list[list[float]]] = [[[] for _ in item.continuations] for item in items]
-    for batch in _batches([len(items[owner].continuations[place]) for owner, place in rows], batch_size):
-        chosen = [rows[i] for i in batch]
-        owners_C = torch.tensor([owner for owner, _ in chosen], device=device)
-        continuations = [items[owner].continuations[place] for owner, place in chosen]
-        ids_CT, mask_CT = _right_padded(continuations, pad_id, device)
-        last_C1 = torch.tensor([[items[owner].prompt[-1]] for owner, _ in chosen], device=device)
-        read_CT = torch.cat([last_C1, ids_CT[:, :-1]], dim=1)
-        logits_CTV, _ = _read_on(model, state and state.select(owners_C), read_CT, mask_CT)
+    first_BV, state = _read(model, [item.prompt for item in items], pad_id, device, prefix)
+    logs_BV = first_BV.float().log_softmax(-1)
+    rows = [(owner, ids) for owner, item in enumerate(items) for ids in item.continuations]
+    owners_R = torch.tensor([owner for owner, _ in rows], device=device)
+    firsts_R = torch.tensor([ids[0] for _, ids in rows], device=device)
+    found = [[nats] for nats in (-logs_BV[owners_R, firsts_R]).tolist()]
+    longer = [row for row, (_, ids) in enumerate(rows) if len(ids) > 1]
+    for batch in _batches([len(rows[row][1]) for row in longer], batch_size):
+        chosen = [longer[place] for place in batch]
+        ids_CT, mask_CT = _right_padded([rows[row][1] for row in chosen], pad_id, device)
+        logits_CTV, _ = _read_on(model, state.select(owners_R[chosen]), ids_CT[:, :-1], mask_CT[:, :-1])
+        next_CT = ids_CT[:, 1:]
         # Flat, as the softmax over a dimension that is not the last takes ten times as long on a CPU.
-        nats = functional.cross_entropy(logits_CTV.flatten(0, 1).float(), ids_CT.flatten(), reduction="none")
-        for (owner, place), ids, row in zip(chosen, continuations, nats.view(ids_CT.shape).tolist(), strict=True):
-            found[owner][place] = row[: len(ids)]
-    return found
+        nats = functional.cross_entropy(logits_CTV.flatten(0, 1).float(), next_CT.flatten(), reduction="none")
+        for row, values in zip(chosen, nats.view(next_CT.shape).tolist(), strict=True):
+            found[row].extend(values[: len(rows[row][1]) - 1])
+    in_order = iter(found)
+    return [[next(in_order) for _ in item.continuations] for item in items]
 
 
 def greedy(
@@ -165,15 +167,17 @@ def _greedy_batch(
     device: torch.device,
 ) -> list[list[int]]:
     stops_S = torch.tensor(list(stops), device=device, dtype=torch.long)
-    state = _read(model, prompts, pad_id, device, prefix)
-    next_B = torch.tensor([ids[-1] for ids in prompts], device=device)
+    logits_BV, state = _read(model, prompts, pad_id, device, prefix)
     stopped_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     steps: list[Tensor] = []
-    while len(steps) < max_new_tokens and not bool(stopped_B.all()):
-        logits_BTV, state = _read_on(model, state, next_B[:, None], torch.ones_like(next_B[:, None]))
-        next_B = logits_BTV[:, -1].argmax(-1)
+    while True:
+        next_B = logits_BV.argmax(-1)
         steps.append(next_B)
         stopped_B |= torch.isin(next_B, stops_S)
+        if len(steps) == max_new_tokens or bool(stopped_B.all()):
+            break
+        logits_B1V, state = _read_on(model, state, next_B[:, None], torch.ones_like(next_B[:, None]))
+        logits_BV = logits_B1V[:, -1]
     rows = torch.stack(steps, dim=1).tolist()
     return [ids[: next((at for at, token in enumerate(ids) if token in stops), len(ids))] for ids in rows]
 
@@ -241,22 +245,24 @@ def _prefix(model: PreTrainedModel, ids: list[int], device: torch.device) -> _St
 
 def _read(
     model: PreTrainedModel, prompts: Sequence[list[int]], pad_id: int, device: torch.device, prefix: _State | None
-) -> _State | None:
-    """Read prompts up to their last token, which is read with what follows; what they share, from its state.
-
-    None stands for nothing read: all prompts are a single token long.
-    """
+) -> tuple[Tensor, _State]:
+    """Read prompts, what they share from its state; the logits [B, V] of what follows each."""
     shared = 0 if prefix is None else int(prefix.lengths_B[0])
     state = None if prefix is None else prefix.repeated(len(prompts))
-    rest = [ids[shared:-1] for ids in prompts]
-    padded = _left_padded if _has_window(model) else _right_padded
-    return _read_on(model, state, *padded(rest, pad_id, device), keep=1)[1] if any(rest) else state
+    windowed = _has_window(model)
+    ids_BT, mask_BT = (_left_padded if windowed else _right_padded)([ids[shared:] for ids in prompts], pad_id, device)
+    last_B = torch.full_like(mask_BT[:, 0], ids_BT.shape[1] - 1) if windowed else mask_BT.sum(-1) - 1
+    kept_P, places_B = torch.unique(last_B, return_inverse=True)
+    logits_BPV, state = _read_on(model, state, ids_BT, mask_BT, keep=kept_P)
+    if logits_BPV.shape[1] != len(kept_P):  # a model that gives all
+        logits_BPV = logits_BPV[:, kept_P]
+    return logits_BPV[torch.arange(len(prompts), device=device), places_B], state
 
 
 def _read_on(
-    model: PreTrainedModel, state: _State | None, ids_BT: Tensor, mask_BT: Tensor, keep: int = 0
+    model: PreTrainedModel, state: _State | None, ids_BT: Tensor, mask_BT: Tensor, keep: int | Tensor = 0
 ) -> tuple[Tensor, _State]:
-    """Read further tokens, padded on either side; the logits of the last ``keep`` positions, or of all for 0.
+    """Read further tokens, padded on either side; the logits of the positions ``keep``, of the last one or (0) of all.
 
     The first reading takes no mask: what is padded on the right is seen by nothing before it, and later readings mask
     it. Attention that is causal and nothing else is the fastest there is. A model with a sliding window, which counts
