@@ -15,10 +15,12 @@ from atp.builders.data import (
     load_splits,
     normalisation,
 )
+from atp.builders.quantization import check_quantization
 from atp.builders.training import cost_model, min_units, pruning_module, pruning_space, tuning_module, two_stage
 
 __all__ = [
     "DTYPES",
+    "check_quantization",
     "component",
     "cost_model",
     "data_faults",

@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from atp import sweep
 from atp.config import config_dir, register_schema, schema_fields
 from atp.config_help import help_text
+from atp.imports import uncollected, without_plots
 from atp.rundir import find_run, saved_overrides
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sweep's job.
     """
     register_schema()
+    without_plots()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
         sys.stdout.write(help_text())
@@ -77,8 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _job(cfg: DictConfig) -> float | None:
     """One Hydra job: run the pipeline, turn its complaints into messages and exit codes."""
-    from atp.pipeline import run
-    from atp.stages import RunInterrupted
+    with uncollected():
+        from atp.pipeline import run
+        from atp.stages import RunInterrupted
 
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith(("resume=", "run_dir="))]

@@ -42,6 +42,9 @@ class ModelConfig:
     path: str | None = option("embedded", "'embedded', a directory in Hugging Face layout, or a hub id")
     revision: str | None = option(None, "hub revision; unset takes the main branch")
     dtype: str = option("float32", "dtype of the frozen weights: float32, bfloat16 or float16")
+    quantization: str | None = option(
+        None, "nf4 or int8: train on a quantised base (pip install 'atp[quantization]'); the export is not quantised"
+    )
     attn_implementation: str = option("sdpa", "attention kernel: sdpa, eager or flash_attention_2")
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, about a third slower")
 
@@ -72,6 +75,9 @@ class DataConfig:
     batch_size: int = option(16, "sequences per forward pass")
     loss_on: str = option("auto", "auto (completions where there is a prompt), completion, or all")
     num_workers: int = option(0, "loader processes")
+    cache: str | None = option(
+        "auto", "folder that keeps token ids between runs; auto: $ATP_CACHE or ~/.cache/atp; null: none"
+    )
 
 
 @dataclass

@@ -33,7 +33,6 @@ from atp.export.bundle import upload
 from atp.export.card import load_lines
 from atp.report.comparison import comparison_cells, comparison_table
 from atp.report.evidence import evidence_tables
-from atp.report.page import write_report
 from atp.results import assemble, final_figures, metric, write_card
 from atp.rundir import RunDirectory, provenance
 from atp.stages import Stages
@@ -79,6 +78,8 @@ def run(cfg: DictConfig, run_dir: Path, *, overrides: list[str], go_on: bool = F
         finally:
             stages.close()
     if not (run_dir / "report.html").is_file():
+        from atp.report.page import write_report  # with matplotlib, which nothing before this needs
+
         write_report(run_dir)
     metrics = directory.read_metrics()
     console.print(comparison_table(metrics), *evidence_tables(metrics), sep="\n")

@@ -6,14 +6,12 @@ whose per-layer model types it registers; it knows nothing of widths or weights.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from atp.architecture import FAMILIES, PER_LAYER_PREFIX
+from atp.imports import after_import
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -28,29 +26,7 @@ def register_on_demand() -> None:
     use of one imports modeling_atp, which registers the real classes. (Importing them right away would make
     `import atp` take seconds, and registering them while transformers is being imported runs into its import cycles.)
     """
-    if _REGISTRY in sys.modules:
-        _register_placeholders(sys.modules[_REGISTRY])
-    elif not any(isinstance(finder, _RegistryImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegistryImport())
-
-
-class _RegistryImport(importlib.abc.MetaPathFinder):
-    """Import hook, used once: adds the placeholders when transformers' registry of configs has been executed."""
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _REGISTRY:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_then_register(module: ModuleType) -> None:
-                execute(module)
-                _register_placeholders(module)
-
-            spec.loader.exec_module = execute_then_register  # type: ignore[method-assign]
-        return spec
+    after_import(_REGISTRY, _register_placeholders)
 
 
 class _Placeholder:

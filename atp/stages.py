@@ -82,6 +82,7 @@ class Stages:
             config.prune.latency_table = str(directory.path / "latency.json")
         if config.threads:
             torch.set_num_threads(config.threads)
+        build.check_quantization(config)
         log.info("run directory: %s", directory.path)
         self.tokenizer = build.load_tokenizer(config.model)
         self.prompt = build.load_prompt(config, self.tokenizer)
@@ -139,7 +140,8 @@ class Stages:
 
     def fit_jointly(self) -> dict[str, Any]:
         """Train masks and adapters together; leaves ``checkpoints/joint.ckpt``."""
-        module = build.pruning_module(self.config, self.dense())
+        base = build.load_base(self.config.model, quantized=True, device=self.device)
+        module = build.pruning_module(self.config, base)
         if not self.directory.checkpoint("joint").is_file():
             self._warm_start(module, self.config.prune.warm_start)
         if self.config.prune.restore.batches > 0:

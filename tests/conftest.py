@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from transformers import (
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+_caches = tempfile.TemporaryDirectory(prefix="atp-test-cache-")  # gone with the interpreter
+os.environ["ATP_CACHE"] = _caches.name
 
 torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
 

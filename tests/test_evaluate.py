@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from transformers import (
 )
 
 from atp.architecture import LayerWidths, build_model, pruned_config
-from atp.data.encoding import Encoder
+from atp.data.encoding import Choices, Encoder
 from atp.data.records import ChoiceRecord, CompletionRecord, Record, TextRecord, limit
 from atp.data.sources import load_files
 from atp.evaluate.metrics import Metrics, is_headline, recovery
@@ -406,3 +408,30 @@ def test_a_real_checkpoint_reaches_its_known_quality(shared: Path) -> None:
     assert isinstance(metrics, Metrics)
     assert metrics.values["perplexity"] == pytest.approx(4.29, rel=0.06)
     assert metrics.values["bits_per_byte"] == pytest.approx(1.058, rel=0.06)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_batched_reading_equals_one_by_one_also_beyond_a_sliding_window(window: int | None) -> None:
+    model = tiny_model("mistral", seed=3).eval()
+    model.config.sliding_window = window
+    model = type(model)(model.config).eval()
+    draw = random.Random(0)
+    shared = [draw.randrange(3, 64) for _ in range(17)]
+    sizes = (1, 2, 5, 9, 20, 20)
+    prompts = [[draw.randrange(3, 64) for _ in range(size)] for size in sizes] + [
+        [*shared, end] for end in range(5, 11)
+    ]
+    how: dict[str, Any] = {"batch_size": 4, "pad_id": 0, "device": torch.device("cpu")}
+    items = [Choices(prompt, [[draw.randrange(3, 64)] * (1 + at) for at in range(3)], [1] * 3) for prompt in prompts]
+    with evaluating(model):
+        texts = greedy(model, prompts, stops=[2], max_new_tokens=12, **how)
+        for prompt, text in zip(prompts, texts, strict=True):
+            ids = list(prompt)
+            while len(ids) < len(prompt) + 12 and ids[-1] != 2:
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            assert text == [token for token in ids[len(prompt) :] if token != 2]
+        for item, nats in zip(items, choice_nats(model, items, **how), strict=True):
+            for ids, found in zip(item.continuations, nats, strict=True):
+                logits = model(torch.tensor([item.prompt + ids])).logits[0, len(item.prompt) - 1 : -1]
+                expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="none")
+                torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=1e-4)

@@ -11,7 +11,16 @@ PACKAGE = Path(__file__).parent.parent / "atp"
 
 # From the bottom up; a module may import only from rows above its own, or from those named beside it.
 LEVELS: list[dict[str, tuple[str, ...]]] = [
-    {"config": (), "embedded": (), "units": (), "space": ("units",), "modeling_atp": (), "rundir": (), "fused": ()},
+    {
+        "config": (),
+        "embedded": (),
+        "units": (),
+        "space": ("units",),
+        "modeling_atp": (),
+        "rundir": (),
+        "fused": (),
+        "imports": (),
+    },
     {
         "config_help": (),
         "architecture": (),

@@ -7,12 +7,14 @@ adapters.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import embedded, modeling_atp
 from atp.architecture import family
+from atp.builders.quantization import bitsandbytes_settings
 from atp.config import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,8 +41,13 @@ def model_source(config: ModelConfig) -> str:
     return config.path
 
 
-def load_base(config: ModelConfig) -> PreTrainedModel:
+def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The dense base model, frozen weights in ``model.dtype``, from safetensors only.
+
+    Args:
+        config: Which model.
+        quantized: Quantise its linears as ``model.quantization`` says, to train on; without effect where that is unset.
+        device: Where a quantised model is put; others stay on the CPU, their weights mapped from the files.
 
     Raises:
         ValueError: Unknown dtype or family, nothing to load, or no access; each says the way out.
@@ -49,6 +56,10 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
     if config.dtype not in DTYPES:
         raise ValueError(f"model.dtype is {config.dtype!r}; known: {', '.join(DTYPES)}")
     modeling_atp.register()
+    packed: dict[str, Any] = {}
+    if quantized and config.quantization is not None:
+        settings = bitsandbytes_settings(config, DTYPES[config.dtype])
+        packed = {"quantization_config": settings, "device_map": {"": device}}
     try:
         family(AutoConfig.from_pretrained(source, revision=config.revision))
         model = AutoModelForCausalLM.from_pretrained(
@@ -57,6 +68,7 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
             dtype=DTYPES[config.dtype],
             attn_implementation=config.attn_implementation,
             use_safetensors=True,
+            **packed,
         )
     except OSError as error:
         raise ValueError(_access_message("model.path", source, error)) from error

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from atp.config import DataConfig, PromptConfig, TrainConfig
 from atp.data.batches import PruningDataModule
+from atp.data.cache import TokenCache, default_folder
 from atp.data.check import faults
 from atp.data.columns import record_parser
 from atp.data.domains import load_domain, scored_records
@@ -224,4 +225,11 @@ def data_module(
         num_workers=config.data.num_workers,
         model_context=context,
         packing=config.data.packing,
+        cache=_token_cache(config.data),
     )
+
+
+def _token_cache(config: DataConfig) -> TokenCache | None:
+    if not config.cache:
+        return None
+    return TokenCache(default_folder() if config.cache == "auto" else Path(config.cache).expanduser())

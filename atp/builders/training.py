@@ -85,7 +85,7 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
         multiplier_lr=prune.multiplier_lr,
         shape=prune.shape,
         min_units=min_units(prune),
-        compaction=prune.compact,
+        compaction=prune.compact and config.model.quantization is None,
         restore_ridge=prune.restore.ridge,
         round_to=prune.round_to,
         gates=prune.gates,

@@ -10,13 +10,15 @@ Shape suffixes: B batch, T tokens.
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning
 import numpy as np
 
+from atp.data.cache import TokenCache
 from atp.data.encoding import Encoder, Example
 from atp.data.loading import Batch, BatchOrder, Collate, FixedBatches, ResumableLoader, lengths_of
 from atp.data.packing import PackedExample, pack
@@ -53,6 +55,7 @@ class PruningDataModule(lightning.LightningDataModule):
         model_context: Most tokens the model takes; None does not check.
         max_validation_examples: Most examples of validation, chosen by the seed.
         packing: Put several short training examples into one sequence.
+        cache: Where token ids of training records are kept between runs; None tokenises every time.
 
     Raises:
         ValueError: A number is out of range, ``max_length`` exceeds the model's context, a split is empty, or packing
@@ -73,6 +76,7 @@ class PruningDataModule(lightning.LightningDataModule):
         model_context: int | None = None,
         max_validation_examples: int = 256,
         packing: bool = False,
+        cache: TokenCache | None = None,
     ) -> None:
         super().__init__()
         sizes = {
@@ -96,6 +100,7 @@ class PruningDataModule(lightning.LightningDataModule):
         if packing and isinstance(splits.train, StreamedRecords):
             raise ValueError("data.packing and data.stream exclude each other; leave one of them out")
         self.packing = packing
+        self.cache = cache
         self.splits = splits
         self.encoder = Encoder(tokenizer, max_length)
         self.batch_size = batch_size
@@ -134,9 +139,12 @@ class PruningDataModule(lightning.LightningDataModule):
             store = TokenStore(train, self.encoder, self.loss_on)
             self._train_truncated = dict(self.encoder.truncated)
             return store
-        found = self.encoder.encode(list(train), self.loss_on)
+        if self.cache is None:
+            found: Iterator[Example] = itertools.chain.from_iterable(self.encoder.encode(list(train), self.loss_on))
+        else:
+            found = iter(self.cache.examples(list(train), self.encoder, self.loss_on))
         self._train_truncated = dict(self.encoder.truncated)
-        examples = [example for some in found for example in some if example.loss_tokens > 0]
+        examples = [example for example in found if example.loss_tokens > 0]
         self._unpacked = examples
         return pack(examples, self.encoder.max_length) if self.packing else examples
 

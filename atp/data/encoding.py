@@ -17,11 +17,12 @@ Shape suffixes: B batch, T tokens.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -116,6 +117,28 @@ class Encoder:
         self._longest_answer = 0
         self._bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
         self._eos = [int(tokenizer.eos_token_id)] if close and tokenizer.eos_token_id is not None else []
+
+    @property
+    def settings(self) -> list[int | list[int] | None]:
+        """Return what decides the ids besides tokenizer and records."""
+        return [self.max_length, self.stride, self._bos, self._eos]
+
+    def fresh(self) -> Encoder:
+        """Return an encoder of the same settings that has counted nothing."""
+        encoder = copy.copy(self)
+        encoder.truncated = Counter(dict.fromkeys(self.truncated, 0))
+        encoder._answers = encoder._longest_answer = 0
+        return encoder
+
+    def counts(self) -> dict[str, int]:
+        """Return what was counted so far, for :meth:`add_counts` where the same records are not encoded again."""
+        return {**self.truncated, "answers": self._answers, "longest_answer": self._longest_answer}
+
+    def add_counts(self, counts: Mapping[str, int]) -> None:
+        """Count records that another encoder of these settings has encoded."""
+        self.truncated.update({name: counts[name] for name in self.truncated})
+        self._answers += counts["answers"]
+        self._longest_answer = max(self._longest_answer, counts["longest_answer"])
 
     @property
     def pad_id(self) -> int:
@@ -306,34 +329,3 @@ class Encoder:
 
 def _answer(record: CompletionRecord | ChoiceRecord) -> str:
     return record.choices[record.label] if isinstance(record, ChoiceRecord) else record.completion
-
-
-class Sequenced(Protocol):
-    """What can be padded into a batch: an example, or several packed into one."""
-
-    @property
-    def input_ids(self) -> np.ndarray:
-        """Token ids, int32 [T]."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Unshifted labels, int64 [T]."""
-
-
-def pad(examples: Sequence[Sequenced], pad_id: int) -> dict[str, np.ndarray]:
-    """Pad examples on the right to the longest of them.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` (1 for tokens, 0 for padding) and ``labels``, int64 [B, T].
-    """
-    longest = max(len(example.input_ids) for example in examples)
-    shape = (len(examples), longest)
-    ids_BT = np.full(shape, pad_id, dtype=np.int64)
-    mask_BT = np.zeros(shape, dtype=np.int64)
-    labels_BT = np.full(shape, IGNORED, dtype=np.int64)
-    for row, example in enumerate(examples):
-        size = len(example.input_ids)
-        ids_BT[row, :size] = example.input_ids
-        mask_BT[row, :size] = 1
-        labels_BT[row, :size] = example.labels
-    return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from atp.data.encoding import Example, pad
+from atp.data.encoding import Example
 from atp.data.packing import PackedExample, block_mask
+from atp.data.padding import pad
 from atp.data.streaming import TokenStore
 
 Batch = dict[str, Tensor]

@@ -1,0 +1,60 @@
+"""A KV cache with room to grow: decoding writes each token into its place in place of copying everything before it.
+
+Used by :mod:`atp.evaluate.scoring`. transformers' dynamic cache joins old and new keys at every step, which on a CPU is
+the largest single cost of decoding a batch. It knows nothing of models or scores.
+
+Shape suffixes: B batch, K KV heads, T tokens, H head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+_ROOM = 64  # tokens
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of the cache whose keys and values are the beginning of larger tensors."""
+
+    _buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, K, T, H]; return all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before = self.get_seq_length()
+        after = before + key_states.shape[-2]
+        if self._buffers is None or self._buffers[0].shape[-2] < after:
+            self._buffers = tuple(  # type: ignore[assignment]
+                states.new_empty((*states.shape[:-2], after + _ROOM, states.shape[-1]))
+                for states in (key_states, value_states)
+            )
+            if before:
+                assert self._buffers is not None and self.keys is not None and self.values is not None
+                self._buffers[0][..., :before, :] = self.keys
+                self._buffers[1][..., :before, :] = self.values
+        assert self._buffers is not None
+        keys, values = self._buffers
+        keys[..., before:after, :] = key_states
+        values[..., before:after, :] = value_states
+        self.keys, self.values = keys[..., :after, :], values[..., :after, :]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, which may repeat."""
+        super().batch_select_indices(indices)
+        self._buffers = None
+
+
+def with_room(cache: Any) -> Any:
+    """The same cache, its plain layers replaced by ones with room; other kinds of layers are left as they are."""
+    layers = getattr(cache, "layers", [])
+    for place, layer in enumerate(layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            roomy = RoomyLayer()
+            roomy.__dict__.update(layer.__dict__)
+            layers[place] = roomy
+    return cache
