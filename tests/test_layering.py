@@ -11,7 +11,16 @@ PACKAGE = Path(__file__).parent.parent / "atp"
 
 # From the bottom up; a module may import only from rows above its own, or from those named beside it.
 LEVELS: list[dict[str, tuple[str, ...]]] = [
-    {"config": (), "embedded": (), "units": (), "space": ("units",), "modeling_atp": (), "rundir": (), "fused": ()},
+    {
+        "config": (),
+        "embedded": (),
+        "units": (),
+        "space": ("units",),
+        "modeling_atp": (),
+        "rundir": (),
+        "fused": (),
+        "progressive": (),
+    },
     {
         "config_help": (),
         "architecture": (),
@@ -26,6 +35,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
         "generator": (),
         "sampler": (),
         "lora": (),
+        "loss": ("lora",),
         "adapter": (),
         "selection": (),
         "gates": (),
@@ -43,7 +53,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
         "export": (),
         "compare": (),
     },
-    {"compaction": (), "restoration": ()},
+    {"compaction": (), "restoration": (), "tuning": ()},
     {"module": ()},
     {"callbacks": (), "loggers": (), "aware": (), "monitoring": ("loggers",), "dashboard": ("loggers",)},
     {"builders": (), "results": (), "generate": ()},
