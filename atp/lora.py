@@ -26,7 +26,6 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import SiLUActivation
 
 from atp.fused import masked_swiglu
 from atp.space import PruningSpace, Side, Weight
@@ -138,7 +137,7 @@ class MaskedModel(nn.Module):
         fused = set()
         for name, side in self.space.gated_blocks().items():
             block: Any = self.peft_model.get_submodule(_PREFIX + name)
-            if isinstance(block.act_fn, (nn.SiLU, SiLUActivation)):
+            if type(block.act_fn).__name__ in ("SiLU", "SiLUActivation"):
                 block.forward = functools.partial(self._forward_block, block, side)
                 fused |= {side} if side else set()
         return fused
@@ -153,21 +152,21 @@ class MaskedModel(nn.Module):
             mask = self._masks.get(side)
             if mask is None:
                 return None
-            return (inputs[0] * mask.to(inputs[0].dtype), *inputs[1:])
+            return (inputs[0] * mask.to(inputs[0]), *inputs[1:])
 
         return multiply
 
     def _on_output(self, side: Side) -> Any:
         def multiply(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             mask = self._masks.get(side)
-            return None if mask is None else output * mask.to(output.dtype)
+            return None if mask is None else output * mask.to(output)
 
         return multiply
 
     def _on_frozen_output(self, side: Side) -> Any:
         def multiply(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             mask = self._frozen_masks.get(side)
-            return None if mask is None else output * mask.to(output.dtype)
+            return None if mask is None else output * mask.to(output)
 
         return multiply
 
