@@ -301,6 +301,7 @@ def test_plain_tuning_lowers_the_loss(tmp_path: Path) -> None:
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch looks at it while it traces
 def test_compiled_training_is_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through freeze and cut, traced as ``torch.compile`` traces but run by the usual kernels, to be quick."""
     traced = functools.partialmethod(torch.nn.Module.compile, backend="eager")
@@ -318,6 +319,7 @@ def test_compiled_training_is_training(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_compiled_kernels_train_alike(tmp_path: Path) -> None:
     ends = []
     for compiled in (False, True):
