@@ -177,8 +177,10 @@ class PruningModule(TuningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give a compact checkpoint the shapes it was written with before anything is loaded."""
-        super().on_load_checkpoint(checkpoint)
         state = checkpoint["state_dict"]
+        if "progressive.live_U" not in state:  # early cuts were asked for where they are impossible
+            self.progressive = None
+        super().on_load_checkpoint(checkpoint)
         self._restored = [k.removeprefix("model.") for k in state if ".base_layer." in k]
         if self.progressive and self.masked.live_U is None and not state["progressive.live_U"].all():
             self._cut_early(state["progressive.live_U"])

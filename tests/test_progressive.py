@@ -119,3 +119,4 @@ def test_where_it_cannot_work_it_says_so(tmp_path: Path, caplog: pytest.LogCaptu
     fit(module, tmp_path / "a.ckpt")
     assert module.progressive is None
     assert "prune.progressive is ignored" in caplog.text
+    fit(make_progressive(round_to=2), tmp_path / "a.ckpt", resume=True)
