@@ -1,7 +1,8 @@
-"""LoRA adapters apart from their base model: taken off a PEFT model, written, read back, merged tensor by tensor.
+"""What a LoRA adapter is made of: which unit owns which of its entries; and adapters apart from their base model.
 
-Sits between the trained model and export, for runs that ship the adapter beside the pruned base. Files are those of
-PEFT. It knows PEFT's file format and parameter names, and nothing of masks.
+Sits between the trained model and whatever cuts or ships it: compaction and removal ask for the sides of an adapter's
+factors, export takes it off the model, writes it in PEFT's format, reads it back and merges it tensor by tensor. It
+knows PEFT's file format and parameter names, and nothing of masks.
 
 Shape suffixes: R rank, I and O inputs and outputs of a linear.
 """
@@ -9,7 +10,7 @@ Shape suffixes: R rank, I and O inputs and outputs of a linear.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,44 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from atp.space import PruningSpace, Side, Weight
 
 _PREFIX = "base_model.model."
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def owned_parameters(
+    peft_model: PeftModel, weight: Weight
+) -> Iterator[tuple[str, nn.Parameter, Side | None, Side | None]]:
+    """Every parameter of a linear, base and adapter, with the sides of its dimensions.
+
+    Yields:
+        Name, parameter, and the side of its rows and its columns; None where a dimension is never cut (the rank) or
+        does not exist.
+    """
+    module = peft_model.get_submodule(_PREFIX + weight.module)
+    for name, parameter in module.named_parameters():
+        kind = name.removeprefix("base_layer.")
+        if kind == "weight":
+            yield f"{weight.module}.{name}", parameter, weight.rows, weight.columns
+        elif kind == "bias" or kind.startswith("lora_B."):
+            yield f"{weight.module}.{name}", parameter, weight.rows, None
+        elif kind.startswith("lora_A."):
+            yield f"{weight.module}.{name}", parameter, None, weight.columns
+        else:
+            raise ValueError(f"{weight.module}.{name}: no rule for cutting this adapter parameter; prune.compact=false")
+
+
+def adapter_sides(space: PruningSpace) -> dict[str, tuple[Side | None, Side | None]]:
+    """Sides of the dimensions of what a checkpoint may hold of a linear, by the ending of the parameter's name."""
+    sides: dict[str, tuple[Side | None, Side | None]] = {}
+    for weight in space.weights:
+        sides[f"{weight.module}.lora_A.default.weight"] = (None, weight.columns)
+        sides[f"{weight.module}.lora_B.default.weight"] = (weight.rows, None)
+        sides[f"{weight.module}.base_layer.weight"] = (weight.rows, weight.columns)
+    return sides
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from atp.lasso import group_lasso
-from atp.lora import causal_loss, trainable_parameters
-from atp.module import Batch, PruningModule
+from atp.lora import trainable_parameters
+from atp.loss import causal_loss
+from atp.module import PruningModule
 from atp.objective import Phase
 from atp.sampler import GumbelSigmoid
+from atp.tuning import Batch
 
 UPDATES = ("joint", "alternate")
 _GENERATOR_CLIP = 3.0

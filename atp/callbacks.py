@@ -22,9 +22,10 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from atp.module import PruningModule, TrainingDiverged, TuningModule
+from atp.module import PruningModule
 from atp.objective import Phase
 from atp.rundir import write_json
+from atp.tuning import TrainingDiverged, TuningModule
 
 log = logging.getLogger(__name__)
 

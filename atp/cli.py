@@ -152,7 +152,7 @@ class SweepCallback(Callback):
 
 def is_expected(error: BaseException) -> bool:
     """Whether an error is ours, with a message meant for the user, rather than a failure inside a library."""
-    from atp.module import TrainingDiverged
+    from atp.tuning import TrainingDiverged
 
     if isinstance(error, (TrainingDiverged, OSError)):
         return True

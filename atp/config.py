@@ -125,6 +125,15 @@ class RestoreConfig:
 
 
 @dataclass
+class ProgressiveConfig:
+    """Cuts before the freeze, of units that are as good as decided; off at zero."""
+
+    cuts: int = option(0, "cuts between warm-up and freeze, evenly spaced; 0 cuts at the freeze alone")
+    below: float = option(0.02, "keep probability that counts as negligible")
+    patience: int = option(10, "optimiser steps in a row for which it must be")
+
+
+@dataclass
 class LassoConfig:
     """Group lasso on the LoRA rows and columns of pruned units (ATP); off at zero."""
 
@@ -175,6 +184,7 @@ class PruneConfig:
     compact: bool = option(
         True, "cut the live model once masks are frozen: later steps cost what the small model costs"
     )
+    progressive: ProgressiveConfig = field(default_factory=ProgressiveConfig)
     generator_lr: float = option(0.01, "peak learning rate of the generator")
     multiplier_lr: float = option(1.0, "ascent rate of Lagrange multipliers; ignored by budgets without any")
 
@@ -211,6 +221,7 @@ class TrainerConfig:
     precision: str = option("32-true", "32-true, bf16-mixed or bf16-true")
     gradient_clip_val: float | None = option(1.0, "clip the gradient norm; null for none")
     accelerator: str = option("auto", "auto, cpu or gpu")
+    compile: bool = option(False, "torch.compile of the decoder: faster steps after minutes of compiling")
     val_checks: int = option(4, "validations spread over the run; 0 for none")
     log_every_n_steps: int = option(10, "steps between logged points")
     checkpoint_every_n_steps: int = option(50, "steps between checkpoints (Ctrl-C also writes one)")

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from atp.importance import fisher_importance, standardise
-from atp.lora import MaskedModel, causal_loss
+from atp.lora import MaskedModel
+from atp.loss import causal_loss
 from atp.space import PruningSpace, Side
 
 Batches = Sequence[Mapping[str, Tensor]]

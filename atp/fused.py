@@ -25,7 +25,7 @@ class _MaskedSwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, mask)
         product = nn.functional.silu(gate).mul_(up)
-        return product if mask is None else product.mul_(mask.to(product.dtype))
+        return product if mask is None else product.mul_(mask.to(product))
 
     @staticmethod
     @once_differentiable
@@ -36,9 +36,9 @@ class _MaskedSwiGLU(torch.autograd.Function):
         grad_mask = None
         if ctx.needs_input_grad[2]:
             wide = torch.promote_types(mask.dtype, torch.float32)
-            grad_mask = (through * gated).flatten(0, -2).sum(0, dtype=wide).to(mask.dtype)
+            grad_mask = (through * gated).flatten(0, -2).sum(0, dtype=wide).to(mask)
         if mask is not None:
-            factor = mask.to(gate.dtype)
+            factor = mask.to(gate)
             through.mul_(factor)
             gated.mul_(factor)
         return torch.ops.aten.silu_backward(through, gate), gated.mul_(grad), grad_mask

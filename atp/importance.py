@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from atp.lora import MaskedModel, causal_loss
+from atp.lora import MaskedModel
+from atp.loss import causal_loss
 from atp.space import PruningSpace
 
 

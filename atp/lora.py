@@ -16,9 +16,9 @@ Shape suffixes: U units, B batch, T tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -26,9 +26,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import SiLUActivation
 
-from atp.fused import masked_swiglu, vocabulary_loss
+from atp.fused import masked_swiglu
 from atp.space import PruningSpace, Side, Weight
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -107,6 +106,8 @@ class MaskedModel(nn.Module):
 
     Attributes:
         aware: Whether masks leave the adapters' branch alone; see :meth:`set_masks`.
+        live_U: Units whose weights are still there, 0 or 1, [U]; None while all are.
+        is_compact: Whether masks are fixed, the weights cut to them.
     """
 
     def __init__(self, peft_model: PeftModel, space: PruningSpace) -> None:
@@ -116,6 +117,8 @@ class MaskedModel(nn.Module):
         self.aware = False
         self._masks: dict[Side, Tensor] = {}
         self._frozen_masks: dict[Side, Tensor] = {}
+        self._left: dict[Side, Tensor] = {}
+        self.live_U: Tensor | None = None
         self.is_compact = False
         fused = self._fuse_blocks()
         for module_name, side, on in (site.cheapest for site in space.sites):
@@ -134,7 +137,7 @@ class MaskedModel(nn.Module):
         fused = set()
         for name, side in self.space.gated_blocks().items():
             block: Any = self.peft_model.get_submodule(_PREFIX + name)
-            if isinstance(block.act_fn, (nn.SiLU, SiLUActivation)):
+            if type(block.act_fn).__name__ in ("SiLU", "SiLUActivation"):
                 block.forward = functools.partial(self._forward_block, block, side)
                 fused |= {side} if side else set()
         return fused
@@ -149,21 +152,21 @@ class MaskedModel(nn.Module):
             mask = self._masks.get(side)
             if mask is None:
                 return None
-            return (inputs[0] * mask.to(inputs[0].dtype), *inputs[1:])
+            return (inputs[0] * mask.to(inputs[0]), *inputs[1:])
 
         return multiply
 
     def _on_output(self, side: Side) -> Any:
         def multiply(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             mask = self._masks.get(side)
-            return None if mask is None else output * mask.to(output.dtype)
+            return None if mask is None else output * mask.to(output)
 
         return multiply
 
     def _on_frozen_output(self, side: Side) -> Any:
         def multiply(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             mask = self._frozen_masks.get(side)
-            return None if mask is None else output * mask.to(output.dtype)
+            return None if mask is None else output * mask.to(output)
 
         return multiply
 
@@ -205,26 +208,32 @@ class MaskedModel(nn.Module):
             sides = {side for side in sides if any(f.axis.kind == "hidden" for f in side.factors)}
             self._frozen_masks = {weight.rows: weight.rows.expand(by_axis) for weight in self._own_rows}
         self._masks = {side: side.expand(by_axis) for side in sides}
+        for side, left in self._left.items():
+            self._masks[side] = self._masks[side][left]
 
-    def fix_masks(self, masks_U: Tensor, live_U: Tensor) -> None:
-        """Note that the weights were cut to ``live_U`` and fit the module structure to it.
-
-        Masks stay only where a live unit is masked out; everywhere else nothing is multiplied any more.
-
-        Args:
-            masks_U: Final masks, 0 or 1, [U].
-            live_U: Units whose weights are still there, 0 or 1, [U].
-        """
-        masks, live = self.space.split(masks_U.cpu()), self.space.split(live_U.cpu())
-        self._masks = {}
-        for name, side, _ in (site.cheapest for site in self.space.sites):
-            left = side.expand(masks)[side.expand(live) > 0]
-            if not left.all():
-                device = self.peft_model.get_submodule(_PREFIX + name).weight.device
-                self._masks[side] = left.to(device)  # type: ignore[arg-type]
+    def refit(self, live_U: Tensor) -> None:
+        """Note that the weights were cut to ``live_U`` [U], fit the module structure to it, and masks to come."""
+        live = self.space.split(live_U.cpu())
         for weight in self.space.weights:
             _refit(self.peft_model.get_submodule(_PREFIX + weight.module))
         self.space.refit_groups(lambda name: self.peft_model.get_submodule(_PREFIX + name), live)
+        self._left = {}
+        for name, side, _ in (site.cheapest for site in self.space.sites):
+            device = self.base_weight(name).device
+            self._left[side] = side.expand(live).nonzero().flatten().to(device)
+        self.live_U = live_U
+
+    def fix_masks(self, masks_U: Tensor) -> None:
+        """Fix masks for good, after the weights were cut to them.
+
+        They stay only where a live unit is masked out; everywhere else nothing is multiplied any more.
+
+        Args:
+            masks_U: Final masks, 0 or 1, [U].
+        """
+        with torch.no_grad():
+            self.set_masks(masks_U.detach())
+        self._masks = {side: mask for side, mask in self._masks.items() if not mask.all()}
         self.is_compact = True
 
     def base_weight_name(self, module: str) -> str:
@@ -247,7 +256,7 @@ class MaskedModel(nn.Module):
         Raises:
             RuntimeError: The model was cut to its masks; the dense one is gone.
         """
-        if self.is_compact:
+        if self.live_U is not None:
             raise RuntimeError("the live model was cut to its masks; set prune.compact=false to keep the dense one")
         masks, frozen = self._masks, self._frozen_masks
         self._masks, self._frozen_masks = {}, {}
@@ -271,50 +280,6 @@ def language_model(model: nn.Module) -> nn.Module:
     """The causal LM inside masks and adapters, which stay in force; the model itself where there are none."""
     inner = model.peft_model if isinstance(model, MaskedModel) else model
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
-
-
-def causal_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The loss ``model(**batch).loss``, without the logits of all tokens in memory where the output head is frozen."""
-    inner = language_model(model)
-    head = inner.get_output_embeddings() if isinstance(inner, PreTrainedModel) else None
-    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
-        loss: Tensor = model(**batch).loss
-        return loss
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    decoder: Any = cast(PreTrainedModel, inner).base_model
-    return vocabulary_loss(decoder(**inputs, use_cache=False).last_hidden_state, head.weight, batch["labels"])
-
-
-def owned_parameters(
-    peft_model: PeftModel, weight: Weight
-) -> Iterator[tuple[str, nn.Parameter, Side | None, Side | None]]:
-    """Every parameter of a linear, base and adapter, with the sides of its dimensions.
-
-    Yields:
-        Name, parameter, and the side of its rows and its columns; None where a dimension is never cut (the rank) or
-        does not exist.
-    """
-    module = peft_model.get_submodule(_PREFIX + weight.module)
-    for name, parameter in module.named_parameters():
-        kind = name.removeprefix("base_layer.")
-        if kind == "weight":
-            yield f"{weight.module}.{name}", parameter, weight.rows, weight.columns
-        elif kind == "bias" or kind.startswith("lora_B."):
-            yield f"{weight.module}.{name}", parameter, weight.rows, None
-        elif kind.startswith("lora_A."):
-            yield f"{weight.module}.{name}", parameter, None, weight.columns
-        else:
-            raise ValueError(f"{weight.module}.{name}: no rule for cutting this adapter parameter; prune.compact=false")
-
-
-def adapter_sides(space: PruningSpace) -> dict[str, tuple[Side | None, Side | None]]:
-    """Sides of the dimensions of what a checkpoint may hold of a linear, by the ending of the parameter's name."""
-    sides: dict[str, tuple[Side | None, Side | None]] = {}
-    for weight in space.weights:
-        sides[f"{weight.module}.lora_A.default.weight"] = (None, weight.columns)
-        sides[f"{weight.module}.lora_B.default.weight"] = (weight.rows, None)
-        sides[f"{weight.module}.base_layer.weight"] = (weight.rows, weight.columns)
-    return sides
 
 
 def _refit(module: nn.Module) -> None:

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from atp.loggers import log_image, log_table
-from atp.module import PruningModule, TuningModule
+from atp.module import PruningModule
 from atp.report.mask_picture import block_shares, mask_picture
+from atp.tuning import TuningModule
 
 _MIB = 1024**2
 _SHOWN_UNITS = 128  # units in a row; wider axes are pictured by the share kept in blocks

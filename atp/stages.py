@@ -45,13 +45,14 @@ from atp.gates import fold
 from atp.generator import FixedScores
 from atp.loggers import close_loggers, csv_logger, log_figures, log_folder, log_table, merge_csv, write_csv
 from atp.lora import base_tensors, merge_in_place, merged_tensors
-from atp.module import PruningModule, TuningModule
+from atp.module import PruningModule
 from atp.monitoring import MaskMonitor, TrainingHealth
 from atp.prompt import PROMPT_FILE
 from atp.removal import max_logit_difference, remove, slice_adapter, widths_after
 from atp.restoration import restore
 from atp.rundir import RunDirectory, write_json
 from atp.space import block_parameters
+from atp.tuning import TuningModule
 
 log = logging.getLogger(__name__)
 
@@ -406,9 +407,13 @@ class Stages:
     def _load(self, name: str, module: TuningModule) -> None:
         state = torch.load(self.directory.checkpoint(name), map_location="cpu", weights_only=True)
         tensors = state["state_dict"]
-        if bool(tensors.get("is_compact", False)):  # back to the dense layout, so that removal can start from the base
-            tensors = dict(expanded_state(tensors, self.space, tensors["final_masks_U"]))
+        live_U = tensors.get("progressive.live_U", torch.ones(self.space.num_units))
+        masks_U = tensors["final_masks_U"] if bool(tensors.get("is_compact", False)) else live_U
+        if not masks_U.all():  # back to the dense layout, so that removal can start from the base
+            tensors = dict(expanded_state(tensors, self.space, masks_U, live_U))
             tensors["is_compact"] = torch.zeros((), dtype=torch.bool)
+        if "progressive.live_U" in tensors:
+            tensors["progressive.live_U"] = torch.ones_like(live_U)
         module.on_load_checkpoint({**state, "state_dict": tensors})
         module.load_state_dict(tensors, strict=False)
 

@@ -26,11 +26,12 @@ from atp.cli import compose_config
 from atp.config import TrainConfig, WarmStartConfig
 from atp.evaluate.measure import count_parameters
 from atp.evaluate.quality import evaluate
-from atp.module import PruningModule, TuningModule
+from atp.module import PruningModule
 from atp.removal import widths_after
 from atp.rundir import RunDirectory, write_json
 from atp.selection import select
 from atp.stages import Stages
+from atp.tuning import TuningModule
 
 REFERENCES = ("dense", "dense_lora", "scratch")
 CONTROL = "shuffled"

@@ -6,9 +6,10 @@ one is written out here, in nothing but PEFT and Lightning, so that it owes noth
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 from atp import build
@@ -26,9 +27,10 @@ from atp.cli import compose_config
 from atp.config import TrainConfig
 from atp.criteria import importance, rank
 from atp.lora import merged_tensors
-from atp.module import PruningModule, TuningModule
+from atp.module import PruningModule
 from atp.objective import SparsitySchedule
 from atp.removal import remove
+from atp.tuning import TuningModule
 
 Batch = dict[str, Tensor]
 STEP_SYSTEMS = ("plain", "joint", "alternate", "compact", "taylor")
@@ -77,7 +79,7 @@ class Shape:
 
 
 EMBEDDED = Shape("embedded", 192, 6, 6, 3, 512, 2048, 4, 256)
-"""The shape of the model that ships with the package, at the batch of ``experiment=legal_50pct``."""
+"""The model that ships with the package, on the batches of ``experiment=legal_50pct``."""
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -106,6 +108,8 @@ class PlainLora(LightningModule):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
         self.model = get_peft_model(model, peft_config)
+        if config.trainer.compile:
+            self.model.compile()
         self.steps, self.lr = config.trainer.max_steps, config.optim.lr
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -150,8 +154,15 @@ class Workload:
     overrides: tuple[str, ...] = ()
     seed: int = 0
 
+    @property
+    def real(self) -> bool:
+        """Whether this is the model that ships with the package, on its own legal records, instead of random ones."""
+        return self.shape is EMBEDDED
+
     def base(self) -> PreTrainedModel:
         """The base model; the same weights at every call."""
+        if self.real:
+            return build.load_base(self.config().model)
         torch.manual_seed(self.seed)
         return build_model(self.shape.config(), dtype=self.dtype, device=self.device, initialize=True)
 
@@ -162,7 +173,13 @@ class Workload:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def batches(self, count: int, device: str | None = None) -> list[Batch]:
-        """The first ``count`` batches; they go round after 64."""
+        """The first ``count`` batches; random ones go round after 64."""
+        if self.real:
+            config = self.config(f"trainer.max_steps={count}")
+            splits = build.load_splits(config.data, config.seed)
+            data = build.data_module(config, splits, build.load_tokenizer(config.model), 512)
+            data.setup("fit")
+            return list(itertools.islice(data.train_dataloader(), count))
         made = [self.batch(index) for index in range(min(count, 64))]
         if device:
             made = [{key: value.to(device) for key, value in batch.items()} for batch in made]
@@ -194,7 +211,8 @@ class Workload:
             aware = build.pruning_module(self.config("prune=atp"), self.base())
             assert isinstance(aware, AwareModule)
             aware.schedule = SparsitySchedule(0.5, 0, 0, _NEVER)
-            aware.calibration_batch = lambda index: self.batch(1000 + index % 64)
+            calibration = self.batches(64)[::-1]
+            aware.calibration_batch = lambda index: calibration[index % 64]
             return aware
         if name == "taylor":
             return self.two_stage(calibrate=False)
@@ -221,7 +239,8 @@ class Workload:
         module.freeze_masks()
         tensors = merged_tensors(module.masked.peft_model)
         masks_U = module.final_masks_U.cpu()
-        model = remove(tensors, self.shape.config(), module.space, masks_U, device=self.device)
+        base_config = self.base().config if self.real else self.shape.config()
+        model = remove(tensors, base_config, module.space, masks_U, device=self.device)
         return build.tuning_module(config, model)
 
     def _warm_start(self, module: PruningModule, criterion: str, ranking: str, count: int, gain: float) -> None:
@@ -285,70 +304,3 @@ class _Loader:
 
     def __len__(self) -> int:
         return len(self.batches)
-
-
-# ---- memory
-
-
-def saved_activations(module: LightningModule, batch: Mapping[str, Tensor]) -> int:
-    """Bytes that one step's forward pass keeps for its backward pass, weights left out; a storage counts once."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
-    known |= {tensor.untyped_storage().data_ptr() for tensor in batch.values()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward(module, batch)
-    total = sum(kept.values())
-    loss.backward()
-    module.zero_grad(set_to_none=True)
-    return total
-
-
-def forward(module: LightningModule, batch: Mapping[str, Tensor]) -> Tensor:
-    """The loss of a step outside a trainer."""
-    log = module.log
-    module.log = lambda *_, **__: None  # type: ignore[method-assign]
-    try:
-        return module.training_step(dict(batch), 0)  # type: ignore[return-value]
-    finally:
-        module.log = log  # type: ignore[method-assign]
-
-
-def resident_bytes(module: nn.Module) -> int:
-    """Bytes of weights, buffers, gradients and AdamW moments."""
-    tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in module.parameters()}
-    tensors |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in module.buffers()}
-    return sum(tensors.values()) + sum(3 * 4 * p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def peak_bytes(module: LightningModule, batch: Mapping[str, Tensor], device: str = "cpu") -> int:
-    """Most bytes in tensors during a step: what is resident plus the highest sum of what the step allocates.
-
-    On a CPU every allocation of the step is read from torch's profiler, so that neither Python nor the memory
-    allocator has a part in the figure; on CUDA it is the allocator's own mark.
-    """
-    step: Callable[[], None] = lambda: forward(module, batch).backward()  # noqa: E731
-    step()
-    module.zero_grad(set_to_none=True)
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        moments = sum(8 * p.numel() for p in module.parameters() if p.requires_grad)
-        module.zero_grad(set_to_none=True)
-        return torch.cuda.max_memory_allocated() + moments
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    held = highest = 0
-    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            highest = max(highest, held)
-    gradients = sum(4 * p.numel() for p in module.parameters() if p.requires_grad)
-    module.zero_grad(set_to_none=True)
-    return resident_bytes(module) - gradients + highest  # the step allocates its gradients itself

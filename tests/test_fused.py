@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from atp import fused
 from atp.fused import masked_swiglu, vocabulary_loss
-from atp.lora import MaskedModel, add_lora, causal_loss
+from atp.lora import MaskedModel, add_lora
+from atp.loss import causal_loss
 from atp.space import PruningSpace
 
 

@@ -21,10 +21,11 @@ from atp.data.batches import PruningDataModule
 from atp.data.sources import load_embedded
 from atp.generator import FreeLogits, TransformerGenerator
 from atp.lora import MaskedModel, add_lora
-from atp.module import PruningModule, TrainingDiverged, TuningModule
+from atp.module import PruningModule
 from atp.objective import L0Lagrangian, LogRatio, Phase, Projection, SparsitySchedule
 from atp.sampler import GumbelSigmoid, HardConcrete, Threshold
 from atp.space import PruningSpace
+from atp.tuning import TrainingDiverged, TuningModule
 
 STEPS = 10
 METHODS = {
@@ -298,3 +299,33 @@ def test_plain_tuning_lowers_the_loss(tmp_path: Path) -> None:
 
     fit(module, tmp_path / "a.ckpt", Watch())
     assert sum(losses[-3:]) < sum(losses[:3])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch looks at it while it traces
+def test_compiled_training_is_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through freeze and cut, traced as ``torch.compile`` traces but run by the usual kernels, to be quick."""
+    traced = functools.partialmethod(torch.nn.Module.compile, backend="eager")
+    ends = []
+    for compiled in (False, True):
+        monkeypatch.setattr(torch.nn.Module, "compile", traced)
+        module = make_module("exact", dropout=0.0, compaction=True, compile_model=compiled)
+        fit(module, tmp_path / f"{compiled}.ckpt")
+        ends.append(trained_state(module))
+        monkeypatch.undo()
+    torch._dynamo.reset()
+    assert ends[0].keys() == ends[1].keys()
+    for name, value in ends[0].items():
+        assert torch.allclose(value.float(), ends[1][name].float(), atol=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_compiled_kernels_train_alike(tmp_path: Path) -> None:
+    ends = []
+    for compiled in (False, True):
+        module = make_module("exact", dropout=0.0, compaction=True, compile_model=compiled)
+        fit(module, tmp_path / f"{compiled}.ckpt")
+        ends.append(trained_state(module))
+    torch._dynamo.reset()
+    for name, value in ends[0].items():
+        assert torch.allclose(value.float(), ends[1][name].float(), atol=1e-3), name

@@ -19,10 +19,12 @@ from atp.builders.components import component
 from atp.config import LassoConfig, PruneConfig, ScheduleConfig, TrainConfig, WarmStartConfig
 from atp.cost import make_cost
 from atp.lora import MaskedModel, add_lora
-from atp.module import PruningModule, TuningModule
+from atp.module import PruningModule
 from atp.objective import SparsitySchedule
+from atp.progressive import ProgressiveCut
 from atp.selection import check_reachable
 from atp.space import PruningSpace
+from atp.tuning import TuningModule
 from atp.units import CostModel
 
 
@@ -86,6 +88,7 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
         shape=prune.shape,
         min_units=min_units(prune),
         compaction=prune.compact and config.model.quantization is None,
+        progressive=_progressive(prune, space),
         restore_ridge=prune.restore.ridge,
         round_to=prune.round_to,
         gates=prune.gates,
@@ -93,6 +96,13 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
         **_tuning(config),
     )
     return module
+
+
+def _progressive(prune: PruneConfig, space: PruningSpace) -> ProgressiveCut | None:
+    cut = prune.progressive
+    if not cut.cuts:
+        return None
+    return ProgressiveCut(space.num_units, cuts=cut.cuts, below=cut.below, patience=cut.patience)
 
 
 def tuning_module(config: TrainConfig, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> TuningModule:
@@ -145,4 +155,5 @@ def _tuning(config: TrainConfig) -> dict[str, Any]:
         "min_lr_ratio": optim.min_lr_ratio,
         "seed": config.seed,
         "base_id": config.model.path or "",
+        "compile_model": config.trainer.compile,
     }

@@ -1,0 +1,221 @@
+"""LoRA tuning as a training system: the dense reference, two-stage baselines, and the base of joint training.
+
+Sits between the data module and whatever follows training. Everything random in a step is seeded from (seed, step), so
+a resumed run repeats what the uninterrupted one would have done. Checkpoints hold what trains, never the base weights.
+It knows nothing of masks, of Hydra, of files, or of how results are measured.
+
+Shape suffixes: B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from atp.lora import language_model, trainable_parameters
+from atp.loss import causal_loss
+from atp.objective import distillation_loss
+
+Batch = Mapping[str, Tensor]
+
+
+class TrainingDiverged(RuntimeError):
+    """Loss or weights stopped being finite; the message says at which step and what to try."""
+
+
+class TuningModule(LightningModule):
+    """LoRA tuning of a causal LM: the dense reference, two-stage baselines, and the base of :class:`PruningModule`.
+
+    Args:
+        model: Callable as a causal LM with ``labels``; only what requires gradients trains.
+        total_steps: Optimiser steps of the whole run.
+        lr: Peak learning rate of the adapters.
+        weight_decay: AdamW weight decay of the adapters.
+        warmup: Fraction of the run over which the rate rises.
+        min_lr_ratio: Where the cosine ends, as a fraction of the peak.
+        seed: Seed of everything random in the steps.
+        base_id: Name of the base model; a checkpoint made from another base is refused.
+        distill: Weight of distillation in the task loss, 0 to 1; the rest is cross entropy on the data.
+        teacher: Model to distil from; needed with ``distill`` unless a subclass brings its own. It is not trained,
+            moved with this module, or saved.
+        compile_model: Run the decoder through ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        total_steps: int,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        warmup: float = 0.05,
+        min_lr_ratio: float = 0.1,
+        seed: int = 0,
+        base_id: str = "",
+        distill: float = 0.0,
+        teacher: nn.Module | None = None,
+        compile_model: bool = False,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False
+        self.model = model
+        self.total_steps = total_steps
+        self.lr, self.weight_decay, self.warmup, self.min_lr_ratio = lr, weight_decay, warmup, min_lr_ratio
+        self.seed = seed
+        self.base_id = base_id
+        if not 0.0 <= distill <= 1.0:
+            raise ValueError(f"optim.distill is {distill}; it is a weight between 0 and 1")
+        self.distill = distill
+        self._teacher = [teacher]  # in a list, so that it is no submodule of this one
+        self.compile_model = compile_model
+        self.val_loss = MeanMetric()
+        self.is_logged_step = False  # the first, every ``trainer.log_every_n_steps``-th, the last
+        self.figures: dict[str, Tensor | float] = {}  # of the step at hand, where they are wanted
+
+    def on_fit_start(self) -> None:
+        """Compile the decoder, in place, so that parameters keep their names; it is compiled anew when it is cut."""
+        decoder = getattr(language_model(self.model), "base_model", self.model)
+        if self.compile_model and isinstance(decoder, nn.Module):
+            decoder.compile()
+
+    # ---- steps
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the step's noise from (seed, step); see whether its figures are wanted."""
+        if self._trainer is not None:
+            number, every = self.global_step + 1, self._trainer.log_every_n_steps  # type: ignore[attr-defined]
+            self.is_logged_step = number == 1 or number % every == 0 or number == self.total_steps
+        self.figures = {}
+        torch.manual_seed((self.seed * 1_000_003 + batch_idx) % 2**63)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One forward pass; returns the loss to descend."""
+        loss = self.task_loss(batch)
+        self._check_finite(loss)
+        self.log_figures({"train/loss": loss})
+        return loss
+
+    def log_figures(self, figures: Mapping[str, Tensor | float]) -> None:
+        """Note figures of the step at hand, if they are wanted."""
+        if self.is_logged_step:
+            self.figures |= {name: v.detach() if isinstance(v, Tensor) else v for name, v in figures.items()}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Hand what step and callbacks have noted to the loggers, all at once.
+
+        ``self.log`` would keep books on every figure at every step, and fetch each from the device by itself: more than
+        the work of a small model's step. Validation is logged by it as usual.
+        """
+        if not self.figures or (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        tensors = {name: value.float() for name, value in self.figures.items() if isinstance(value, Tensor)}
+        fetched = torch.stack(list(tensors.values())).tolist() if tensors else []
+        figures = {name: float(v) for name, v in (self.figures | dict(zip(tensors, fetched, strict=True))).items()}
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
+        for logger in self.loggers:
+            logger.log_metrics({**figures, "epoch": self.current_epoch}, step=self.global_step - 1)
+            logger.save()
+
+    def task_loss(self, batch: Batch) -> Tensor:
+        """Cross entropy on the data, mixed with distillation where that is asked for."""
+        if self.distill == 0.0:
+            return causal_loss(self.model, batch)
+        output = self.model(**batch)
+        divergence = distillation_loss(output.logits, self.teacher_logits(batch), batch["labels"])
+        self.log_figures({"train/distillation_loss": divergence, "train/data_loss": output.loss})
+        return (1.0 - self.distill) * output.loss + self.distill * divergence
+
+    @torch.no_grad()
+    def teacher_logits(self, batch: Batch) -> Tensor:
+        """Logits to distil from, [B, T, V]."""
+        (teacher,) = self._teacher
+        assert teacher is not None
+        return teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Accumulate the token-weighted loss behind ``val/perplexity``."""
+        loss = causal_loss(self.model, batch)
+        tokens = (batch["labels"][:, 1:] != -100).sum()
+        self.val_loss.update(loss.float(), tokens)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/loss`` and ``val/perplexity``."""
+        loss = self.val_loss.compute()
+        self.val_loss.reset()
+        self.log("val/loss", loss)
+        self.log("val/perplexity", loss.exp(), prog_bar=True)
+
+    def _check_finite(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise TrainingDiverged(
+                f"the loss became {float(loss.detach())} at step {self.global_step}; try a lower optim.lr or "
+                "prune.generator_lr, "
+                "trainer.gradient_clip_val=1.0, or trainer.precision=32-true. The last checkpoint is from before "
+                "this step"
+            )
+
+    # ---- optimiser
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """AdamW groups, each with a ``name``."""
+        adapters = list(trainable_parameters(self.model).values())
+        return [{"name": "lora", "params": adapters, "lr": self.lr, "weight_decay": self.weight_decay}]
+
+    def rate_factor(self, group: str, step: int) -> float:
+        """Factor on a group's peak rate at an optimiser step: linear warm-up, then cosine to ``min_lr_ratio``."""
+        return self._cosine(step, self.total_steps)
+
+    def _cosine(self, step: int, total: int) -> float:
+        rise = max(round(total * self.warmup), 1)
+        if step < rise:
+            return (step + 1) / rise
+        done = min((step - rise) / max(total - rise, 1), 1.0)
+        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+    def configure_optimizers(self) -> Any:
+        """One AdamW over all groups, with one schedule per group."""
+        groups = self.parameter_groups()
+        on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True if on_cpu else None)
+        names = [group["name"] for group in optimizer.param_groups]
+        factors: list[Callable[[int], float]] = [functools.partial(self.rate_factor, name) for name in names]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what trains and this module's own buffers; name the base they belong to."""
+        wanted = self._own_state()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in wanted}
+        checkpoint["atp"] = {"base_id": self.base_id, "total_steps": self.total_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base or run length, or one that lacks something that trains."""
+        meta = checkpoint.get("atp", {})
+        for key, mine in (("base_id", self.base_id), ("total_steps", self.total_steps)):
+            if meta.get(key) != mine:
+                raise ValueError(
+                    f"the checkpoint was made with {key} = {meta.get(key)!r}, this run has {mine!r}; resume with the "
+                    "run's own "
+                    "settings or start a new run"
+                )
+        missing = self._own_state() - set(checkpoint["state_dict"])
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {sorted(missing)[:3]}; lora or prune settings differ from the run that wrote it"
+            )
+
+    def _own_state(self) -> set[str]:
+        return set(trainable_parameters(self))
+
+    def find_divergence(self) -> str | None:
+        """Name of a trainable tensor that holds a value which is not finite, if any."""
+        return next((n for n, p in trainable_parameters(self).items() if not torch.isfinite(p).all()), None)
