@@ -284,7 +284,7 @@ def _table(names: Sequence[str], found: Mapping[str, Mapping[str, Metrics]], res
     )
     table.add_column("metric", no_wrap=True)
     for name in names:
-        table.add_column(Text(_title(name)), justify="right")
+        table.add_column(Text(_title(name)), justify="right", overflow="fold")
     table.add_column("over", justify="right")
     if len(names) > 1:
         table.add_column("difference", justify="right")
