@@ -174,6 +174,7 @@ def test_mistakes_end_with_a_message_and_code_2(capsys: pytest.CaptureFixture[st
         (["./nowhere", "task=legal"], "./nowhere: no such directory"),
         (["embedded", "task=casehod"], "did you mean casehold"),
         (["embedded", "task=legal", "dtype=int4"], "dtype='int4' is unknown"),
+        (["embedded", "records=nowhere.jsonl"], "set records to a file"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from atp import embedded, modeling_atp
 from atp.data.domains import scored_records
+from atp.data.files import paths_of
 from atp.data.records import Record
 from atp.data.sources import read_records
 from atp.data.tasks import load_tasks
@@ -224,7 +225,7 @@ def _record_sets(options: Options) -> dict[str, list[Record]]:
         for name in filter(None, (part.strip() for part in options.task.split(",")))
     }
     if options.records:
-        sets["records"] = read_records(options.records, most=options.max_items)
+        sets["records"] = read_records(paths_of(options.records, "records"), most=options.max_items)
     return sets
 
 
@@ -283,7 +284,7 @@ def _table(names: Sequence[str], found: Mapping[str, Mapping[str, Metrics]], res
     )
     table.add_column("metric", no_wrap=True)
     for name in names:
-        table.add_column(Text(_title(name)), justify="right")
+        table.add_column(Text(_title(name)), justify="right", overflow="fold")
     table.add_column("over", justify="right")
     if len(names) > 1:
         table.add_column("difference", justify="right")
