@@ -28,7 +28,7 @@ from atp import build
 from atp.adapter import extract_adapter
 from atp.architecture import is_stock
 from atp.aware import AwareModule
-from atp.callbacks import ProgressReport, RunCheckpoint, Throughput
+from atp.callbacks import ProgressReport, QuietCollector, RunCheckpoint, Throughput
 from atp.compaction import expanded_state
 from atp.config import TrainConfig, WarmStartConfig
 from atp.criteria import importance, rank
@@ -389,7 +389,7 @@ class Stages:
         """Train to the end, from the checkpoint if there is one."""
         config, checkpoint_path = self.config, self.directory.checkpoint(name)
         checkpoint = RunCheckpoint(checkpoint_path, config.trainer.checkpoint_every_n_steps)
-        callbacks: list[Callback] = [Throughput(), TrainingHealth(), ProgressReport(name), checkpoint]
+        callbacks: list[Callback] = [QuietCollector(), Throughput(), TrainingHealth(), ProgressReport(name), checkpoint]
         logs = self.directory.path / "metrics" / name
         loggers: list[Logger] = [csv_logger(logs)]
         if isinstance(module, PruningModule):

@@ -28,7 +28,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 
 from atp import build
-from atp.callbacks import ProgressReport, Throughput
+from atp.callbacks import ProgressReport, QuietCollector, Throughput
 from atp.cli import compose_config
 from atp.config import TrainConfig
 from atp.loggers import close_loggers, csv_logger
@@ -101,7 +101,7 @@ def train(connection: Connection, folder: Path, logged: bool, steps: int, seed: 
     opening_s = time.perf_counter() - started
     connection.send("ready")
     turns = Turns(connection)
-    trainer = build.make_trainer(config, [turns, *callbacks], loggers, data.num_batches)
+    trainer = build.make_trainer(config, [turns, QuietCollector(), *callbacks], loggers, data.num_batches)
     turns.wait()
     trainer.fit(module, datamodule=data)
     turns.end()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 
 from atp import loggers
-from atp.callbacks import Throughput
+from atp.callbacks import QuietCollector, Throughput
 from atp.generator import FreeLogits
 from atp.lora import MaskedModel, add_lora
 from atp.module import PruningModule
@@ -129,6 +131,16 @@ def test_a_logged_step_is_one_call_with_all_its_figures() -> None:
         assert {"train/loss", "mask/sparsity", "lr/lora", "grad_norm/lora", "train/tokens_per_second"} <= figures.keys()
         assert all(isinstance(value, (int, float)) for value in figures.values())
     assert float(trainer.callback_metrics["train/loss"]) == float(module.figures["train/loss"])
+
+
+@pytest.mark.parametrize("end", ["on_train_end", "on_exception"])
+def test_what_is_loaded_is_collected_again_after_training(end: str) -> None:
+    quiet: Any = QuietCollector()
+    before = gc.get_freeze_count()
+    quiet.on_train_start(None, None)
+    assert gc.get_freeze_count() > before + 10_000
+    getattr(quiet, end)(*[None] * (2 if end == "on_train_end" else 3))
+    assert gc.get_freeze_count() == 0
 
 
 def test_gradient_norms_and_rates_per_group(trained: tuple[Recorder, Path, PruningModule]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from atp.callbacks import StopBadTrial, TrialStopped
+from atp.cli import compose_config
 from atp.config import folder_name
 from atp.module import PruningModule
 from atp.sweep import SharedResults, clear_mark, lease_gpu, mark_job, read_job, read_jobs, start_sweep, summary_lines
@@ -76,6 +77,16 @@ def test_jobs_are_told_with_their_reasons(tmp_path: Path) -> None:
     assert f"python -m atp.report {tmp_path}" in text
     clear_mark(tmp_path / "b")
     assert read_job(tmp_path / "b").state == "unfinished"
+
+
+@pytest.mark.parametrize("preset", ["ratios", "optuna"])
+def test_a_sweep_trains_no_baselines_unless_asked(preset: str) -> None:
+    if preset == "optuna":
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra 'sweep'")
+    overrides = ["experiment=legal_50pct", f"sweep={preset}"]
+    assert compose_config(overrides).evaluate.baselines == []
+    assert compose_config([*overrides, "evaluate.baselines=[random]"]).evaluate.baselines == ["random"]
+    assert compose_config(["experiment=legal_50pct"]).evaluate.baselines
 
 
 def test_folder_names_hold_no_separators_and_stay_apart() -> None:
