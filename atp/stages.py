@@ -13,7 +13,7 @@ import copy
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atp import build
-from atp.adapter import extract_adapter
+from atp.adapter import Adapter, extract_adapter
 from atp.architecture import is_stock
+from atp.assessment import PROMPTS_COUNTED, Assessor
 from atp.aware import AwareModule
 from atp.callbacks import ProgressReport, QuietCollector, RunCheckpoint, Throughput
 from atp.compaction import expanded_state
 from atp.config import TrainConfig, WarmStartConfig
 from atp.criteria import importance, rank
-from atp.data.records import Record, as_completion
-from atp.evaluate import harness
-from atp.evaluate.measure import compare_speed, count_parameters, file_mib, macs_per_token, peak_memory, weights_mib
-from atp.evaluate.metrics import Metrics
-from atp.evaluate.quality import evaluate, samples
+from atp.evaluate.measure import count_parameters, peak_memory
 from atp.export.bundle import check_formats, verify_formats, windows_of, write_formats
 from atp.export.huggingface import export_hf
 from atp.export.loading import load_exported
@@ -55,9 +52,6 @@ from atp.space import block_parameters
 from atp.tuning import TuningModule
 
 log = logging.getLogger(__name__)
-
-
-_PROMPTS_COUNTED = 200
 
 
 class RunInterrupted(Exception):
@@ -88,10 +82,10 @@ class Stages:
         self.tokenizer = build.load_tokenizer(config.model)
         self.prompt = build.load_prompt(config, self.tokenizer)
         plain = build.load_splits(config.data, config.seed)
-        self.prompt_cost = self.prompt.cost(plain.test[:_PROMPTS_COUNTED], self.tokenizer, config.data.max_length)
+        self.prompt_cost = self.prompt.cost(plain.test[:PROMPTS_COUNTED], self.tokenizer, config.data.max_length)
         self.splits = self.prompt.on_splits(plain, self.tokenizer)
         write_json(directory.path / PROMPT_FILE, self.prompt.plain())
-        self.others, self.further = build.load_beyond(config)
+        self.assessor = Assessor(config, self.tokenizer, self.prompt, self.splits.test, self.prompt_cost)
         dense = self.dense()
         self.base_config, self.generation_config = dense.config, dense.generation_config
         self.data = build.data_module(config, self.splits, self.tokenizer, dense.config.max_position_embeddings)
@@ -180,19 +174,7 @@ class Stages:
         self._write_masks(masks_U, module.final_scores_U.cpu())
         log.info("removal: cutting %d of %d units", int((masks_U < 0.5).sum()), self.space.num_units)
         masked = module.masked.to(self.device).eval()
-        with torch.no_grad():
-            masked.set_masks(module.frozen_masks())
-        tensors = merged_tensors(masked.peft_model)
-        if module.gates is not None:
-            tensors = fold(tensors, self.space, module.gates(), tied=self.base_config.tie_word_embeddings)
-        removed = remove(tensors, self.base_config, self.space, masks_U, device=self.device)
-        stored, adapter = removed, None
-        if not self.config.export.merge and module.gates is not None:
-            log.warning("export.merge=false is ignored: soft gates are folded into the merged weights")
-        elif not self.config.export.merge:
-            adapter = slice_adapter(extract_adapter(masked.peft_model), self.space, masks_U)
-            stored = remove(base_tensors(masked.peft_model), self.base_config, self.space, masks_U, device=self.device)
-        stored.generation_config = copy.deepcopy(self.generation_config)
+        removed, stored, adapter = self._cut(module, masks_U)
         batches = self._check_batches()
         masked_vs_removed = max_logit_difference(masked, removed, batches)
         path = self.directory.path / "pruned"
@@ -227,6 +209,24 @@ class Stages:
             "parameters": count_parameters(removed),
         }
 
+    def _cut(self, module: PruningModule, masks_U: Tensor) -> tuple[PreTrainedModel, PreTrainedModel, Adapter | None]:
+        """The smaller model, the model to store, and the adapter to store beside it where it is not merged."""
+        masked = module.masked
+        with torch.no_grad():
+            masked.set_masks(module.frozen_masks())
+        tensors = merged_tensors(masked.peft_model)
+        if module.gates is not None:
+            tensors = fold(tensors, self.space, module.gates(), tied=self.base_config.tie_word_embeddings)
+        removed = remove(tensors, self.base_config, self.space, masks_U, device=self.device)
+        stored, adapter = removed, None
+        if not self.config.export.merge and module.gates is not None:
+            log.warning("export.merge=false is ignored: soft gates are folded into the merged weights")
+        elif not self.config.export.merge:
+            adapter = slice_adapter(extract_adapter(masked.peft_model), self.space, masks_U)
+            stored = remove(base_tensors(masked.peft_model), self.base_config, self.space, masks_U, device=self.device)
+        stored.generation_config = copy.deepcopy(self.generation_config)
+        return removed, stored, adapter
+
     def _verify_formats(self, path: Path, removed: PreTrainedModel) -> list[dict[str, Any]]:
         """Each exported format compared with the removed model in a fresh process."""
         settings = self.config.export
@@ -247,7 +247,7 @@ class Stages:
 
     def tune_baseline(self, name: str) -> dict[str, Any]:
         """Prune at once by the named rule, then tune and evaluate."""
-        teacher = self._placed(self.dense()) if self.config.optim.distill else None
+        teacher = self.assessor.place(self.dense()) if self.config.optim.distill else None
         return self.tune(name, self._cut_at_once(name), teacher)
 
     def _cut_at_once(self, name: str) -> PreTrainedModel:
@@ -264,122 +264,25 @@ class Stages:
 
     def evaluate_model(self, model: PreTrainedModel) -> dict[str, Any]:
         """Quality on the test records, on further tasks, and on what is not the target domain."""
-        settings = self.config.evaluate
-        metrics = self._score(model, self.splits.test, settings.max_generate)
-        result: dict[str, Any] = {
-            "values": metrics.values,
-            "counts": metrics.counts,
-            "intervals": metrics.intervals(settings.bootstrap),
-            "items": {name: items.plain() for name, items in metrics.items.items()},
-        }
-        result["forgetting"] = {name: self._perplexity(model, records) for name, records in self.others.items()}
-        if settings.tasks and settings.harness:
-            result["harness"] = harness.score(
-                model, self.tokenizer, settings.tasks, folder=settings.harness_path, batch_size=settings.batch_size
-            )
-        elif settings.tasks:
-            scored = {name: self._further(model, records) for name, records in self.further.items()}
-            result["tasks"] = {name: values for name, (values, _) in scored.items()}
-            result["task_counts"] = {name: counts for name, (_, counts) in scored.items()}
-        return result
-
-    def _score(self, model: PreTrainedModel, records: Sequence[Record], max_generate: int | None) -> Metrics:
-        settings = self.config.evaluate
-        return evaluate(
-            self._placed(model),
-            self.tokenizer,
-            records,
-            max_length=self.config.data.max_length,
-            batch_size=settings.batch_size,
-            max_new_tokens=settings.max_new_tokens,
-            max_generate=max_generate,
-            normalise=build.normalisation(self.config),
-            stride=settings.stride,
-            device=self.device,
-        )
-
-    def _further(self, model: PreTrainedModel, plain: Sequence[Record]) -> tuple[dict[str, float], dict[str, int]]:
-        """Metrics of one further task, without the task's name in them, and what they are over."""
-        records = [self.prompt.on(record, self.tokenizer) if self.prompt.inference else record for record in plain]
-        metrics = self._score(model, records, self.config.evaluate.max_generate)
-        values = {key.rsplit("/", 1)[-1]: value for key, value in metrics.values.items()}
-        return values, {key.rsplit("/", 1)[-1]: count for key, count in metrics.counts.items()}
-
-    def _perplexity(self, model: PreTrainedModel, records: Sequence[Record]) -> dict[str, float]:
-        """Perplexity on records of another domain, without a prompt; of choices, on the right one."""
-        metrics = self._score(model, [as_completion(record) for record in records], 0)
-        return {name: metrics.values[name] for name in ("perplexity", "bits_per_byte")}
+        return self.assessor.quality(model)
 
     def write_samples(self) -> dict[str, Any]:
         """Continue a few test prompts with dense and pruned model; leaves ``samples.json``."""
-        settings = self.config.evaluate
-        if settings.samples < 1:
+        if self.config.evaluate.samples < 1:
             return {}
-        written = [
-            samples(
-                model,
-                self.tokenizer,
-                self.splits.test,
-                count=settings.samples,
-                max_new_tokens=settings.max_new_tokens,
-                max_length=self.config.data.max_length,
-                device=self.device,
-            )
-            for model in (self._placed(self.dense()), self.pruned())
-        ]
-        rows = [
-            {
-                "prompt": by_dense.prompt,
-                "reference": by_dense.reference,
-                "dense": by_dense.generated,
-                "pruned": by_pruned.generated,
-            }
-            for by_dense, by_pruned in zip(*written, strict=True)
-        ]
+        rows = self.assessor.continuations(self.dense(), self.pruned())
         write_json(self.directory.path / "samples.json", rows)
         return {"count": len(rows)}
 
     def measure(self) -> dict[str, Any]:
         """Size, compute, memory and, unless switched off, speed of dense and pruned model."""
-        settings = self.config.evaluate
-        dense, pruned = self._placed(self.dense()), self.pruned()
-        result: dict[str, Any] = {
-            "macs": {
-                "dense_per_token": macs_per_token(dense, self.config.data.max_length),
-                "pruned_per_token": macs_per_token(pruned, self.config.data.max_length),
-                "context": self.config.data.max_length,
-            },
-            "memory": {"dense_weights_mib": weights_mib(dense), "pruned_weights_mib": weights_mib(pruned)},
-            "files": {"pruned_mib": file_mib(self.directory.path / "pruned")},
-        }
-        source = Path(build.model_source(self.config.model))
-        if source.is_dir():
-            result["files"]["dense_mib"] = file_mib(source)
-        shared = int(self.prompt_cost["shared_prefix_tokens"])
-        result["prompt"] = {**self.prompt_cost}
-        if settings.speed and shared:
-            timed = compare_speed(dense, pruned, prompt_tokens=shared, new_tokens=1, repeats=settings.speed_repeats)
-            for name in ("dense", "pruned"):
-                result["prompt"][f"{name}_prefix_latency_ms"] = timed[name]["prefill_latency_ms"]
-        if settings.speed:
-            result["speed"] = compare_speed(
-                dense,
-                pruned,
-                prompt_tokens=settings.speed_prompt_tokens,
-                new_tokens=settings.speed_new_tokens,
-                repeats=settings.speed_repeats,
-            )
-        return result
+        return self.assessor.cost(self.dense(), self.pruned(), self.directory.path / "pruned")
 
     # ---- what stages share
 
     def dense(self) -> PreTrainedModel:
         """The base model, loaded afresh."""
         return build.load_base(self.config.model)
-
-    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
-        torch.nn.Module.to(model, self.device)
-        return model.eval()
 
     def pruned(self) -> PreTrainedModel:
         """The exported model, loaded back from the run directory."""
