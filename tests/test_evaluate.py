@@ -434,5 +434,7 @@ def test_batched_reading_equals_one_by_one_also_beyond_a_sliding_window(window: 
         for item, nats in zip(items, choice_nats(model, items, **how), strict=True):
             for ids, found in zip(item.continuations, nats, strict=True):
                 logits = model(torch.tensor([item.prompt + ids])).logits[0, len(item.prompt) - 1 : -1]
-                expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="none")
+                expected = torch.nn.functional.cross_entropy(
+                    logits, torch.tensor(ids, dtype=torch.long), reduction="none"
+                )
                 torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=1e-4)
