@@ -32,9 +32,10 @@ def make_adapter(folder: Path, layers: int) -> None:
     """Write a random adapter of all linears beside the dense model, where its reader merges it."""
     import torch
 
+    from atp.adapter import extract_adapter
     from atp.architecture import build_model
     from atp.export.loading import ADAPTER_FOLDER
-    from atp.lora import add_lora, extract_adapter
+    from atp.lora import add_lora
 
     config = base_config(layers)
     with torch.device("meta"):

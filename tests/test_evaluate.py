@@ -423,6 +423,7 @@ def test_batched_reading_equals_one_by_one_also_beyond_a_sliding_window(window: 
     ]
     how: dict[str, Any] = {"batch_size": 4, "pad_id": 0, "device": torch.device("cpu")}
     items = [Choices(prompt, [[draw.randrange(3, 64)] * (1 + at) for at in range(3)], [1] * 3) for prompt in prompts]
+    items[1] = Choices(items[1].prompt, [[], [7]], [0, 1])
     with evaluating(model):
         texts = greedy(model, prompts, stops=[2], max_new_tokens=12, **how)
         for prompt, text in zip(prompts, texts, strict=True):
@@ -433,5 +434,7 @@ def test_batched_reading_equals_one_by_one_also_beyond_a_sliding_window(window: 
         for item, nats in zip(items, choice_nats(model, items, **how), strict=True):
             for ids, found in zip(item.continuations, nats, strict=True):
                 logits = model(torch.tensor([item.prompt + ids])).logits[0, len(item.prompt) - 1 : -1]
-                expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="none")
+                expected = torch.nn.functional.cross_entropy(
+                    logits, torch.tensor(ids, dtype=torch.long), reduction="none"
+                )
                 torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=1e-4)

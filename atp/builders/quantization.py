@@ -46,8 +46,9 @@ def check_quantization(config: TrainConfig) -> None:
         raise ValueError(f"{own} to restore into (prune.restore.batches={prune.restore.batches}); set it to 0")
     if prune.generator.get("_target_") in _OF_WEIGHTS_GENERATORS:
         raise ValueError(f"{own} for the generator {prune.generator['_target_']}; choose prune/generator=free")
-    if prune.compact:
-        log.warning("prune.compact is ignored: model.quantization=%s packs weights, which are not cut in place", kind)
+    for name, asked in (("prune.compact", prune.compact), ("prune.progressive.cuts", prune.progressive.cuts > 0)):
+        if asked:
+            log.warning("%s is ignored: model.quantization=%s packs weights, which are not cut in place", name, kind)
 
 
 def is_installed() -> bool:

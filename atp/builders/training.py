@@ -88,7 +88,7 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
         shape=prune.shape,
         min_units=min_units(prune),
         compaction=prune.compact and config.model.quantization is None,
-        progressive=_progressive(prune, space),
+        progressive=_progressive(prune, space) if config.model.quantization is None else None,
         restore_ridge=prune.restore.ridge,
         round_to=prune.round_to,
         gates=prune.gates,

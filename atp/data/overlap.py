@@ -54,7 +54,8 @@ class HeldOutIndex:
     def find(self, record: Record) -> int | None:
         """Return the position of a held-out record that nearly equals this one, or None."""
         mine = shingles(record) - self._common
-        shared = Counter(owner for shingle in mine for owner in self._owners.get(shingle, ()))
+        owners = self._owners
+        shared = Counter([owner for shingle in mine if shingle in owners for owner in owners[shingle]])
         for owner, count in shared.most_common(3):
             if count >= _FEWEST and count >= _SHARED * min(self._sizes[owner], len(mine)):
                 return owner

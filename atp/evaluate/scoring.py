@@ -119,8 +119,9 @@ def _choice_batch(
     logs_BV = first_BV.float().log_softmax(-1)
     rows = [(owner, ids) for owner, item in enumerate(items) for ids in item.continuations]
     owners_R = torch.tensor([owner for owner, _ in rows], device=device)
-    firsts_R = torch.tensor([ids[0] for _, ids in rows], device=device)
-    found = [[nats] for nats in (-logs_BV[owners_R, firsts_R]).tolist()]
+    firsts_R = torch.tensor([ids[0] if ids else 0 for _, ids in rows], device=device)
+    first_nats = (-logs_BV[owners_R, firsts_R]).tolist()
+    found = [[nats] if ids else [] for nats, (_, ids) in zip(first_nats, rows, strict=True)]
     longer = [row for row, (_, ids) in enumerate(rows) if len(ids) > 1]
     for batch in _batches([len(rows[row][1]) for row in longer], batch_size):
         chosen = [longer[place] for place in batch]
