@@ -28,12 +28,15 @@ def gpu_section(
     shapes: Sequence[Shape] = tuple(SHAPES[name] for name in MODELS),
     lengths: Sequence[int] = (1024, 4096),
     dtype: torch.dtype = torch.bfloat16,
+    compiled_too: bool = True,
 ) -> dict[str, Any]:
     """All cells, each printed as it is done, and one profile per shape."""
     cells: list[dict[str, Any]] = []
     profiles = {}
     for shape in shapes:
-        for tokens, checkpointing, compiled in itertools.product(lengths, (False, True), (False, True)):
+        for tokens, checkpointing, compiled in itertools.product(
+            lengths, (False, True), (False, True) if compiled_too else (False,)
+        ):
             flags = (f"model.gradient_checkpointing={checkpointing}".lower(), f"trainer.compile={compiled}".lower())
             work = Workload(replace(shape, tokens=tokens), device, dtype, flags)
             for name in SYSTEMS:
