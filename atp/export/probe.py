@@ -236,9 +236,11 @@ class OnnxEngine:
         ids_T, past, seen = prompt_T, self._empty(), 0
         for _ in range(new_tokens):
             logits_TV, past = self._run(ids_T, past, seen)
-            seen += len(ids_T)
             made.append(int(logits_TV[-1].argmax()))
-            ids_T = np.asarray(made[-1:])
+            if past:
+                ids_T, seen = np.asarray(made[-1:]), seen + len(ids_T)
+            else:  # a graph without cache computes the whole sequence again
+                ids_T = np.append(ids_T, made[-1])
         return made
 
 
