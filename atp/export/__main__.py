@@ -1,6 +1,6 @@
 """``python -m atp.export``: convert and verify what a run exported, at any later time.
 
-A thin command line over the exporters and the verification; it reads model directories, and for an adapter hands the run
+A thin command line over the exporters and the verification. It reads model directories; for an adapter it hands the run
 to its own pipeline.
 """
 

@@ -141,7 +141,7 @@ def quantised(kind: str | None, kept: list[str]) -> dict[str, Any]:
     if kind == "torchao-int8":
         return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
     # Not Int4WeightOnlyConfig, whose kernels need a GPU: this one is computed anywhere.
-    groups = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(FOUR_BIT_BLOCK))
+    groups = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(FOUR_BIT_BLOCK))  # type: ignore
     return {"quantization_config": TorchAoConfig(groups, modules_to_not_convert=kept)}
 
 
