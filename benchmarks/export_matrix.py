@@ -34,11 +34,12 @@ def main() -> None:
     """Fills the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="models to try; by default all")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     lines = [f"| family | shape | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for case in CASES:
+    for case in arguments.cases:
         dense = dense_model(CASES[case])
         for shape in SHAPES:
             with tempfile.TemporaryDirectory() as folder:

@@ -118,7 +118,7 @@ def export_onnx(
         require(package, extra="onnx")
     target = Path(output_dir) if output_dir is not None else Path(model_dir) / "onnx"
     check_target(target.resolve(), overwrite, marker=GRAPH_FILE)
-    model = load_exported(model_dir, dtype=torch.float32)
+    model: Any = load_exported(model_dir, dtype=torch.float32)
     model.set_attn_implementation("eager")
     graph = CachedGraph(model, cache=cache).eval()
     widths = layer_widths(model.config)
