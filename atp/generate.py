@@ -9,13 +9,14 @@ template instead. Reads the prompt from standard input when that is piped.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-USER_ERROR = 2
+USER_ERROR, INTERRUPTED = 2, 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program name; the process' own when None.
 
     Returns:
-        0, or 2 after a user's mistake.
+        0, 2 after a user's mistake, or 130 after Ctrl-C.
     """
     arguments = parser().parse_args(argv)
     try:
@@ -59,6 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stdout.write("\n")
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the text has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return USER_ERROR
@@ -210,10 +217,17 @@ def _stream_hf(path: Path, prompt: str, chat: bool, **sampling: Any) -> Iterator
 
 
 def _stream_gguf(path: Path, prompt: str, chat: bool, **sampling: Any) -> Iterator[str]:
-    from atp.export.extras import require
+    from atp.export.extras import silenced_llama_cpp
 
-    llama_cpp: Any = require("llama_cpp", extra="llamacpp")
-    llama = llama_cpp.Llama(str(path), n_ctx=0, verbose=False, seed=sampling["seed"])
+    llama_cpp = silenced_llama_cpp()
+    try:
+        llama = llama_cpp.Llama(str(path), n_ctx=0, verbose=False, seed=sampling["seed"])
+    except ValueError as error:
+        raise ValueError(
+            f"llama.cpp does not load {path} ({error}); is it whole? Write it again: --overwrite"
+        ) from error
+    if llama.metadata.get("tokenizer.ggml.model") == "no_vocab":
+        raise ValueError(f"{path} was written without vocabulary (--no-tokenizer), so it takes no text")
     options = {
         "max_tokens": sampling["max_new_tokens"],
         "temperature": sampling["temperature"],

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
 import logging
 import time
 import warnings
@@ -31,10 +32,11 @@ from atp.config import TrainConfig
 from atp.data import check
 from atp.export.bundle import upload
 from atp.export.card import load_lines
+from atp.export.huggingface import PROVENANCE_FILE
 from atp.report.comparison import comparison_cells, comparison_table
 from atp.report.evidence import evidence_tables
 from atp.results import assemble, final_figures, metric, write_card
-from atp.rundir import RunDirectory, provenance
+from atp.rundir import CONFIG, RunDirectory, provenance
 from atp.stages import Stages
 from atp.sweep import SharedResults, sweep_of
 
@@ -90,6 +92,43 @@ def run(cfg: DictConfig, run_dir: Path, *, overrides: list[str], go_on: bool = F
     lines = load_lines(str(run_dir / "pruned"), stock=exported["stock"], adapter=exported.get("adapter", False))
     console.print(lines, highlight=False, markup=False, soft_wrap=True)
     return metric(metrics, config.optimized_metric)
+
+
+def export_adapter(run_dir: Path, output: Path, *, overwrite: bool = False) -> float:
+    """Write the model of a finished run once more, as pruned base with the adapter beside it.
+
+    Args:
+        run_dir: The run directory.
+        output: Where it goes.
+        overwrite: Replace a model directory that is there.
+
+    Returns:
+        Largest logit difference from what the run exported.
+
+    Raises:
+        ValueError: The directory is no finished run, or lacks what an adapter is made of.
+    """
+    file = run_dir / CONFIG
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "overrides" not in saved:
+        raise ValueError(f"{run_dir} is not a run directory; an adapter is made from a run's own checkpoint")
+    named = {"run_dir": str(run_dir)}  # its default is named after the moment of composing
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), saved["config"], named))
+    assert isinstance(config, TrainConfig)
+    config.export.gguf, config.export.onnx, config.export.push_to_hub = [], False, None
+    directory = RunDirectory(run_dir, saved["config"], saved["overrides"], resume=True)
+    if not directory.is_finished:
+        raise ValueError(f"{run_dir} is not finished; go on with: python train.py resume={run_dir}")
+    _quiet_libraries()
+    written = json.loads((run_dir / "pruned" / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    stages = Stages(config, directory, saved["config"], written["run"])
+    try:
+        difference = stages.export_unmerged(output, overwrite=overwrite)
+    finally:
+        stages.close()
+    metrics = directory.read_metrics()
+    write_card(output, {**metrics, "export": {**metrics["export"], "formats": []}})
+    return difference
 
 
 def check_data(cfg: DictConfig) -> int:

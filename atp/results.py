@@ -16,7 +16,7 @@ from atp.baselines import BASELINES
 from atp.config import TrainConfig
 from atp.evaluate.intervals import Items, paired
 from atp.evaluate.metrics import recovery
-from atp.export.card import base_license, model_card
+from atp.export.card import CardFacts, base_license, model_card
 
 FORMAT = 1
 MODELS = ("dense", "dense_lora", "pruned", *BASELINES)
@@ -148,7 +148,7 @@ def _beyond_the_target(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 def write_card(folder: Path, metrics: Mapping[str, Any]) -> None:
     """Write the model card of a finished run into the exported directory."""
     run, base = metrics["run"], metrics["run"]["base"]
-    text = model_card(
+    facts = CardFacts(
         title=f"{Path(base).name} pruned to {1 - metrics['sparsity']['blocks']:.0%} of its decoder blocks",
         architecture=metrics["export"]["architecture"],
         stock=metrics["export"]["stock"],
@@ -170,7 +170,7 @@ def write_card(folder: Path, metrics: Mapping[str, Any]) -> None:
         checks=metrics["export"].get("formats", ()),
     )
     temporary = folder / "README.md.tmp"
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(model_card(facts), encoding="utf-8")
     os.replace(temporary, folder / "README.md")
 
 

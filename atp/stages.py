@@ -166,11 +166,7 @@ class Stages:
 
     def remove_and_export(self) -> dict[str, Any]:
         """Cut the pruned units for good, write ``pruned/``, and compare masked, removed and reloaded model."""
-        module = build.pruning_module(self.config, self.dense())
-        self._load("joint", module)
-        if not module.is_frozen:
-            module.freeze_masks()
-        masks_U = module.final_masks_U.cpu()
+        module, masks_U = self._trained()
         self._write_masks(masks_U, module.final_scores_U.cpu())
         log.info("removal: cutting %d of %d units", int((masks_U < 0.5).sum()), self.space.num_units)
         masked = module.masked.to(self.device).eval()
@@ -178,19 +174,7 @@ class Stages:
         batches = self._check_batches()
         masked_vs_removed = max_logit_difference(masked, removed, batches)
         path = self.directory.path / "pruned"
-        log.info("export: %s", path)
-        export_hf(
-            stored,
-            self.tokenizer,
-            path,
-            provenance=self.origin,
-            overwrite=True,
-            dtype=build.DTYPES[self.config.export.dtype] if self.config.export.dtype else None,
-            max_shard_size=self.config.export.max_shard_size,
-            adapter=adapter,
-        )
-        if not self.prompt.is_empty:
-            write_json(path / PROMPT_FILE, self.prompt.plain())
+        self._export(stored, adapter, path, overwrite=True)
         write_formats(path, gguf=self.config.export.gguf, onnx=self.config.export.onnx)
         removed_vs_reloaded = max_logit_difference(removed, self.pruned(), batches)
         return {
@@ -222,10 +206,57 @@ class Stages:
         if not self.config.export.merge and module.gates is not None:
             log.warning("export.merge=false is ignored: soft gates are folded into the merged weights")
         elif not self.config.export.merge:
-            adapter = slice_adapter(extract_adapter(masked.peft_model), self.space, masks_U)
-            stored = remove(base_tensors(masked.peft_model), self.base_config, self.space, masks_U, device=self.device)
-        stored.generation_config = copy.deepcopy(self.generation_config)
+            stored, adapter = self._unmerged(module, masks_U)
         return removed, stored, adapter
+
+    def export_unmerged(self, path: Path, *, overwrite: bool = False) -> float:
+        """Write the finished run's model once more, as pruned base with the adapter beside it.
+
+        Returns:
+            Largest logit difference from the run's own export.
+
+        Raises:
+            ValueError: The run trained no mask and adapter to a checkpoint, or folded gates into merged weights.
+        """
+        if not self.directory.checkpoint("joint").is_file():
+            raise ValueError(f"{self.directory.path} holds no checkpoints/joint.ckpt, which has the adapter")
+        module, masks_U = self._trained()
+        if module.gates is not None:
+            raise ValueError("this run folded soft gates into the merged weights, so no adapter can be taken apart")
+        stored, adapter = self._unmerged(module, masks_U)
+        self._export(stored, adapter, path, overwrite=overwrite)
+        return max_logit_difference(self.pruned(), load_exported(path, device=self.device), self._check_batches())
+
+    def _trained(self) -> tuple[PruningModule, Tensor]:
+        """The module as training left it, and its final masks."""
+        module = build.pruning_module(self.config, self.dense())
+        self._load("joint", module)
+        if not module.is_frozen:
+            module.freeze_masks()
+        return module, module.final_masks_U.cpu()
+
+    def _unmerged(self, module: PruningModule, masks_U: Tensor) -> tuple[PreTrainedModel, Adapter]:
+        """The pruned base and the adapter cut to it."""
+        peft_model = module.masked.peft_model
+        adapter = slice_adapter(extract_adapter(peft_model), self.space, masks_U)
+        return remove(base_tensors(peft_model), self.base_config, self.space, masks_U, device=self.device), adapter
+
+    def _export(self, stored: PreTrainedModel, adapter: Adapter | None, path: Path, *, overwrite: bool) -> None:
+        """Write a Hugging Face directory with what every export of this run carries."""
+        log.info("export: %s", path)
+        stored.generation_config = copy.deepcopy(self.generation_config)
+        export_hf(
+            stored,
+            self.tokenizer,
+            path,
+            provenance=self.origin,
+            overwrite=overwrite,
+            dtype=build.DTYPES[self.config.export.dtype] if self.config.export.dtype else None,
+            max_shard_size=self.config.export.max_shard_size,
+            adapter=adapter,
+        )
+        if not self.prompt.is_empty:
+            write_json(path / PROMPT_FILE, self.prompt.plain())
 
     def _verify_formats(self, path: Path, removed: PreTrainedModel) -> list[dict[str, Any]]:
         """Each exported format compared with the removed model in a fresh process."""

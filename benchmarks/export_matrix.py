@@ -27,18 +27,19 @@ from atp.export.huggingface import export_hf  # noqa: E402
 from atp.export.onnx_graph import export_onnx  # noqa: E402
 
 TOKENS = 48
-COLUMNS = ("hf class", "hf", "gguf arch", "gguf f32", "gguf f16", "gguf q8_0", "onnx")
+COLUMNS = ("hf class", "hf", "gguf arch", "gguf f32", "gguf f16", "gguf bf16", "gguf q8_0", "onnx")
 
 
 def main() -> None:
     """Fills the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="models to try; by default all")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     lines = [f"| family | shape | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for case in CASES:
+    for case in arguments.cases:
         dense = dense_model(CASES[case])
         for shape in SHAPES:
             with tempfile.TemporaryDirectory() as folder:
@@ -67,11 +68,12 @@ def row(model, directory: Path) -> list[str]:
     cells = [type(model).__name__]
     cells.append(difference(lambda: probe.TransformersEngine({"format": "hf", "path": str(directory)})))
     try:
-        files = export_gguf(directory, types=["f32", "f16", "q8_0"], tokenizer=False)
+        files = export_gguf(directory, types=["f32", "f16", "bf16", "q8_0"], tokenizer=False)
     except ValueError:
-        cells += ["refused"] * 4
+        cells += ["refused"] * 5
     else:
-        context = 4 if files[0].notes else TOKENS  # a sliding window limits the context in which both agree
+        windowed = any("sliding window" in note for note in files[0].notes)
+        context = 4 if windowed else TOKENS  # the context in which both agree
         cells.append(files[0].architecture)
         for file in files:
             task = {"path": str(file.path), "context": 64}

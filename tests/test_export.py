@@ -7,18 +7,20 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_architecture import CASES, LAYERS, SHAPES, VOCAB, dense_model, left_padded_batch, pruned_model, real_logits
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,7 +31,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from atp import modeling_atp
 from atp.architecture import LayerWidths, layer_widths
 from atp.export import huggingface
-from atp.export.card import base_license, load_lines, model_card
+from atp.export.card import CardFacts, base_license, load_lines, model_card
 from atp.export.huggingface import export_hf
 from atp.export.loading import load_exported
 
@@ -160,6 +162,73 @@ def test_fresh_process_loads_every_export_with_the_same_logits(exported, tmp_pat
     for name in names:
         expected = real_logits(pruned(name), batch)
         torch.testing.assert_close(logits[name][batch["attention_mask"].bool()], expected, atol=1e-5, rtol=0)
+
+
+PER_LAYER = [name for name in EXPORTS if "stock" not in name and name != "llama-as-mistral"]
+
+
+@pytest.mark.parametrize("name", PER_LAYER)
+def test_a_loaded_per_layer_export_is_placed_by_a_device_map(exported, tmp_path, name):
+    pytest.importorskip("accelerate", reason="device_map needs accelerate")
+    expected = real_logits(pruned(name), left_padded_batch())
+    parts = [
+        "model.embed_tokens",
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+        *(f"model.layers.{i}" for i in (0, 1, 3)),
+    ]
+    spread = {**dict.fromkeys(parts, "cpu"), "model.layers.2": "disk"}
+    for device_map in ("auto", "cpu", spread):
+        options = {"device_map": device_map, "offload_folder": str(tmp_path)}
+        model = AutoModelForCausalLM.from_pretrained(exported / name, **options).eval()
+        assert torch.equal(real_logits(model, left_padded_batch()), expected), device_map
+    assert model.hf_device_map["model.layers.2"] == "disk"
+
+
+@pytest.mark.parametrize("name", PER_LAYER)
+def test_a_loaded_per_layer_export_generates_with_every_cache_beams_and_left_padding(exported, name):
+    model, batch = AutoModelForCausalLM.from_pretrained(exported / name).eval(), left_padded_batch()
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    greedy = model.generate(**batch, **options, use_cache=False)
+    for cache in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        assert torch.equal(model.generate(**batch, **options, **cache), greedy)
+    beams = model.generate(**batch, **options, num_beams=3, use_cache=False)
+    assert torch.equal(model.generate(**batch, **options, num_beams=3), beams)
+    assert torch.equal(model.generate(batch["input_ids"][2:, 8:], **options), greedy[2:, 8:])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_loaded_per_layer_export_is_tuned_further_with_peft_and_checkpointing(exported, tmp_path, name):
+    model, batch = AutoModelForCausalLM.from_pretrained(exported / name), left_padded_batch()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = tuned(**batch, labels=batch["input_ids"]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    tuned.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(exported / name), str(tmp_path))
+    assert torch.equal(real_logits(again.eval(), batch), real_logits(tuned.eval(), batch))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_per_layer_export_loads_in_eight_bits(exported, name):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    expected = real_logits(pruned(name), left_padded_batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of bitsandbytes on the CPU
+        config = BitsAndBytesConfig(load_in_8bit=True)
+        model = AutoModelForCausalLM.from_pretrained(exported / name, quantization_config=config).eval()
+        found = real_logits(model, left_padded_batch())
+    assert model.model.layers[1].mlp.up_proj.weight.dtype == torch.int8
+    assert 0 < (found - expected).square().mean().sqrt() < 0.1 * expected.std()
 
 
 def test_exported_tokenizer_and_generation_config_are_the_given_ones(tmp_path, tokenizer):
@@ -442,7 +511,7 @@ CARD = {
 
 
 def test_card_has_hub_metadata_and_the_figures():
-    text = model_card(**CARD)
+    text = model_card(CardFacts(**CARD))
     data = ModelCard(text).data
     assert (data.base_model, data.license, data.library_name) == ("some-org/Some-Model-7B", "llama3", "transformers")
     assert data.pipeline_tag == "text-generation"
@@ -462,21 +531,21 @@ def test_card_has_hub_metadata_and_the_figures():
 def test_card_says_how_each_format_is_opened_and_how_it_compared():
     check = {"format": "gguf f16", "size_bytes": 3 * 2**20, "max_abs": 0.012, "top1": 0.9987}
     files = ["adapter/adapter_config.json", "gguf/model-f16.gguf", "onnx/model.onnx"]
-    text = model_card(**CARD, files=files, checks=[check, {"format": "onnx", "top1": None}])
+    text = model_card(CardFacts(**CARD, files=files, checks=[check, {"format": "onnx", "top1": None}]))
     assert "| gguf f16 | 3.0 | 0.012 | 99.87% |" in text
     assert "llama-cli -m gguf/model-f16.gguf" in text
     assert "PeftModel.from_pretrained" in text and "`onnx/model.onnx` takes" in text
-    assert "llama-cli" not in model_card(**CARD)
+    assert "llama-cli" not in model_card(CardFacts(**CARD))
 
 
 def test_card_of_a_stock_model_asks_for_no_flag():
-    text = model_card(**{**CARD, "stock": True, "architecture": "LlamaForCausalLM"})
+    text = model_card(CardFacts(**{**CARD, "stock": True, "architecture": "LlamaForCausalLM"}))
     assert "trust_remote_code" not in text
     assert "custom_code" not in ModelCard(text).data.tags
 
 
 def test_card_shows_of_a_local_base_only_its_name(tmp_path):
-    text = model_card(**{**CARD, "base_model": str(tmp_path / "my-base"), "license_id": None})
+    text = model_card(CardFacts(**{**CARD, "base_model": str(tmp_path / "my-base"), "license_id": None}))
     assert str(tmp_path) not in text
     assert "`my-base`" in text
     assert ModelCard(text).data.base_model is None
@@ -484,7 +553,7 @@ def test_card_shows_of_a_local_base_only_its_name(tmp_path):
 
 
 def test_card_names_a_licence_the_hub_does_not_list_as_other():
-    data = ModelCard(model_card(**{**CARD, "license_id": "Acme Community License 2"})).data
+    data = ModelCard(model_card(CardFacts(**{**CARD, "license_id": "Acme Community License 2"}))).data
     assert (data.license, data.license_name) == ("other", "acme-community-license-2")
 
 

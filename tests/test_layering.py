@@ -51,7 +51,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
         "criteria": ("importance",),
         "cost": (),
         "lasso": (),
-        "export": (),
+        "export": ("pipeline",),  # its command line, for an adapter: only a run's own pipeline takes one apart
         "compare": (),
     },
     {"compaction": (), "restoration": (), "tuning": ()},

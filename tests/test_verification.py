@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_batch, tiny_model
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_architecture import CASES, SHAPES, dense_model, left_padded_batch, pruned_model, real_logits
@@ -26,7 +28,7 @@ from atp.export.huggingface import export_hf
 from atp.export.limits import verdict
 from atp.export.loading import load_exported
 from atp.export.onnx_graph import export_onnx
-from atp.export.probe import LlamaCppEngine
+from atp.export.probe import LlamaCppEngine, OnnxEngine
 from atp.export.rounding import ROUNDINGS, rounding_error
 from atp.export.verification import mismatches, verify
 from atp.generate import main as generate
@@ -121,6 +123,21 @@ def test_onnx_graph_gives_the_same_logits_with_and_without_its_cache(tmp_path, c
     np.testing.assert_allclose(rest[0], whole[0][:, 9:], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("case", ["llama-gqa-tied-rope3", "llama-mha"])
+def test_onnx_graph_stores_every_parameter_once(tmp_path, case):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'atp[onnx]'")
+    onnx = pytest.importorskip("onnx")
+    model = pruned_model(dense_model(CASES[case]), CASES[case], SHAPES["per-layer"])
+    export_hf(model, None, tmp_path / "model")
+    path = export_onnx(tmp_path / "model", cache=False)
+    prompt = np.array([5, 6, 7])
+    expected = model.generate(torch.tensor(prompt[None]), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert OnnxEngine({"path": str(path)}).generate(prompt, 6) == expected[0, 3:].tolist()
+    graph = onnx.load(path).graph
+    stored = sum(int(np.prod(tensor.dims)) for tensor in graph.initializer if len(tensor.dims))
+    assert stored <= sum(p.numel() for p in model.parameters()) + 200  # and the few constants of the graph
+
+
 SLIM = [("llama", ("qk_pairs", "value_dims")), ("qwen2", ("value_dims", "channels")), ("llama", ("hidden", "heads"))]
 
 
@@ -174,7 +191,7 @@ def test_an_unmerged_export_is_compared_through_peft(tmp_path, capsys):
     (check,) = verify(directory, tokens=64, reference_model=merged)
     assert check.ok is False and "rms" in check.note and "adapter_model.safetensors changed" in check.note
     assert main([str(directory), "--verify", "--tokens", "64"]) == 1, "its own adapter is no reference for itself"
-    assert "adapter_model.safetensors changed" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "adapter: adapter/adapter_model.safetensors changed since the export" in capsys.readouterr().out
 
 
 def swapped_in_graph(graph: Path, layer: int) -> None:
@@ -203,8 +220,7 @@ def test_a_format_that_differs_is_a_mismatch_and_the_exit_code_says_so(tmp_path,
     assert main([str(tmp_path / "model"), "--verify", "--tokens", "64"]) == 1
     shown = capsys.readouterr().out
     assert shown.count("MISMATCH") == 2
-    hf, onnx = (check.note for check in mismatches(verify(tmp_path / "model", tokens=64)))
-    assert "model.safetensors changed since the export" in hf and "rms" in onnx
+    assert "hf: model.safetensors changed since the export" in shown and "onnx: rms" in shown
 
 
 def test_an_exact_format_must_give_the_logits_and_a_rounded_one_may_differ_by_its_rounding():
@@ -241,12 +257,14 @@ def test_code_beside_the_weights_that_is_not_atps_is_never_run(tmp_path):
 
 
 USER_MISTAKES = [
-    (["--to", "tflite"], "tflite: unknown format; known: hf, gguf, onnx"),
-    (["--to", "adapter"], "written by a run with export="),
+    (["--to", "tflite"], "tflite: unknown format; known: hf, adapter, gguf, onnx"),
+    (["--to", "adapter"], "is not a run directory"),
+    (["--to", "hf,adapter", "--output", "both"], "one at a time"),
     (["--to", "hf"], "needs --output"),
     ([], "nothing to do"),
     (["--to", "gguf", "--gguf-type", "q9"], "'q9' is not known"),
     (["--verify", "--quantised", "int3"], "'int3' is not known"),
+    (["--to", "gguf", "--output", "elsewhere", "--verify"], "leave --output out"),
 ]
 
 
@@ -264,6 +282,57 @@ def test_places_without_a_model_are_named(tmp_path, capsys):
     assert "resume=" in capsys.readouterr().err
 
 
+def test_a_damaged_model_is_named_by_the_command_line(model_dir, capsys):
+    """Pickled and truncated weights, and a tokenizer that is gone: what is wrong, what to do, and nothing written."""
+    whole = (model_dir / "model.safetensors").read_bytes()
+    (model_dir / "tokenizer.json").rename(model_dir / "tokenizer.gone")
+    assert main([str(model_dir), "--to", "gguf"]) == 2
+    assert "holds no tokenizer" in capsys.readouterr().err
+    assert generate([str(model_dir), "--prompt", "a"]) == 2
+    assert "no tokenizer that can be read" in capsys.readouterr().err
+    (model_dir / "model.safetensors").write_bytes(whole[:-1000])
+    for command in (["--verify"], ["--to", "gguf", "--no-tokenizer"], ["--to", "onnx"]):
+        assert main([str(model_dir), *command]) == 2
+        assert "truncated or not a safetensors file" in capsys.readouterr().err
+    (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
+    assert main([str(model_dir), "--verify"]) == 2
+    assert "save_pretrained(NEW_DIRECTORY)" in capsys.readouterr().err
+    assert not (model_dir / "gguf").exists() and not (model_dir / "onnx").exists()
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()], ids=["full", "interrupt"])
+def test_a_graph_that_could_not_be_written_leaves_the_earlier_one(model_dir, monkeypatch, capsys, error):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'atp[onnx]'")
+    (model_dir / "onnx").mkdir()
+    (model_dir / "onnx" / "model.onnx").write_bytes(b"earlier")
+
+    def fails(graph, inputs, path, **options):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    assert main([str(model_dir), "--to", "onnx", "--overwrite"]) == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    assert ("No space left" in capsys.readouterr().err) == isinstance(error, OSError)
+    assert (model_dir / "onnx" / "model.onnx").read_bytes() == b"earlier"
+    assert not [path.name for path in model_dir.iterdir() if "partial" in path.name]
+
+
+def test_generation_stops_quietly_when_its_reader_does_or_the_user_interrupts(model_dir, monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr("atp.generate.stream", lambda *arguments, **options: iter(["the ", "court"]))
+    with os.fdopen(writing, "w") as closed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
+        assert generate([str(model_dir), "--prompt", "a"]) == 0
+    assert capsys.readouterr().err == ""
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("atp.generate.stream", interrupted)
+    assert generate([str(model_dir), "--prompt", "a"]) == 130
+
+
 def test_conversion_of_a_run_directory_and_no_silent_overwriting(tmp_path, model_dir, capsys):
     pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'atp[gguf]'")
     (tmp_path / "run").mkdir()
@@ -278,9 +347,14 @@ def test_conversion_of_a_run_directory_and_no_silent_overwriting(tmp_path, model
 
 
 def test_another_dtype_and_an_output_directory_in_use(tmp_path, model_dir, capsys):
+    (model_dir / "README.md").write_text("---\nlicense: llama3\nbase_model: some-org/Base\n---\n# A card\n")
+    (model_dir / "prompt.json").write_text("{}")
     command = [str(model_dir), "--to", "hf", "--output", str(tmp_path / "half"), "--dtype", "bfloat16"]
     assert main(command) == 0
     assert load_exported(tmp_path / "half").dtype == torch.bfloat16
+    data = ModelCard.load(tmp_path / "half" / "README.md").data
+    assert (data.license, data.base_model) == ("llama3", "some-org/Base")
+    assert (tmp_path / "half" / "prompt.json").read_text() == "{}"
     assert main(command) == 2
     assert "not empty" in capsys.readouterr().err
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,34 +35,11 @@ GENERAL_LIMITATIONS = (
 )
 
 
-def model_card(
-    *,
-    title: str,
-    architecture: str,
-    stock: bool,
-    widths: Sequence[LayerWidths],
-    dense_widths: Sequence[LayerWidths] | None = None,
-    base_model: str | None = None,
-    license_id: str | None = None,
-    datasets: Sequence[str] = (),
-    tags: Sequence[str] = (),
-    language: str = "en",
-    method: str | None = None,
-    target_sparsity: float | None = None,
-    block_sparsity: float | None = None,
-    model_sparsity: float | None = None,
-    parameters: int | None = None,
-    dense_parameters: int | None = None,
-    metrics: Mapping[str, Mapping[str, float]] | None = None,
-    recovery: Mapping[str, float] | None = None,
-    limitations: Sequence[str] = (),
-    prompt: str | None = None,
-    files: Sequence[str] = (),
-    checks: Sequence[Mapping[str, Any]] = (),
-) -> str:
-    """Writes the model card.
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a model card says.
 
-    Args:
+    Attributes:
         title: Heading of the card.
         architecture: Name of the model class.
         stock: Whether the class is part of transformers, so that loading needs no code from the directory.
@@ -84,20 +62,45 @@ def model_card(
         prompt: What stood before or around prompts when it was evaluated, and should when it is used.
         files: Files of further formats, relative to the directory: adapter, GGUF, ONNX.
         checks: What verification found of each format, as JSON values.
-
-    Returns:
-        Markdown with a YAML header.
     """
+
+    title: str
+    architecture: str
+    stock: bool
+    widths: Sequence[LayerWidths]
+    dense_widths: Sequence[LayerWidths] | None = None
+    base_model: str | None = None
+    license_id: str | None = None
+    datasets: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    language: str = "en"
+    method: str | None = None
+    target_sparsity: float | None = None
+    block_sparsity: float | None = None
+    model_sparsity: float | None = None
+    parameters: int | None = None
+    dense_parameters: int | None = None
+    metrics: Mapping[str, Mapping[str, float]] | None = None
+    recovery: Mapping[str, float] | None = None
+    limitations: Sequence[str] = ()
+    prompt: str | None = None
+    files: Sequence[str] = ()
+    checks: Sequence[Mapping[str, Any]] = ()
+
+
+def model_card(facts: CardFacts) -> str:
+    """Writes the model card: Markdown with a YAML header."""
+    limitations = "\n".join(f"- {line}" for line in (*facts.limitations, *GENERAL_LIMITATIONS))
     sections = [
-        _header(architecture, stock, base_model, license_id, datasets, tags, language),
-        f"# {title}\n\n{_summary(base_model, datasets, method)}",
-        _sparsity(target_sparsity, block_sparsity, model_sparsity, parameters, dense_parameters),
-        _widths_table(widths, dense_widths),
-        _metrics_table(metrics or {}, recovery or {}),
-        _loading(architecture, stock, files),
-        _prompt(prompt),
-        _checks_table(checks),
-        "## Limitations\n\n" + "\n".join(f"- {line}" for line in (*limitations, *GENERAL_LIMITATIONS)),
+        _header(facts),
+        f"# {facts.title}\n\n{_summary(facts)}",
+        _sparsity(facts),
+        _widths_table(facts.widths, facts.dense_widths),
+        _metrics_table(facts.metrics or {}, facts.recovery or {}),
+        _loading(facts.architecture, facts.stock, facts.files),
+        _prompt(facts.prompt),
+        _checks_table(facts.checks),
+        f"## Limitations\n\n{limitations}",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -122,25 +125,19 @@ def base_license(base_model: str | Path) -> str | None:
     return str(name) if name else None
 
 
-def _header(
-    architecture: str,
-    stock: bool,
-    base_model: str | None,
-    license_id: str | None,
-    datasets: Sequence[str],
-    tags: Sequence[str],
-    language: str,
-) -> str:
+def _header(facts: CardFacts) -> str:
+    license_id, base_model = facts.license_id, facts.base_model
     known = license_id is None or license_id.lower() in _HUB_LICENSES
+    own_tags = ["pruning", "structured-pruning", "atp", *facts.tags, *([] if facts.stock else ["custom_code"])]
     data = ModelCardData(
-        language=language,
+        language=facts.language,
         license=license_id.lower() if license_id and known else ("other" if license_id else None),
         license_name=None if known else re.sub(r"[^a-z0-9.-]+", "-", str(license_id).lower()).strip("-"),
         base_model=base_model if base_model and _is_hub_id(base_model) else None,
-        datasets=[name for name in datasets if _is_hub_id(name)] or None,
+        datasets=[name for name in facts.datasets if _is_hub_id(name)] or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=list(dict.fromkeys(["pruning", "structured-pruning", "atp", *tags, *([] if stock else ["custom_code"])])),
+        tags=list(dict.fromkeys(own_tags)),
     )
     return f"---\n{data.to_yaml()}\n---"
 
@@ -149,26 +146,25 @@ def _is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
-def _summary(base_model: str | None, datasets: Sequence[str], method: str | None) -> str:
+def _summary(facts: CardFacts) -> str:
     name = "its base model"
-    if base_model:
-        name = f"`{base_model if _is_hub_id(base_model) else Path(base_model).name}`"
-    data = f", for {', '.join(datasets)}" if datasets else ""
+    if facts.base_model:
+        name = f"`{facts.base_model if _is_hub_id(facts.base_model) else Path(facts.base_model).name}`"
+    data = f", for {', '.join(facts.datasets)}" if facts.datasets else ""
     text = f"Attention heads and FFN channels of {name} have been removed for good{data}."
-    return f"{text} {method}" if method else text
+    return f"{text} {facts.method}" if facts.method else text
 
 
-def _sparsity(
-    target: float | None, blocks: float | None, model: float | None, parameters: int | None, dense: int | None
-) -> str:
+def _sparsity(facts: CardFacts) -> str:
     rows = []
-    if blocks is not None:
-        aim = "" if target is None else f" (target {target:.2%})"
-        rows.append(f"| removed, of decoder-block parameters | {blocks:.2%}{aim} |")
-    if model is not None:
-        rows.append(f"| removed, of all parameters | {model:.2%} |")
-    if parameters is not None:
-        rows.append(f"| parameters | {parameters:,}{'' if dense is None else f' of {dense:,}'} |")
+    if facts.block_sparsity is not None:
+        aim = "" if facts.target_sparsity is None else f" (target {facts.target_sparsity:.2%})"
+        rows.append(f"| removed, of decoder-block parameters | {facts.block_sparsity:.2%}{aim} |")
+    if facts.model_sparsity is not None:
+        rows.append(f"| removed, of all parameters | {facts.model_sparsity:.2%} |")
+    if facts.parameters is not None:
+        of_dense = "" if facts.dense_parameters is None else f" of {facts.dense_parameters:,}"
+        rows.append(f"| parameters | {facts.parameters:,}{of_dense} |")
     if not rows:
         return ""
     note = "Decoder-block parameters leave out embeddings, the output head and norms."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from types import ModuleType
+from typing import Any
 
 
 def require(package: str, *, extra: str) -> ModuleType:
@@ -20,3 +22,19 @@ def require(package: str, *, extra: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise ValueError(f"{package} is not installed ({error}); get it with: pip install 'atp[{extra}]'") from error
+
+
+_SILENT: list[Any] = []  # llama.cpp calls its log function for as long as the process lives, so it must live as long
+
+
+def silenced_llama_cpp() -> Any:
+    """Imports llama_cpp and keeps llama.cpp from writing to standard error, which its verbose=False does in part.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    llama_cpp: Any = require("llama_cpp", extra="llamacpp")
+    if not _SILENT:
+        _SILENT.append(llama_cpp.llama_log_callback(lambda level, text, data: None))
+    llama_cpp.llama_log_set(_SILENT[0], ctypes.c_void_p(0))
+    return llama_cpp

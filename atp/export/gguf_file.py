@@ -7,7 +7,6 @@ model; a file appears under its name only when it is whole. Which architecture a
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import secrets
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from atp.export.extras import require
+from atp.export.extras import require, silenced_llama_cpp
 from atp.export.gguf_layout import GgufLayout, GgufTensor, gguf_layout
 from atp.export.gguf_vocab import Vocabulary, gguf_vocabulary
 from atp.export.loading import StoredModel
@@ -34,8 +33,6 @@ BLOCK = 32
 _FLOATS = ("f32", "f16", "bf16")
 QUANTISER_TYPES = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k", "q5_0", "q4_0")
 """Types written by llama.cpp's quantiser, where llama-cpp-python is installed."""
-
-_SILENT: list[Any] = []  # llama.cpp calls its log function for as long as the process lives, so it must live as long
 
 
 @dataclass(frozen=True)
@@ -235,12 +232,8 @@ def _write_vocabulary(writer: Any, vocabulary: Vocabulary | None) -> None:
 
 def _quantise(stored: StoredModel, layout: GgufLayout, vocabulary: Vocabulary | None, kind: str, path: Path) -> None:
     """Writes float32 and lets llama.cpp's quantiser make the wanted type of it."""
-    import llama_cpp
-
+    llama_cpp = silenced_llama_cpp()
     full = path.with_name(path.name + "-f32")
-    if not _SILENT:
-        _SILENT.append(llama_cpp.llama_log_callback(lambda level, text, data: None))
-    llama_cpp.llama_log_set(_SILENT[0], ctypes.c_void_p(0))
     try:
         _write(stored, layout, vocabulary, "f32", full)
         options = llama_cpp.llama_model_quantize_default_params()

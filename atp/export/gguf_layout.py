@@ -129,15 +129,22 @@ def gguf_layout(config: PreTrainedConfig, *, block: int = 1) -> GgufLayout:
         "rope.dimension_count": head_dim,
         **rope_fields,
     }
-    tensors = [GgufTensor("token_embd.weight", (config.vocab_size, config.hidden_size), ("model.embed_tokens.weight",))]
-    if factors:
-        tensors.append(GgufTensor("rope_freqs.weight", (len(factors),), filling=factors))
+    tensors = [GgufTensor("rope_freqs.weight", (len(factors),), filling=factors)] if factors else []
     for index, (kept, layer) in enumerate(zip(widths, written, strict=True)):
         tensors += layer_tensors(config, architecture, index, kept, layer)
-    tensors.append(GgufTensor("output_norm.weight", (config.hidden_size,), ("model.norm.weight",)))
+    return GgufLayout(architecture, written, fields, (*_outer_tensors(config), *tensors), notes)
+
+
+def _outer_tensors(config: PreTrainedConfig) -> list[GgufTensor]:
+    """Tensors outside the layers."""
+    table = (config.vocab_size, config.hidden_size)
+    tensors = [
+        GgufTensor("token_embd.weight", table, ("model.embed_tokens.weight",)),
+        GgufTensor("output_norm.weight", table[1:], ("model.norm.weight",)),
+    ]
     if not config.tie_word_embeddings:
-        tensors.append(GgufTensor("output.weight", (config.vocab_size, config.hidden_size), ("lm_head.weight",)))
-    return GgufLayout(architecture, written, fields, tuple(tensors), notes)
+        tensors.append(GgufTensor("output.weight", table, ("lm_head.weight",)))
+    return tensors
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:

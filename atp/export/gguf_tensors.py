@@ -79,9 +79,8 @@ class GgufTensor:
         """Puts the model's units in front of zeros, at every level of the grid."""
         before, after = part.shape[: self.axis], part.shape[self.axis + 1 :]
         made = part.new_zeros(*before, *want, *after)
-        made[(..., *(slice(size) for size in have), *(slice(None) for _ in after))] = part.reshape(
-            *before, *have, *after
-        )
+        corner: tuple[Any, ...] = (*[slice(None)] * len(before), *(slice(size) for size in have))
+        made[corner] = part.reshape(*before, *have, *after)
         return made.reshape(*before, -1, *after)
 
 

@@ -31,7 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from atp import modeling_atp
 from atp.adapter import Adapter
 from atp.architecture import family, is_stock, layer_widths
-from atp.export.card import load_lines, model_card
+from atp.export.card import CardFacts, load_lines, model_card
 from atp.export.loading import ADAPTER_FOLDER, INDEX_FILE, differences, expected_shapes
 
 logger = logging.getLogger(__name__)
@@ -105,19 +105,13 @@ def export_hf(
     _check_space(target, parameters * dtype.itemsize)
     with appearing_whole(target) as stage:
         _write_weights(tensors, stage, dtype, max_shard_size)
-        config.to_json_file(stage / "config.json")
-        _write_generation_config(model, stage)
-        if tokenizer is None:
-            logger.warning("no tokenizer given: %s will hold none", target)
-        else:
-            tokenizer.save_pretrained(str(stage))
         if adapter is not None:
             adapter.save(stage / ADAPTER_FOLDER)
         for name, text in texts.items():
             (stage / name).write_text(text, encoding="utf-8")
-        for weights in stage.rglob("*.safetensors"):  # written readable for their owner only
-            shutil.copymode(stage / "config.json", weights)
-        _note_digests(stage)
+        config.to_json_file(stage / "config.json")
+        _write_companions(model, tokenizer, stage)
+        _finish_weights(stage)
     return ExportResult(
         directory=target,
         architecture=_architecture(config),
@@ -134,10 +128,12 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _note_digests(stage: Path) -> None:
-    """Adds the digests of the weight files to the provenance."""
-    facts = json.loads((stage / PROVENANCE_FILE).read_text(encoding="utf-8"))
+def _finish_weights(stage: Path) -> None:
+    """Makes weights as readable as the other files, and adds their digests to the provenance."""
     weights = sorted(stage.rglob("*.safetensors"))
+    for file in weights:  # written readable for their owner only
+        shutil.copymode(stage / "config.json", file)
+    facts = json.loads((stage / PROVENANCE_FILE).read_text(encoding="utf-8"))
     facts["sha256"] = {file.relative_to(stage).as_posix(): digest(file) for file in weights}
     (stage / PROVENANCE_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
@@ -153,7 +149,9 @@ def check_target(target: Path, overwrite: bool, marker: str = "config.json") -> 
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"output directory {target} is not empty; pass overwrite=True or choose another path")
+        raise ValueError(
+            f"output directory {target} is not empty; pass overwrite=True (--overwrite) or choose another path"
+        )
     if not (target / marker).is_file():
         raise ValueError(
             f"output directory {target} is not a model directory (no {marker}), so it will not be replaced; "
@@ -216,7 +214,8 @@ def _written_texts(
         texts = {PROVENANCE_FILE: json.dumps(facts, indent=2, allow_nan=False) + "\n"}
     except (TypeError, ValueError) as error:
         raise ValueError(f"provenance must hold plain JSON values: {error}") from error
-    texts["README.md"] = card or model_card(title=title, architecture=_architecture(config), stock=stock, widths=widths)
+    own = CardFacts(title=title, architecture=_architecture(config), stock=stock, widths=widths)
+    texts["README.md"] = card or model_card(own)
     if not stock:
         texts["modeling_atp.py"] = Path(modeling_atp.__file__).read_text(encoding="utf-8")
     return texts
@@ -238,6 +237,15 @@ def _write_weights(
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (stage / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _write_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, stage: Path) -> None:
+    """Writes what generation needs beside the weights."""
+    _write_generation_config(model, stage)
+    if tokenizer is None:
+        logger.warning("no tokenizer given: the exported directory will hold none")
+    else:
+        tokenizer.save_pretrained(str(stage))
 
 
 def _write_generation_config(model: PreTrainedModel, stage: Path) -> None:

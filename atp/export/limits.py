@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+QUANTISED = ("bnb-int8", "bnb-4bit", "torchao-int8", "torchao-4bit")
+"""Ways of quantising a Hugging Face directory while it is loaded."""
 MARGIN = 1.5
 """How much more than rounding by itself a rounded file may differ; see docs/how-to/export.md for what was measured."""
 PEAK = 25.0

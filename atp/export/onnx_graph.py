@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
@@ -117,12 +118,14 @@ def export_onnx(
         require(package, extra="onnx")
     target = Path(output_dir) if output_dir is not None else Path(model_dir) / "onnx"
     check_target(target.resolve(), overwrite, marker=GRAPH_FILE)
-    model = load_exported(model_dir, dtype=torch.float32)
+    model: Any = load_exported(model_dir, dtype=torch.float32)
     model.set_attn_implementation("eager")
     graph = CachedGraph(model, cache=cache).eval()
     widths = layer_widths(model.config)
     with appearing_whole(target.resolve()) as stage:
         _export(graph, widths, stage / GRAPH_FILE)
+        if model.config.tie_word_embeddings:
+            _store_once(stage / GRAPH_FILE, tuple(model.get_input_embeddings().weight.shape))
     return target / GRAPH_FILE
 
 
@@ -159,3 +162,27 @@ def _export(graph: CachedGraph, widths: list[LayerWidths], path: Path) -> None:
             opset_version=OPSET,
             dynamo=False,
         )
+
+
+def _store_once(path: Path, shape: tuple[int, ...]) -> None:
+    """Lets a tied output head be the transposed embeddings again, of which tracing has made a second tensor.
+
+    Engines transpose once, when they load. Graphs with weights in files of their own (beyond 2 GiB) are left alone.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    if len(list(path.parent.iterdir())) > 1:
+        return
+    model = onnx.load(str(path))
+    tables = {tensor.name: tensor for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    gathered = {node.input[0] for node in model.graph.node if node.op_type == "Gather"}
+    for embeddings in (tables[name] for name in gathered if name in tables and tuple(tables[name].dims) == shape):
+        expected = numpy_helper.to_array(embeddings).T
+        for head in tables.values():
+            same_shape = tuple(head.dims) == expected.shape and head is not embeddings
+            if same_shape and np.array_equal(numpy_helper.to_array(head), expected):
+                transposed = onnx.helper.make_node("Transpose", [embeddings.name], [head.name], perm=[1, 0])
+                model.graph.node.insert(0, transposed)
+                model.graph.initializer.remove(head)
+    onnx.save(model, str(path))

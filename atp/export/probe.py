@@ -141,7 +141,7 @@ def quantised(kind: str | None, kept: list[str]) -> dict[str, Any]:
     if kind == "torchao-int8":
         return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
     # Not Int4WeightOnlyConfig, whose kernels need a GPU: this one is computed anywhere.
-    groups = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(FOUR_BIT_BLOCK))
+    groups = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(FOUR_BIT_BLOCK))  # type: ignore
     return {"quantization_config": TorchAoConfig(groups, modules_to_not_convert=kept)}
 
 
@@ -236,9 +236,11 @@ class OnnxEngine:
         ids_T, past, seen = prompt_T, self._empty(), 0
         for _ in range(new_tokens):
             logits_TV, past = self._run(ids_T, past, seen)
-            seen += len(ids_T)
             made.append(int(logits_TV[-1].argmax()))
-            ids_T = np.asarray(made[-1:])
+            if past:
+                ids_T, seen = np.asarray(made[-1:]), seen + len(ids_T)
+            else:  # a graph without cache computes the whole sequence again
+                ids_T = np.append(ids_T, made[-1])
         return made
 
 

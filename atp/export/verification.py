@@ -29,13 +29,10 @@ from transformers import PreTrainedModel
 from atp import modeling_atp
 from atp.export import probe
 from atp.export.huggingface import PROVENANCE_FILE, digest
-from atp.export.limits import verdict
+from atp.export.limits import QUANTISED, verdict
 from atp.export.loading import StoredModel, load_exported
 from atp.export.reference import Reference, spelled, token_windows, write_reference
 from atp.export.rounding import ROUNDINGS
-
-QUANTISED = ("bnb-int8", "bnb-4bit", "torchao-int8", "torchao-4bit")
-"""Ways of quantising a Hugging Face directory while it is loaded."""
 
 _PACKAGES = {"gguf": "llama_cpp", "onnx": "onnxruntime", "adapter": "peft"}
 _WAYS = {
@@ -269,5 +266,10 @@ def verification_table(checks: Sequence[Check], title: str = "") -> Table:
             check.greedy_equal,
             "" if check.tokens_per_s is None else f"{check.tokens_per_s:.1f}",
         )
-        table.add_row(check.format, *numbers, f"{state}: {check.note}" if check.note else state)
+        table.add_row(check.format, *numbers, state)
     return table
+
+
+def notes(checks: Sequence[Check]) -> list[str]:
+    """What there is to say of checks beside their numbers, one line each."""
+    return [f"{check.format}: {check.note}" for check in checks if check.note]

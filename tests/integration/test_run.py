@@ -14,6 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from atp.export.loading import load_exported
+
 ROOT = Path(__file__).parent.parent.parent
 FAST = [
     "experiment=smoke",
@@ -190,6 +192,25 @@ def test_a_run_writes_and_verifies_the_formats_it_is_asked_for(tmp_path: Path) -
     assert metrics["removal"]["max_abs_logit_diff"] < 1e-4
     card = (tmp_path / "one" / "pruned" / "README.md").read_text()
     assert "gguf/model-f32.gguf" in card and "## Formats" in card
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_taken_apart_into_base_and_adapter_later(tmp_path: Path) -> None:
+    train("experiment=smoke", "threads=1", "evaluate.reference=false", "run_dir=one", cwd=tmp_path)
+    command = [sys.executable, "-m", "atp.export", "one", "--to", "adapter"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "largest logit difference from one/pruned" in done.stdout
+    adapter, merged = load_exported(tmp_path / "one" / "unmerged"), load_exported(tmp_path / "one" / "pruned")
+    assert (tmp_path / "one" / "unmerged" / "adapter" / "adapter_model.safetensors").is_file()
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(adapter(ids).logits, merged(ids).logits, atol=1e-4, rtol=0)
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 2 and "not empty" in again.stderr and "--overwrite" in again.stderr
+    (tmp_path / "one" / "checkpoints" / "joint.ckpt").unlink()
+    gone = subprocess.run([*command, "--overwrite"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert gone.returncode == 2 and "joint.ckpt" in gone.stderr
 
 
 def test_a_format_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
