@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from atp import build
 from atp.architecture import build_model
 from atp.aware import AwareModule
 from atp.cli import compose_config
-from atp.config import TrainConfig
+from atp.config import TrainConfig, WarmStartConfig
 from atp.criteria import importance, rank
 from atp.lora import merged_tensors
 from atp.module import PruningModule
@@ -172,7 +172,7 @@ class Workload:
         ids = torch.randint(3, self.shape.vocabulary, (self.shape.batch, self.shape.tokens), generator=draw)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
-    def batches(self, count: int, device: str | None = None) -> list[Batch]:
+    def batches(self, count: int) -> list[Batch]:
         """The first ``count`` batches; random ones go round after 64."""
         if self.real:
             config = self.config(f"trainer.max_steps={count}")
@@ -181,8 +181,6 @@ class Workload:
             data.setup("fit")
             return list(itertools.islice(data.train_dataloader(), count))
         made = [self.batch(index) for index in range(min(count, 64))]
-        if device:
-            made = [{key: value.to(device) for key, value in batch.items()} for batch in made]
         return [made[index % len(made)] for index in range(count)]
 
     def config(self, *overrides: str) -> TrainConfig:
@@ -215,51 +213,53 @@ class Workload:
             aware.calibration_batch = lambda index: calibration[index % 64]
             return aware
         if name == "taylor":
-            return self.two_stage(calibrate=False)
+            return self.two_stage()
         raise ValueError(f"no system {name!r}; known: {', '.join(STEP_SYSTEMS)}")
 
-    def joint_run(self) -> PruningModule:
-        """The default run up to its first step: the warm start is measured here, on its batches."""
+    def joint_run(self, calibration: Sequence[Batch]) -> PruningModule:
+        """The default run up to its first step: the warm start is made here, on as many batches as it asks for."""
         config = self.config("prune=exact")
         module = build.pruning_module(config, self.base())
-        settings = config.prune.warm_start
-        self._warm_start(module, settings.criterion, settings.ranking, settings.batches, settings.gain)
+        self._warm_start(module, config.prune.warm_start, calibration)
         return module
 
-    def two_stage(self, *, calibrate: bool = True) -> TuningModule:
-        """Half of the blocks cut at once by Taylor importance (or by chance), adapters to be tuned."""
+    def two_stage(self, calibration: Sequence[Batch] = ()) -> TuningModule:
+        """Half of the blocks cut at once by Taylor importance (or by chance, without batches), adapters to be tuned."""
         config = build.two_stage(self.config("prune=exact"), "taylor")
-        module = build.pruning_module(config, self.base())
-        if calibrate:
-            settings = config.prune.warm_start
-            self._warm_start(module, settings.criterion, settings.ranking, settings.batches, settings.gain)
+        base = self.base()
+        base_config = base.config
+        module = build.pruning_module(config, base)
+        if calibration:
+            self._warm_start(module, config.prune.warm_start, calibration)
         else:
             torch.manual_seed(1)
             module.generator.warm_start(torch.randn(module.space.num_units))
         module.freeze_masks()
         tensors = merged_tensors(module.masked.peft_model)
-        masks_U = module.final_masks_U.cpu()
-        base_config = self.base().config if self.real else self.shape.config()
-        model = remove(tensors, base_config, module.space, masks_U, device=self.device)
+        model = remove(tensors, base_config, module.space, module.final_masks_U.cpu(), device=self.device)
         return build.tuning_module(config, model)
 
-    def _warm_start(self, module: PruningModule, criterion: str, ranking: str, count: int, gain: float) -> None:
-        masked = module.masked.to(self.device)
-        importance_U = importance(criterion, masked, self.batches(count, self.device)).cpu()
-        module.generator.warm_start(gain * rank(ranking, module.space, importance_U))
+    def _warm_start(self, module: PruningModule, settings: WarmStartConfig, calibration: Sequence[Batch]) -> None:
+        batches = [{k: v.to(self.device) for k, v in batch.items()} for batch in calibration[: settings.batches]]
+        importance_U = importance(settings.criterion, module.masked.to(self.device), batches).cpu()
+        module.generator.warm_start(settings.gain * rank(settings.ranking, module.space, importance_U))
+
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Ways to tell time; ``cpu``, with one thread, is not disturbed by what else the machine does."""
 
 
 class StepClock(Callback):
     """Notes when each step begins and when the last one ends."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, clock: str = "wall") -> None:
+        self.device, self.now = device, CLOCKS[clock]
         self.times: list[float] = []
 
     def _note(self) -> None:
         if self.device != "cpu":
             torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
+        self.times.append(self.now())
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Note the time."""
@@ -270,27 +270,27 @@ class StepClock(Callback):
         self._note()
 
 
-def fit(module: LightningModule, batches: Sequence[Batch], device: str = "cpu") -> list[float]:
+def fit(module: LightningModule, batches: Sequence[Batch], device: str = "cpu", clock: str = "wall") -> list[float]:
     """Train for one step per batch under a bare trainer.
 
     Returns:
         Seconds of each step, from its beginning to that of the next.
     """
-    clock = StepClock(device)
+    timer = StepClock(device, clock)
     trainer = Trainer(
         max_steps=len(batches),
         max_epochs=-1,
         accelerator="cpu" if device == "cpu" else "gpu",
         devices=1,
         logger=False,
-        callbacks=[clock],
+        callbacks=[timer],
         gradient_clip_val=1.0,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
     )
     trainer.fit(module, train_dataloaders=_Loader(batches))
-    return [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+    return [after - before for before, after in zip(timer.times, timer.times[1:], strict=False)]
 
 
 class _Loader:

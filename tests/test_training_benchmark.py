@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.training import memory_section
+from benchmarks.training import memory_section, runs_section, steps_section
 from benchmarks.training_gpu import SYSTEMS, gpu_section
 from benchmarks.training_growth import fit_growth
 from benchmarks.training_systems import Shape, Workload, fit
@@ -21,13 +21,22 @@ def test_masks_cost_no_activations_and_the_cut_frees_some() -> None:
 
 def test_a_whole_run_goes_through_calibration_freeze_and_cut() -> None:
     work = Workload(TINY, overrides=("trainer.max_steps=12", "prune.warm_start.batches=2"))
-    module = work.joint_run()
+    module = work.joint_run(work.batches(2))
     seconds = fit(module, work.batches(12))
     assert len(seconds) == 12
     assert bool(module.is_compact)
-    halved = work.two_stage()
+    halved = work.two_stage(work.batches(2))
     sizes = [sum(p.numel() for p in m.parameters()) for m in (work.system("plain"), halved)]
     assert sizes[1] < sizes[0]
+
+
+def test_steps_and_runs_of_all_systems_are_timed() -> None:
+    steps = steps_section(Workload(TINY), 1, 2, "cpu")
+    assert set(steps["rounds_s"]) == {"plain", "joint", "alternate", "compact", "taylor"}
+    assert all(ratio > 0 for ratio in steps["ratios"].values())
+    runs = runs_section(Workload(TINY), 1, 12, "cpu")
+    assert len(runs["seconds"]["joint"]) == 1
+    assert all(ratio > 0 for ratio in runs["ratios"].values())
 
 
 def test_the_gpu_section_measures_every_system() -> None:
