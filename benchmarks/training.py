@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
             result.setdefault(section, {})[name] = found
             save(result, options.output)
     if "growth" in options.sections:
-        result["growth"] = growth_section(options.output.with_name("training_growth.png"), quick=options.quick)
+        picture = options.output.with_name("training_growth.png")
+        result["growth"] = growth_section(picture, options.clock, quick=options.quick)
         save(result, options.output)
     if options.device != "cpu":
         result["gpu"] = gpu_section(options.device)
