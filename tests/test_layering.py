@@ -57,8 +57,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
     {"compaction": (), "restoration": (), "tuning": ()},
     {"module": ()},
     {"callbacks": (), "loggers": (), "aware": (), "monitoring": ("loggers",), "dashboard": ("loggers",)},
-    {"builders": (), "results": (), "generate": ()},
-    {"build": ()},
+    {"build": (), "results": (), "generate": ()},
     {"assessment": ()},
     {"stages": ()},
     {"pipeline": ()},
@@ -66,7 +65,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
 ]
 OWNERS = {
     "peft": {"lora", "adapter", "export"},  # export: only to load an adapter as a user does, in verification
-    "hydra": {"config", "builders", "cli"},
+    "hydra": {"config", "build", "cli"},
     "omegaconf": {"config", "cli", "pipeline"},
     "wandb": {"loggers"},
     "wandb_workspaces": {"dashboard"},
@@ -122,7 +121,7 @@ def test_libraries_have_one_owner(library: str, owners: set[str]) -> None:
 
 def test_only_the_pipeline_side_imports_the_configuration() -> None:
     users = {name for name, paths in modules().items() for p in paths if "atp.config" in imported(p)}
-    assert users <= {"config_help", "builders", "results", "assessment", "stages", "pipeline", "cli"}
+    assert users <= {"config_help", "build", "results", "assessment", "stages", "pipeline", "cli"}
 
 
 def test_every_module_says_what_it_is() -> None:

@@ -34,7 +34,7 @@ def config(*overrides: str) -> TrainConfig:
 
 @pytest.fixture
 def there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atp.builders.quantization.is_installed", lambda: True)
+    monkeypatch.setattr("atp.build.quantization.is_installed", lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_what_needs_the_weights_is_refused(there: None, overrides: tuple[str, ..
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atp.builders.quantization.is_installed", lambda: False)
+    monkeypatch.setattr("atp.build.quantization.is_installed", lambda: False)
     with pytest.raises(ValueError, match=r"atp\[quantization\]"):
         build.check_quantization(config("model.quantization=nf4"))
     build.check_quantization(config())

@@ -1,12 +1,12 @@
 """From configuration to objects: base model, tokenizer, data, training modules, trainer.
 
-With :mod:`atp.builders` the only place where the typed configuration meets constructors; everything that is called
-takes plain keyword arguments. It knows nothing of the order of stages.
+The only place where the typed configuration meets constructors; everything that is called takes plain keyword
+arguments. It knows nothing of the order of stages.
 """
 
-from atp.builders.base import DTYPES, load_base, load_tokenizer, model_source
-from atp.builders.components import component, device_of, make_loggers, make_trainer
-from atp.builders.data import (
+from atp.build.base import DTYPES, load_base, load_tokenizer, model_source
+from atp.build.components import component, device_of, make_loggers, make_trainer
+from atp.build.data import (
     data_faults,
     data_module,
     load_beyond,
@@ -15,8 +15,8 @@ from atp.builders.data import (
     load_splits,
     normalisation,
 )
-from atp.builders.quantization import check_quantization
-from atp.builders.training import cost_model, min_units, pruning_module, pruning_space, tuning_module, two_stage
+from atp.build.quantization import check_quantization
+from atp.build.training import cost_model, min_units, pruning_module, pruning_space, tuning_module, two_stage
 
 __all__ = [
     "DTYPES",

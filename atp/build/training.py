@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from atp.aware import AwareModule
 from atp.baselines import BASELINES, CALIBRATION_BATCHES, check_baselines
-from atp.builders.components import component
+from atp.build.components import component
 from atp.config import LassoConfig, PruneConfig, ScheduleConfig, TrainConfig, WarmStartConfig
 from atp.cost import make_cost
 from atp.lora import MaskedModel, add_lora

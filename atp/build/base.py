@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from atp import embedded, modeling_atp
 from atp.architecture import family
-from atp.builders.quantization import bitsandbytes_settings
+from atp.build.quantization import bitsandbytes_settings
 from atp.config import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,1 +1,0 @@
-"""Builders: what :mod:`atp.build` offers, by what is built."""
