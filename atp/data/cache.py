@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 FEWEST_RECORDS = 500
 """Fewer are tokenised as fast as they are read."""
 
@@ -71,7 +71,7 @@ class TokenCache:
         if len(records) < FEWEST_RECORDS:
             return _encoded(records, encoder, loss_on)
         path = self.folder / f"{cache_key(records, encoder, loss_on)}.safetensors"
-        found = self._read(path)
+        found = self._read(path, encoder)
         if found is not None:
             examples, counts = found
             encoder.add_counts(counts)
@@ -82,7 +82,7 @@ class TokenCache:
         self._write(path, examples, apart.counts())
         return examples
 
-    def _read(self, path: Path) -> tuple[list[Example], dict[str, int]] | None:
+    def _read(self, path: Path, encoder: Encoder) -> tuple[list[Example], dict[str, int]] | None:
         if not path.is_file():
             return None
         try:
@@ -92,7 +92,8 @@ class TokenCache:
             if _checksum(arrays) != int(metadata["checksum"]):
                 raise ValueError("its checksum does not match")
             examples = _unpacked(arrays)
-            counts = {str(name): int(value) for name, value in json.loads(metadata["counts"]).items()}
+            stored = json.loads(metadata["counts"])
+            counts = {name: int(stored[name]) for name in encoder.counts()}
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("token cache: %s cannot be used (%s); tokenising anew", path, error)
             return None
