@@ -265,14 +265,15 @@ def _read_on(
 ) -> tuple[Tensor, _State]:
     """Read further tokens, padded on either side; the logits of the positions ``keep``, of the last one or (0) of all.
 
-    The first reading takes no mask: what is padded on the right is seen by nothing before it, and later readings mask
+    The first reading masks nothing: what is padded on the right is seen by nothing before it, and later readings mask
     it. Attention that is causal and nothing else is the fastest there is. A model with a sliding window, which counts
     padding between tokens, is padded on the left and given the mask.
     """
     options: dict[str, Any] = {"logits_to_keep": keep}
     lengths_B = mask_BT.sum(-1)
     if state is None and not _has_window(model):
-        out = model(input_ids=ids_BT, use_cache=True, **_accepted(model, options))
+        every_BT = torch.ones_like(mask_BT)
+        out = model(input_ids=ids_BT, attention_mask=every_BT, use_cache=True, **_accepted(model, options))
         return out.logits, _State(with_room(out.past_key_values), mask_BT, lengths_B)
     positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
     if state is not None:
