@@ -27,7 +27,7 @@ from atp.export.huggingface import export_hf  # noqa: E402
 from atp.export.onnx_graph import export_onnx  # noqa: E402
 
 TOKENS = 48
-COLUMNS = ("hf class", "hf", "gguf arch", "gguf f32", "gguf f16", "gguf bf16", "gguf q8_0", "onnx")
+COLUMNS = ("hf class", "hf", "gguf arch", "gguf f32", "gguf f16", "gguf q8_0", "onnx")
 
 
 def main() -> None:
@@ -68,9 +68,9 @@ def row(model, directory: Path) -> list[str]:
     cells = [type(model).__name__]
     cells.append(difference(lambda: probe.TransformersEngine({"format": "hf", "path": str(directory)})))
     try:
-        files = export_gguf(directory, types=["f32", "f16", "bf16", "q8_0"], tokenizer=False)
+        files = export_gguf(directory, types=["f32", "f16", "q8_0"], tokenizer=False)
     except ValueError:
-        cells += ["refused"] * 5
+        cells += ["refused"] * 4
     else:
         windowed = any("sliding window" in note for note in files[0].notes)
         context = 4 if windowed else TOKENS  # the context in which both agree

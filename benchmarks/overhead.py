@@ -1,4 +1,4 @@
-"""What logging costs: ``python -m benchmarks.overhead [--steps 700] [--rounds 2]``; about six minutes on two cores.
+"""What logging costs: ``python -m benchmarks.overhead [--steps 700] [--rounds 2]``; eight minutes on two cores.
 
 Two processes train the embedded model from equal seeds, one with everything logged (CSV, wandb offline, scalars, mask
 pictures as images and data, progress lines), one with nothing logged at all. They take turns of a few steps, so that

@@ -6,6 +6,7 @@ one is written out here, in nothing but PEFT and Lightning, so that it owes noth
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -129,6 +130,7 @@ class PlainLora(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+@functools.cache
 def run_config(*overrides: str) -> TrainConfig:
     """The configuration of the default run with overrides."""
     config = OmegaConf.to_object(compose_config(["experiment=legal_50pct", *overrides]))
