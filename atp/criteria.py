@@ -216,12 +216,13 @@ def _moments(masked: MaskedModel, batches: Batches) -> dict[str, _Moments]:
 
 @contextmanager
 def _gates_open(masked: MaskedModel) -> Iterator[None]:
-    """Evaluation mode with all gates open inside the block."""
+    """Evaluation mode with all gates open and adapters off inside the block: it is the base that is judged."""
     training = masked.training
     masked.eval()
     masked.set_masks(None)
     try:
-        yield
+        with masked.base_only():
+            yield
     finally:
         masked.train(training)
 
