@@ -148,7 +148,7 @@ def test_speed_settings_are_checked() -> None:
 # ---- memory and files
 
 
-def test_peak_memory_is_of_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_is_of_the_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     big = torch.ones(160 * MIB // 4)
     with_big = peak_memory_mib()
     assert with_big > 160
@@ -161,8 +161,8 @@ def test_peak_memory_is_of_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak.mib >= 96
     if peak.kind == "process_rss":
         assert small.mib < with_big - 100 and peak.mib > small.mib + 80
-    monkeypatch.setattr(measure, "_PROCESS_STATUS", Path("/nowhere"))
-    monkeypatch.setattr(measure, "_PROCESS_RESET", Path("/nowhere/file"))
+    monkeypatch.setattr(measure, "_PROCESS_STATUS", tmp_path / "absent")
+    monkeypatch.setattr(measure, "_PROCESS_RESET", tmp_path / "absent" / "file")
     with peak_memory() as since_start:
         pass
     assert since_start.kind == "process_rss_since_start" and since_start.mib >= 96
