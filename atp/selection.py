@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -147,40 +147,16 @@ def _uniform(choice: ModelChoice, sparsity: float, budget: float) -> None:
         raise ValueError(
             "prune.shape is 'uniform', but the layers of this model already differ in width; use prune.shape=per_layer"
         )
-    dense = first.layer.dense
     share = _share(choice, first, 1.0 - sparsity)
-    total = choice.space.total_cost
-
-    def options(kind: str) -> range | list[int]:
-        count = int(getattr(dense, FIELD[kind]))
-        if kind == "hidden" and choice.hidden:
-            return _around(share * count, choice.hidden_step, choice.hidden_least, count)
-        if kind not in first.scores:
-            return [count]
-        if kind in ("heads", "query_heads"):
-            return range(first.least[kind], count + 1)
-        return _around(share * count, 1, first.least[kind], count)
-
     step = first.steps.get("channels", 1)
     best: tuple[float, float, Counts] | None = None
-    combinations = itertools.product(
-        *(options(k) for k in ("heads", "query_heads", "qk_pairs", "value_dims", "hidden"))
-    )
-    for heads, queries, pairs, values, hidden in combinations:
-        trial = Counts(heads, queries, dense.channels, pairs, values, hidden)
-        for_others = _removed(choice, layers, trial)
-        per_channel = len(layers) * (choice.size(first, trial) - choice.size(first, trial._replace(channels=0)))
-        per_channel /= max(dense.channels, 1)
-        channels = dense.channels
-        if "channels" in first.scores and per_channel > 0:
-            cut = max(int((budget - for_others + 1e-6) // per_channel), 0)
-            channels = min(max(-(-(dense.channels - cut) // step) * step, first.least["channels"]), dense.channels)
-        trial = trial._replace(channels=channels)
+    for tried in _tried_counts(choice, first, share):
+        trial, per_channel = _with_channels(choice, layers, tried, budget)
         removed = _removed(choice, layers, trial)
         if removed > budget + 1e-6:
             continue
-        gap = (budget - removed) // max(per_channel * step, 1e-12) / total
-        uneven = abs(heads * queries / max(first.layer.num_heads, 1) - share)
+        gap = (budget - removed) // max(per_channel * step, 1e-12) / choice.space.total_cost
+        uneven = abs(trial.heads * trial.queries / max(first.layer.num_heads, 1) - share)
         candidate = (gap, uneven, trial)
         best = min(best, candidate) if best else candidate
     if best is None:
@@ -192,6 +168,40 @@ def _uniform(choice: ModelChoice, sparsity: float, budget: float) -> None:
         choice.set_hidden(best[2].hidden)
     for layer in layers:
         layer.counts = best[2]
+
+
+def _tried_counts(choice: ModelChoice, first: LayerChoice, share: float) -> Iterator[Counts]:
+    """Counts to try for every layer, all channels kept: any number of heads, about ``share`` of the other kinds."""
+    dense = first.layer.dense
+
+    def options(kind: str) -> range | list[int]:
+        count = int(getattr(dense, FIELD[kind]))
+        if kind == "hidden" and choice.hidden:
+            return _around(share * count, choice.hidden_step, choice.hidden_least, count)
+        if kind not in first.scores:
+            return [count]
+        if kind in ("heads", "query_heads"):
+            return range(first.least[kind], count + 1)
+        return _around(share * count, 1, first.least[kind], count)
+
+    kinds = ("heads", "query_heads", "qk_pairs", "value_dims", "hidden")
+    for heads, queries, pairs, values, hidden in itertools.product(*map(options, kinds)):
+        yield Counts(heads, queries, dense.channels, pairs, values, hidden)
+
+
+def _with_channels(
+    choice: ModelChoice, layers: list[LayerChoice], trial: Counts, budget: float
+) -> tuple[Counts, float]:
+    """The counts with as many channels cut as the budget still asks for, and what a channel of all layers costs."""
+    first = layers[0] if layers else choice.layers[0]
+    step, dense = first.steps.get("channels", 1), first.layer.dense
+    per_channel = len(layers) * (choice.size(first, trial) - choice.size(first, trial._replace(channels=0)))
+    per_channel /= max(dense.channels, 1)
+    if "channels" not in first.scores or per_channel <= 0:
+        return trial, per_channel
+    cut = max(int((budget - _removed(choice, layers, trial) + 1e-6) // per_channel), 0)
+    channels = min(max(-(-(dense.channels - cut) // step) * step, first.least["channels"]), dense.channels)
+    return trial._replace(channels=channels), per_channel
 
 
 def _removed(choice: ModelChoice, layers: list[LayerChoice], trial: Counts) -> float:
