@@ -132,8 +132,12 @@ def _cut_parameter(
         for key, value in moments.items():
             if isinstance(value, Tensor) and value.shape == shape:
                 moments[key] = _sliced(value, kept)
-    parameter.data = _sliced(parameter.data, kept)
+    small = _sliced(parameter.data, kept)
     parameter.grad = None
+    # Any graph still alive (a traceback, a traced model, garbage not yet collected) keeps the parameter's gradient
+    # node, which remembers the old shape. Autograd drops it where the dtype changes, so change it for a moment.
+    parameter.data = small.new_empty(0, dtype=torch.float32 if small.dtype == torch.float64 else torch.float64)
+    parameter.data = small
 
 
 def _sliced(tensor: Tensor, kept: tuple[Tensor | None, ...]) -> Tensor:

@@ -114,6 +114,18 @@ def test_gradients_are_those_of_the_kept_entries() -> None:
             assert torch.allclose(expanded[name], parameter.grad, atol=1e-6), name
 
 
+def test_a_graph_that_is_still_alive_does_not_stop_the_next_backward() -> None:
+    masked = masked_model("llama", "gqa", ("heads", "channels"))
+    masks_U = masks_of(masked)
+    masked.set_masks(masks_U)
+    earlier = masked(**batch()).loss
+    compact(masked, masks_U)
+    masked(**batch()).loss.backward()
+    shapes = {name: (p.shape, p.grad.shape) for name, p in masked.named_parameters() if p.grad is not None}
+    assert earlier.requires_grad
+    assert shapes and all(parameter == gradient for parameter, gradient in shapes.values())
+
+
 @pytest.mark.parametrize("kinds", [("heads", "channels"), ("heads", "query_heads", "channels")])
 def test_a_block_that_vanishes_keeps_one_hidden_unit(kinds: tuple[str, ...]) -> None:
     masked, reference = (masked_model("llama", "gqa", kinds) for _ in range(2))
