@@ -97,7 +97,7 @@ class AwareModule(PruningModule):
 
     def _lasso(self) -> Tensor:
         """Group lasso over what this step's masks prune."""
-        masks_U = self.final_masks_U if self.is_frozen else self.sampled_U
+        masks_U = self.final_masks_U if self.frozen else self.sampled_U
         if masks_U is None or not (self.lasso or self.final_lasso):
             return self.final_masks_U.new_zeros(())
         return group_lasso(self.masked, (masks_U > 0.5).float())

@@ -87,7 +87,7 @@ class _VocabularyLoss(torch.autograd.Function):
         return grad_MD * gradients[0].to(grad_MD.dtype), None, None
 
 
-def vocabulary_loss(hidden_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) -> Tensor:
+def vocabulary_loss(hidden_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor, learnt: int | None = None) -> Tensor:
     """Mean cross entropy of the next token, in nats, without the logits of all tokens in memory at once.
 
     Logits are formed for a chunk of tokens at a time and only where there is something to learn; the same two matrix
@@ -97,12 +97,17 @@ def vocabulary_loss(hidden_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) -> T
         hidden_BTD: Last hidden states, after the final norm.
         head_VD: Weight of the output head, which gets no gradient.
         labels_BT: Unshifted labels; positions that predict -100 are left out.
+        learnt: How many tokens are learnt, where the caller knows: then nothing waits for the device to count them.
 
     Returns:
         Scalar, float32 at least; not a number where nothing is to be learnt.
     """
     learnt_BT = labels_BT[:, 1:] != -100
-    hidden_MD = hidden_BTD[:, :-1][learnt_BT]
-    labels_M = labels_BT[:, 1:][learnt_BT]
+    if learnt is None:
+        hidden_MD, labels_M = hidden_BTD[:, :-1][learnt_BT], labels_BT[:, 1:][learnt_BT]
+    else:  # learnt positions first, in order
+        places_M = torch.argsort(learnt_BT.flatten().logical_not(), stable=True)[:learnt]
+        hidden_MD = hidden_BTD[:, :-1].flatten(0, 1).index_select(0, places_M)
+        labels_M = labels_BT[:, 1:].flatten().index_select(0, places_M)
     total: Tensor = _VocabularyLoss.apply(hidden_MD, head_VD, labels_M)
     return total / len(labels_M) if len(labels_M) else total * float("nan")

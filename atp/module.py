@@ -100,6 +100,8 @@ class PruningModule(TuningModule):
         self.register_buffer("final_scores_U", torch.ones(self.space.num_units))
         self.register_buffer("is_frozen", torch.zeros((), dtype=torch.bool))
         self.register_buffer("is_compact", torch.zeros((), dtype=torch.bool))
+        self.frozen = False  # what ``is_frozen`` says, without asking a device for it
+        self.register_load_state_dict_post_hook(lambda *_: self._read_flag())
         self.sampled_U: Tensor | None = None
         self.progressive = progressive
 
@@ -115,6 +117,9 @@ class PruningModule(TuningModule):
             )
             self.progressive = None
 
+    def _read_flag(self) -> None:
+        self.frozen = bool(self.is_frozen)
+
     @property
     def phase(self) -> Phase:
         """Phase of the step that comes next."""
@@ -123,7 +128,7 @@ class PruningModule(TuningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the step; fix the masks once their time has come."""
         super().on_train_batch_start(batch, batch_idx)
-        if self.phase is Phase.FROZEN and not self.is_frozen:
+        if self.phase is Phase.FROZEN and not self.frozen:
             self.freeze_masks()
             if self.calibration is not None:
                 self._restored = restore(self.masked, self.final_masks_U, self.calibration, ridge=self.restore_ridge)
@@ -161,6 +166,7 @@ class PruningModule(TuningModule):
             soft_U = self.sampler.deterministic(self._shifted(logits_U, self.schedule.target))
             self.gates.start(soft_U, self.final_masks_U)
         self.is_frozen.fill_(True)
+        self.frozen = True
         self.sampled_U = None
         sparsity = float(self.space.sparsity(masks_U.double()))
         log.info(
@@ -207,7 +213,7 @@ class PruningModule(TuningModule):
 
     def current_masks(self) -> Tensor:
         """Noise-free masks [U] as of now: the final ones once frozen, all ones during warm-up."""
-        if self.is_frozen:
+        if self.frozen:
             return self.final_masks_U
         if self.phase is Phase.WARMUP:
             return torch.ones_like(self.final_masks_U)
@@ -215,7 +221,7 @@ class PruningModule(TuningModule):
 
     def mask_state(self) -> tuple[Tensor, Tensor]:
         """Noise-free masks and how sure each unit is to stay, both [U] as of now: for records and pictures."""
-        if self.is_frozen:
+        if self.frozen:
             return self.final_masks_U, self.final_masks_U
         shifted_U = self._shifted(self.logits(), self.schedule.target_at(self.global_step))
         masks_U = self.current_masks() if self.phase is Phase.WARMUP else self.sampler.deterministic(shifted_U)
@@ -239,7 +245,7 @@ class PruningModule(TuningModule):
 
     def on_after_backward(self) -> None:
         """Feed generators that score by the adapters' gradients."""
-        if isinstance(self.generator, GradientScores) and not self.is_frozen:
+        if isinstance(self.generator, GradientScores) and not self.frozen:
             self.generator.observe(lora_gradient(self.masked))
 
     def _apply_masks(self) -> Tensor:
@@ -263,13 +269,17 @@ class PruningModule(TuningModule):
         return self.budget(expected, self.space.reduction(masks_U), target)
 
     @torch.no_grad()
-    def _shift(self, logits_U: Tensor, target: float) -> float:
-        logits_U = logits_U.cpu()  # one copy, where bisection on a GPU would wait for it at every probe
+    def _shift(self, logits_U: Tensor, target: float) -> Tensor | float:
+        on_device = logits_U.device.type != "cpu" and self.space.is_additive
+        if not on_device:
+            logits_U = logits_U.cpu()  # one copy, where bisection on a GPU would wait for it at every probe
 
-        def sparsity_of(shift: float) -> float:
-            return float(self.space.reduction(self.sampler.keep_probability(logits_U + shift)))
+        def sparsity_of(shift: Tensor | float) -> Tensor:
+            return self.space.reduction(self.sampler.keep_probability(logits_U + shift))
 
-        return self.budget.shift(sparsity_of, target)
+        if on_device:
+            return self.budget.shift_on_device(sparsity_of, logits_U.new_tensor(0.0), target)
+        return self.budget.shift(lambda shift: float(sparsity_of(shift)), target)
 
     def _shifted(self, logits_U: Tensor, target: float) -> Tensor:
         return logits_U + self._shift(logits_U.detach(), target)
@@ -291,7 +301,7 @@ class PruningModule(TuningModule):
     def on_validation_start(self) -> None:
         """Validate with noise-free masks."""
         with torch.no_grad():
-            self.masked.set_masks(self.frozen_masks() if self.is_frozen else self.current_masks())
+            self.masked.set_masks(self.frozen_masks() if self.frozen else self.current_masks())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Adapters, generator, and multipliers that ascend."""

@@ -105,7 +105,7 @@ class MaskMonitor(Callback):
         if isinstance(pl_module, PruningModule):
             masks_U, sure_U = pl_module.mask_state()
             self._decided_U, self._decided_at = masks_U > 0.5, trainer.global_step
-            self._frozen_pictured = trainer.global_step > 0 and bool(pl_module.is_frozen)
+            self._frozen_pictured = trainer.global_step > 0 and pl_module.frozen
             if not self._frozen_pictured:
                 self._picture(trainer, pl_module, sure_U)
 
@@ -116,7 +116,7 @@ class MaskMonitor(Callback):
         if not isinstance(pl_module, PruningModule):
             return
         self._count_drawn(pl_module)
-        step, frozen = trainer.global_step, bool(pl_module.is_frozen)
+        step, frozen = trainer.global_step, pl_module.frozen
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         between = every * max(-(-pl_module.schedule.freeze_step // (every * max(self.pictures, 1))), 1)
         pictured = not self._frozen_pictured if frozen else step % between == 0

@@ -123,6 +123,16 @@ class Budget(nn.Module, ABC):
         """
         return 0.0
 
+    def shift_on_device(self, sparsity_of: Callable[[Tensor], Tensor], zero: Tensor, target: float) -> Tensor:
+        """:meth:`shift` as a scalar that stays on its device, so that nothing waits for it.
+
+        Args:
+            sparsity_of: Expected sparsity as a (falling) function of the shift.
+            zero: A zero where the shift is to be.
+            target: Sparsity wanted at this step.
+        """
+        return zero
+
     def multipliers(self) -> list[nn.Parameter]:
         """Parameters that ascend while everything else descends; none unless a term has Lagrange multipliers."""
         return []
@@ -194,6 +204,15 @@ class Projection(Budget):
             if abs(gap) <= self.tolerance:
                 return middle
             low, high = (middle, high) if gap > 0 else (low, middle)
+        return (low + high) / 2
+
+    def shift_on_device(self, sparsity_of: Callable[[Tensor], Tensor], zero: Tensor, target: float) -> Tensor:
+        """The shift, by bisection to the resolution of float32."""
+        low, high = zero - self.reach, zero + self.reach
+        for _ in range(32):
+            middle = (low + high) / 2
+            is_low = sparsity_of(middle) > target
+            low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
         return (low + high) / 2
 
     def forward(self, expected: Tensor, sampled: Tensor, target: float) -> Tensor:

@@ -169,8 +169,7 @@ class PruningSpace:
 
     def _removed(self, flat_U: Tensor, cost: CostModel) -> Tensor:
         """Fraction of a cost removed; one product where no two axes share a weight, for then it is linear in units."""
-        kinds = {axis.kind for axis in self.axes}
-        if not kinds <= {"heads", "channels"}:
+        if not self.is_additive:
             total = self.total_parameters if cost is PARAMETERS else self.cost_of(cost)
             return 1.0 - self.remaining(flat_U, cost) / total
         key = (cost, flat_U.dtype, flat_U.device)
@@ -183,6 +182,11 @@ class PruningSpace:
                     shares_U[axis.offset : axis.offset + axis.size] = one / self.cost_of(cost)
             self._shares[key] = shares_U.to(flat_U.device, flat_U.dtype)
         return self._shares[key] @ (1.0 - flat_U)
+
+    @property
+    def is_additive(self) -> bool:
+        """Whether every unit has a cost of its own: no two axes share a weight."""
+        return {axis.kind for axis in self.axes} <= {"heads", "channels"}
 
     def reduction(self, flat_U: Tensor) -> Tensor:
         """Fraction of the budget's cost removed (or its expectation); :meth:`sparsity` unless :attr:`cost` is set."""

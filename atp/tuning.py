@@ -78,6 +78,8 @@ class TuningModule(LightningModule):
         self.val_loss = MeanMetric()
         self.is_logged_step = False  # the first, every ``trainer.log_every_n_steps``-th, the last
         self.figures: dict[str, Tensor | float] = {}  # of the step at hand, where they are wanted
+        self._learnt: int | None = None  # labels of the batch at hand, counted before it went to a device
+        self._sum: Tensor | None = None  # of the losses whose being finite was not looked at yet
 
     def on_fit_start(self) -> None:
         """Compile the decoder, in place, so that parameters keep their names; it is compiled anew when it is cut."""
@@ -86,6 +88,14 @@ class TuningModule(LightningModule):
             decoder.compile()
 
     # ---- steps
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Count what is learnt while the batch is still here, so that no step has to wait for a device's count."""
+        labels = batch.get("labels") if isinstance(batch, dict) else None
+        self._learnt = None
+        if isinstance(labels, Tensor) and labels.device.type == "cpu" and self.device.type != "cpu":
+            self._learnt = int((labels[:, 1:] != -100).sum())
+        return batch
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the step's noise from (seed, step); see whether its figures are wanted."""
@@ -126,7 +136,7 @@ class TuningModule(LightningModule):
     def task_loss(self, batch: Batch) -> Tensor:
         """Cross entropy on the data, mixed with distillation where that is asked for."""
         if self.distill == 0.0:
-            return causal_loss(self.model, batch)
+            return causal_loss(self.model, batch, self._learnt)
         output = self.model(**batch)
         divergence = distillation_loss(output.logits, self.teacher_logits(batch), batch["labels"])
         self.log_figures({"train/distillation_loss": divergence, "train/data_loss": output.loss})
@@ -141,7 +151,7 @@ class TuningModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Accumulate the token-weighted loss behind ``val/perplexity``."""
-        loss = causal_loss(self.model, batch)
+        loss = causal_loss(self.model, batch, self._learnt)
         tokens = (batch["labels"][:, 1:] != -100).sum()
         self.val_loss.update(loss.float(), tokens)
 
@@ -153,12 +163,19 @@ class TuningModule(LightningModule):
         self.log("val/perplexity", loss.exp(), prog_bar=True)
 
     def _check_finite(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
+        """Stop at a loss that is not finite: at once on a CPU, elsewhere where figures are fetched from it anyway."""
+        self._sum = loss.detach() if self._sum is None else self._sum + loss.detach()
+        if loss.device.type == "cpu" or self.is_logged_step:
+            self._raise_unless_finite()
+
+    def _raise_unless_finite(self) -> None:
+        value, self._sum = 0.0 if self._sum is None else float(self._sum), None
+        if not math.isfinite(value):
+            since = "" if self.device.type == "cpu" else ", or in the steps since figures were last logged"
             raise TrainingDiverged(
-                f"the loss became {float(loss.detach())} at step {self.global_step}; try a lower optim.lr or "
-                "prune.generator_lr, "
-                "trainer.gradient_clip_val=1.0, or trainer.precision=32-true. The last checkpoint is from before "
-                "this step"
+                f"the loss became {value} at step {self.global_step}{since}; try a lower optim.lr or "
+                "prune.generator_lr, trainer.gradient_clip_val=1.0, or trainer.precision=32-true. The last checkpoint "
+                "is from before that"
             )
 
     # ---- optimiser
@@ -192,7 +209,12 @@ class TuningModule(LightningModule):
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what trains and this module's own buffers; name the base they belong to."""
+        """Keep what trains and this module's own buffers; name the base they belong to.
+
+        Raises:
+            TrainingDiverged: A loss of the steps before was not finite: an earlier checkpoint is better than this one.
+        """
+        self._raise_unless_finite()
         wanted = self._own_state()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in wanted}
         checkpoint["atp"] = {"base_id": self.base_id, "total_steps": self.total_steps}

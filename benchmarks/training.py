@@ -9,9 +9,9 @@ Prints a table, writes JSON and a plot. Sections:
   Taylor pruning for as many steps;
 * ``memory``: activations that a step keeps, and the peak of all tensors;
 * ``growth``: step time and memory against layers, width, sequence length and number of units, fitted and plotted;
-* ``gpu`` (with ``--device cuda`` only): shapes of Llama-2-7B and Llama-3-8B.
+* ``gpu`` (with ``--device cuda``, and only there): shapes of Llama-2-7B and Llama-3-8B.
 
-    python -m benchmarks.training [--quick] [--device cuda] [--sections steps runs memory growth]
+    python -m benchmarks.training [--quick] [--device cuda] [--sections steps runs memory growth gpu]
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ import torch
 import transformers
 from lightning import LightningModule
 
-from benchmarks.training_gpu import gpu_section
+from benchmarks.training_gpu import Section
 from benchmarks.training_growth import growth_section
 from benchmarks.training_memory import peak_bytes, saved_activations
 from benchmarks.training_systems import CLOCKS, SHAPES, STEP_SYSTEMS, Workload, fit
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ("steps", "runs", "memory", "growth")
+SECTIONS = ("steps", "runs", "memory", "growth", "gpu")
 TARGETS = {
     "joint step / plain LoRA step": 1.05,
     "joint step / alternating step": 0.5,
@@ -72,8 +72,12 @@ def main(arguments: list[str] | None = None) -> None:
         picture = options.output.with_name("training_growth.png")
         result["growth"] = growth_section(picture, options.clock, quick=options.quick)
         save(result, options.output)
-    if options.device != "cpu":
-        result["gpu"] = gpu_section(options.device)
+    if "gpu" in options.sections and options.device != "cpu":
+
+        def keep(found: dict[str, Any]) -> None:
+            save(result | {"gpu": found}, options.output)
+
+        result["gpu"] = Section(options.device, seconds=options.gpu_seconds, save=keep).run()
         save(result, options.output)
     report(result)
 
@@ -192,6 +196,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: the process's own, for busy machines")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--gpu-seconds", type=float, default=3600.0, help="begin no cell of the gpu section after these"
+    )
     parser.add_argument("--keep", action="store_true", help="keep sections of an earlier result that are not run now")
     parser.add_argument("--output", type=Path, default=RESULTS / "training.json")
     options = parser.parse_args(arguments)

@@ -67,6 +67,9 @@ def test_vocabulary_loss_is_cross_entropy(chunk: int, monkeypatch: pytest.Monkey
     (gradient,) = torch.autograd.grad(2 * loss, hidden)
     (wanted,) = torch.autograd.grad(2 * expected, hidden)
     torch.testing.assert_close(gradient, wanted)
+    counted = vocabulary_loss(hidden, head, labels, int((labels[:, 1:] != -100).sum()))
+    torch.testing.assert_close(counted, loss, rtol=0, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(2 * counted, hidden)[0], wanted)
     with torch.no_grad():
         torch.testing.assert_close(vocabulary_loss(hidden, head, labels), expected)
 

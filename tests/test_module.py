@@ -251,6 +251,22 @@ def test_broken_weights_are_never_saved(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "a.ckpt", weights_only=True)["global_step"] == 3
 
 
+@pytest.mark.parametrize(
+    "logits", [torch.linspace(-3, 3, 40), torch.zeros(40), torch.randn(40) * 50], ids=["spread", "equal", "far"]
+)
+def test_the_shift_that_stays_on_a_device_is_the_shift(logits: torch.Tensor) -> None:
+    sampler, budget = HardConcrete(), Projection(tolerance=1e-7)
+
+    def sparsity_of(shift: torch.Tensor | float) -> torch.Tensor:
+        return 1.0 - sampler.keep_probability(logits + shift).mean()
+
+    here = budget.shift(lambda shift: float(sparsity_of(shift)), 0.4)
+    there = budget.shift_on_device(sparsity_of, torch.tensor(0.0), 0.4)
+    assert float(sparsity_of(there)) == pytest.approx(0.4, abs=1e-5)
+    assert float(there) == pytest.approx(here, abs=1e-2)
+    assert float(LogRatio().shift_on_device(sparsity_of, torch.tensor(0.0), 0.4)) == 0.0
+
+
 def test_disk_full_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = Trainer.save_checkpoint
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.training import memory_section, runs_section, steps_section
-from benchmarks.training_gpu import SYSTEMS, gpu_section
+from benchmarks.training_gpu import SYSTEMS, Section
 from benchmarks.training_growth import fit_growth
 from benchmarks.training_systems import Shape, Workload, fit
 
@@ -42,10 +42,20 @@ def test_steps_and_runs_of_all_systems_are_timed() -> None:
 
 
 def test_the_gpu_section_measures_every_system() -> None:
-    found = gpu_section("cpu", [TINY], [16], torch.float32, compiled_too=False)
-    assert [cell["system"] for cell in found["cells"]] == 2 * list(SYSTEMS)
+    saved: list[int] = []
+    section = Section("cpu", [TINY], [16], torch.float32, compiled_too=False, quantized_too=False)
+    section.save = lambda found: saved.append(len(found["cells"]))
+    found = section.run()
+    assert [cell["system"] for cell in found["cells"]] == [*SYSTEMS, "alternate", *SYSTEMS]
     assert all(cell["tokens_per_s"] > 0 and cell["peak_gib"] > 0 for cell in found["cells"])
     assert found["profiles"]["tiny"][0]["ms"] > 0
+    assert saved == [4, 7]
+
+
+def test_cells_that_time_does_not_allow_are_listed() -> None:
+    found = Section("cpu", [TINY], [16], torch.float32, compiled_too=False, quantized_too=False, seconds=-1.0).run()
+    assert not found["cells"]
+    assert [cell["checkpointing"] for cell in found["not_run"]] == [False, True]
 
 
 def test_growth_is_fitted() -> None:
