@@ -1,11 +1,11 @@
 """How long evaluation takes against a naive loop: ``python -m benchmarks.evaluation [--quick] [--device cuda]``.
 
-Scores multiple-choice items and generates summaries, once as ATP does (batches of like length, a prompt read once for
-all of its choices, batched decoding with the KV cache) and once item by item: a forward pass for every choice, and
-``generate`` of transformers, also with its cache, for every summary. Items are 200 of CaseHOLD and 200 of BillSum where
-``../shared/data`` lies beside the repository, otherwise the embedded legal tasks. Both ways run in alternation in one
-process and must pick the same choices and write the same texts. The aim is a ratio of at most 0.25. Prints a table and
-writes ``benchmarks/results/evaluation.json``.
+Scores multiple-choice items and generates summaries, once as ATP does (batches of like length, a prompt read once and
+its choices as one row after it, batched decoding with the KV cache) and once item by item: a forward pass for every
+choice, and ``generate`` of transformers, also with its cache, for every summary. Items are 200 of CaseHOLD and 200 of
+BillSum where ``../shared/data`` lies beside the repository, otherwise the embedded legal tasks. Both ways run in
+alternation in one process and must pick the same choices and write the same texts. The aim is a ratio of at most 0.25.
+Other work on the machine's cores distorts the ratio. Prints a table and writes ``benchmarks/results/evaluation.json``.
 """
 
 from __future__ import annotations

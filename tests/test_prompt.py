@@ -16,7 +16,7 @@ from atp.cli import compose_config
 from atp.config import TrainConfig
 from atp.data.encoding import Encoder
 from atp.data.records import ChoiceRecord, CompletionRecord, Splits, TextRecord
-from atp.evaluate import scoring
+from atp.evaluate import reading, scoring
 from atp.evaluate.quality import evaluate
 from atp.prompt import COLLABORATIVE, Prompt, from_text
 
@@ -133,7 +133,7 @@ def test_a_shared_prefix_is_read_once_and_changes_no_score(monkeypatch: pytest.M
     model.register_forward_pre_hook(count, with_kwargs=True)
     shared = evaluate(model, TOKENIZER, records, **kwargs)
     tokens_shared, seen[0] = seen[0], 0
-    monkeypatch.setattr(scoring, "_FEWEST_SHARING", 10**9)
+    monkeypatch.setattr(reading, "_FEWEST_SHARING", 10**9)
     apart = evaluate(model, TOKENIZER, records, **kwargs)
     assert tokens_shared < 0.7 * seen[0]
     assert shared.values == pytest.approx(apart.values, rel=1e-4)

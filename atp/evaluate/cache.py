@@ -1,6 +1,6 @@
 """A KV cache with room to grow: decoding writes each token into its place in place of copying everything before it.
 
-Used by :mod:`atp.evaluate.scoring`. transformers' dynamic cache joins old and new keys at every step, which on a CPU is
+Used by :mod:`atp.evaluate.reading`. transformers' dynamic cache joins old and new keys at every step, which on a CPU is
 the largest single cost of decoding a batch. It knows nothing of models or scores.
 
 Shape suffixes: B batch, K KV heads, T tokens, H head dim.
@@ -8,6 +8,8 @@ Shape suffixes: B batch, K KV heads, T tokens, H head dim.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -43,6 +45,21 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = keys[..., :after, :], values[..., :after, :]
         return self.keys, self.values
 
+    def take(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Hold these keys and values, [B, K, T, H] each, in place of its own: one below the other."""
+        rows, longest = sum(part.shape[0] for part in keys), max(part.shape[-2] for part in keys)
+        self._buffers = tuple(  # type: ignore[assignment]
+            parts[0].new_zeros((rows, parts[0].shape[1], longest + _ROOM, parts[0].shape[-1]))
+            for parts in (keys, values)
+        )
+        assert self._buffers is not None
+        for buffer, parts in zip(self._buffers, (keys, values), strict=True):
+            start = 0
+            for part in parts:
+                buffer[start : start + part.shape[0], :, : part.shape[-2]] = part
+                start += part.shape[0]
+        self.keys, self.values = (buffer[..., :longest, :] for buffer in self._buffers)
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, which may repeat."""
         super().batch_select_indices(indices)
@@ -58,3 +75,14 @@ def with_room(cache: Any) -> Any:
             roomy.__dict__.update(layer.__dict__)
             layers[place] = roomy
     return cache
+
+
+def joined(caches: Sequence[Any]) -> Any:
+    """One cache of the rows of all, in order; shorter ones end in zeros. All of their layers must have room."""
+    whole = copy.copy(caches[0])
+    whole.layers = []
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        layer = copy.copy(layers[0])
+        layer.take([one.keys for one in layers], [one.values for one in layers])
+        whole.layers.append(layer)
+    return whole
