@@ -128,6 +128,7 @@ def run_cell(cell: Cell, base: list[str], folder: Path, *, masks_of: Cell | None
     started = time.perf_counter()
     result = _references(cell, stages) if cell.method in REFERENCES else _pruned(stages)
     result |= {"cell": asdict(cell), "overrides": overrides, "seconds": round(time.perf_counter() - started, 2)}
+    path.parent.mkdir(parents=True, exist_ok=True)
     if (work / "masks.json").is_file():
         shutil.copyfile(work / "masks.json", folder / "cells" / f"{cell.key}.masks.json")
     write_json(path, result)
