@@ -109,7 +109,7 @@ class WarmStartConfig:
     """Scores from the importance of the dense model's units: a start for learnt ones, the verdict for fixed ones."""
 
     batches: int = option(0, "training batches to measure it on; 0 starts from the generator's own initialisation")
-    criterion: str = option("fisher", "importance: fisher, taylor, wanda, fluctuation, magnitude or random")
+    criterion: str = option("fisher", "importance: fisher, taylor, wanda, fluctuation, magnitude, random; a+b: both")
     ranking: str = option(
         "layer", "compare units by: layer (standardised log), zscore (standardised) or global (raw, across layers)"
     )

@@ -30,7 +30,8 @@ def importance(name: str, masked: MaskedModel, batches: Iterable[Mapping[str, Te
     """Importance of every unit by a named criterion.
 
     Args:
-        name: One of :data:`CRITERIA`.
+        name: One of :data:`CRITERIA`, or several joined by ``+``: their geometric mean after each is standardised
+            within layer and kind, so that a unit must matter to all of them.
         masked: The model with all gates open and adapters at zero.
         batches: Calibration batches with labels, on the model's device; ``magnitude`` and ``random`` read none.
         seed: Of the ``random`` criterion.
@@ -41,6 +42,10 @@ def importance(name: str, masked: MaskedModel, batches: Iterable[Mapping[str, Te
     Raises:
         ValueError: An unknown criterion, or one that needs batches and got none, or values that are not finite.
     """
+    if "+" in name:
+        found = list(batches)
+        parts = [standardise(masked.space, importance(one, masked, found, seed)) for one in name.split("+")]
+        return torch.stack([part.cpu() for part in parts]).mean(0).exp()
     if name not in CRITERIA:
         raise ValueError(f"prune.warm_start.criterion is {name!r}; known: {', '.join(CRITERIA)}")
     if name == "random":

@@ -8,6 +8,7 @@ from conftest import SHAPES, tiny_batch, tiny_model
 
 from atp.criteria import CRITERIA, RANKINGS, importance, lora_gradient, rank
 from atp.generator import FixedScores, GradientScores
+from atp.importance import standardise
 from atp.lora import MaskedModel, add_lora
 from atp.selection import select
 from atp.space import PruningSpace
@@ -87,7 +88,7 @@ def test_lora_gradient_equals_its_formula() -> None:
     torch.testing.assert_close(scores["layers.0.channels"], by_hand, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", [*CRITERIA, "taylor+wanda"])
 def test_a_dead_unit_goes_first_and_nothing_is_left_changed(criterion: str) -> None:
     masked = masked_model()
     for name in ("gate_proj", "up_proj"):
@@ -162,8 +163,17 @@ def test_protected_layers_keep_everything() -> None:
         PruningSpace.from_model(model, ("heads", "channels"), protect=[4])
 
 
+def test_joined_criteria_are_the_mean_of_their_standardised_logarithms() -> None:
+    masked = masked_model()
+    both, *alone = (importance(name, masked, BATCHES) for name in ("taylor+wanda", "taylor", "wanda"))
+    mean = sum(standardise(masked.space, one) for one in alone) / 2
+    torch.testing.assert_close(both.log(), mean, rtol=1e-4, atol=1e-5)
+
+
 def test_unknown_names_are_refused() -> None:
     masked = masked_model()
+    with pytest.raises(ValueError, match=r"criterion is 'hessian'; known: fisher"):
+        importance("taylor+hessian", masked, BATCHES)
     with pytest.raises(ValueError, match=r"criterion is 'hessian'; known: fisher"):
         importance("hessian", masked, BATCHES)
     with pytest.raises(ValueError, match=r"ranking is 'none'; known: layer"):

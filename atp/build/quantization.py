@@ -37,7 +37,7 @@ def check_quantization(config: TrainConfig) -> None:
     if not is_installed():
         raise ValueError(f"model.quantization={kind} needs bitsandbytes: pip install 'atp[quantization]'")
     own = f"model.quantization={kind}: while training there are no original weights"
-    if prune.warm_start.batches > 0 and prune.warm_start.criterion in _OF_WEIGHTS:
+    if prune.warm_start.batches > 0 and set(prune.warm_start.criterion.split("+")) & set(_OF_WEIGHTS):
         raise ValueError(
             f"{own} for prune.warm_start.criterion={prune.warm_start.criterion}; set it to fisher, which needs the "
             "gradients of masks alone, or prune.warm_start.batches=0"
