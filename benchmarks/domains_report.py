@@ -61,9 +61,10 @@ def tailored(cells: Cells) -> list[str]:
         if not runs:
             continue
         whole = [_spread([run[key]["mean"] for run in runs.values()], 1) for key in ("recovery_vs_dense", "recovery")]
-        seeds, accuracy = ", ".join(map(str, runs)), _scores(list(runs.values()), "holding/accuracy", 100, 1)
-        perplexity = _scores(list(runs.values()), "perplexity", 1, 3)
-        lines.append(f"| `{preset}` | {seeds} | {whole[0]} | {whole[1]} | {accuracy} | {perplexity} | {goal} |")
+        seeds, shown = ", ".join(map(str, runs)), _scores(list(runs.values()), "pruned")
+        lines.append(f"| `{preset}` | {seeds} | {whole[0]} | {whole[1]} | {shown} | {goal} |")
+        lines.append(f"| its dense + LoRA | {seeds} | | 100 | {_scores(list(runs.values()), 'dense_lora')} | |")
+    lines.append(f"| dense | | 100 | | {_scores(list(cells.values())[:1], 'dense')} | |")
     lines += [
         "",
         "Several seeds: mean ± standard deviation; one: 95% interval over its items. Goal: Tailored-LLaMA's own.",
@@ -86,12 +87,15 @@ def _seeds(cells: Cells, preset: str) -> dict[int, Mapping[str, Any]]:
     return {seed: cells[name] for seed, name in sorted(found.items())}
 
 
-def _scores(runs: Sequence[Mapping[str, Any]], metric: str, factor: float, digits: int) -> str:
-    text = _spread([factor * run["eval"]["pruned"][metric] for run in runs], digits)
-    if len(runs) > 1:
-        return text
-    low, high = runs[0]["intervals"]["pruned"][metric]
-    return f"{text} ({factor * low:.{digits}f} to {factor * high:.{digits}f})"
+def _scores(runs: Sequence[Mapping[str, Any]], model: str) -> str:
+    shown = []
+    for metric, (factor, digits) in {"holding/accuracy": (100, 1), "perplexity": (1, 3)}.items():
+        text = _spread([factor * run["eval"][model][metric] for run in runs], digits)
+        if len(runs) == 1:
+            low, high = runs[0]["intervals"][model][metric]
+            text += f" ({factor * low:.{digits}f} to {factor * high:.{digits}f})"
+        shown.append(text)
+    return " | ".join(shown)
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
