@@ -133,7 +133,7 @@ def matrix(options: Options) -> Cells:
     found: Cells = {}
     for cell in CELLS:
         domain, task = cell.split("/")
-        scored = options.run(
+        metrics = options.run(
             f"matrix/{domain}_{task}",
             "experiment=tailored_50pct",
             f"data=embedded_{domain}",
@@ -143,15 +143,16 @@ def matrix(options: Options) -> Cells:
             "evaluate.reference=false",
             "evaluate.forgetting=[]",
             f"seed={options.seeds[0]}",
-        )["tasks"]
+        )
         for row, model in (("dense", "dense"), (cell, "pruned")):
-            scores = {column: 100 * _headline(scored[model][column]) for column in CELLS}
-            found[f"matrix/{row}"] = {"scores": scores, "settings": options.settings}
+            scores = {column: 100 * _headline(metrics["tasks"][model][column]) for column in CELLS}
+            items = {column: round(_headline(metrics["task_counts"][column])) for column in CELLS}
+            found[f"matrix/{row}"] = {"scores": scores, "items": items, "settings": options.settings}
     return found
 
 
 def _headline(values: Mapping[str, float]) -> float:
-    return values.get("accuracy", values.get("rougeL", float("nan")))
+    return values["accuracy"] if "accuracy" in values else values["rougeL"]
 
 
 def ablation(options: Options) -> Cells:
@@ -216,7 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path.write_text(json.dumps(cells, indent=1) + "\n")
         path.with_suffix(".md").write_text("\n".join(lines) + "\n")
         if name == "matrix":
-            report.heat_map(cells, path.with_suffix(".png"))
+            report.heat_map(cells, options.out / "matrix.png")
+            print(f"heat map: {options.out / 'matrix.png'}")
 
 
 if __name__ == "__main__":

@@ -104,11 +104,16 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def matrix(cells: Cells) -> list[str]:
-    """Rows trained on, columns tested on."""
+    """Rows trained on, columns tested on; a task's own row stands out."""
+    rows = _scored(cells)
     lines = ["| trained on \\ tested on | " + " | ".join(CELLS) + " |", "|---" * (1 + len(CELLS)) + "|"]
-    for row, values in _scored(cells).items():
-        lines.append(f"| {row} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
-    return lines
+    for row, values in rows.items():
+        shown = [
+            f"**{value:.1f}**" if row == cell else f"{value:.1f}" for cell, value in zip(CELLS, values, strict=True)
+        ]
+        lines.append(f"| {row} | " + " | ".join(shown) + " |")
+    items = cells[f"matrix/{next(iter(rows))}"]["items"]
+    return [*lines, "| items | " + " | ".join(str(items[column]) for column in CELLS) + " |"]
 
 
 def _scored(cells: Cells) -> dict[str, list[float]]:
@@ -125,9 +130,9 @@ def heat_map(cells: Cells, path: Path) -> None:
 
     found = _scored(cells)
     figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
-    image = axes.imshow(list(found.values()), cmap="Blues", vmin=0, vmax=100)
+    image = axes.imshow(list(found.values()), cmap="Blues", vmin=0, vmax=100, aspect="auto")
     axes.set_xticks(range(len(CELLS)), CELLS, rotation=20, ha="right")
-    axes.set_yticks(range(len(found)), list(found))
+    axes.set_yticks(range(len(found)), ["(dense, untuned)" if row == "dense" else row for row in found])
     axes.set_xlabel("tested on")
     axes.set_ylabel("pruned by half and tuned on")
     axes.set_title("Score by training task (%)")

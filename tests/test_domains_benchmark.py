@@ -53,11 +53,8 @@ def test_few_shot_cells_are_averaged_over_seeds_and_compared_item_by_item(tmp_pa
     assert any(line.startswith("| `tailored_20pct` | 0, 1 | 80.0 ± 0.0 | 79.2 ± 0.0 |") for line in lines)
     assert sum("holding/accuracy, same items: +10 ±" in line for line in lines) == 2
     one = domains_report.tailored(domains.tailored(Options(tmp_path, ratios=(0.5,))))
-    assert [line.split("|")[1].strip(" `") for line in one[2:7:2]] == [
-        "tailored_50pct",
-        "tailored_joint_50pct",
-        "dense",
-    ]
+    rows = [line.split("|")[1].strip(" `") for line in one[2:7]]
+    assert rows == ["tailored_50pct", "its dense + LoRA", "tailored_joint_50pct", "its dense + LoRA", "dense"]
     assert any("| 90.0 (40.0 to 60.0) | 1.200 (0.400 to 0.600) | 86.6 |" in line for line in one)
 
 
@@ -97,15 +94,18 @@ def test_a_table_grows_by_what_is_measured_later(tmp_path: Path, capsys: pytest.
 
 def test_the_matrix_is_a_table_and_a_picture(tmp_path: Path) -> None:
     scores = {column: {"rougeL" if column.endswith("bill") else "accuracy": 0.5} for column in CELLS}
+    counts = {column: dict.fromkeys(values, 40) for column, values in scores.items()}
     for cell in CELLS:
         folder = tmp_path / "matrix" / cell.replace("/", "_")
         folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps({"tasks": {"dense": scores, "pruned": scores}}))
+        (folder / "metrics.json").write_text(
+            json.dumps({"tasks": {"dense": scores, "pruned": scores}, "task_counts": counts})
+        )
     domains.main(["matrix", "--out", str(tmp_path)])
     table = (tmp_path / "domains_matrix.md").read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["dense", *CELLS]
-    assert table[-1] == "| health/inference | 50.0 | 50.0 | 50.0 | 50.0 |"
-    assert (tmp_path / "domains_matrix.png").stat().st_size > 1000
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["dense", *CELLS, "items"]
+    assert table[-2:] == ["| health/inference | 50.0 | 50.0 | 50.0 | **50.0** |", "| items | 40 | 40 | 40 | 40 |"]
+    assert (tmp_path / "matrix.png").stat().st_size > 1000
 
 
 def test_a_failed_cell_names_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
