@@ -93,27 +93,37 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Held-out loss against parameters, one panel per setting, bars of one standard deviation over seeds."""
+    """Excess loss of every method, one panel per setting and sparsity, bars of one standard deviation over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    settings = sorted({row["setting"] for row in rows})
-    figure, axes = pyplot.subplots(1, len(settings), figsize=(6.5 * len(settings), 5), squeeze=False)
-    for ax, setting in zip(axes.flat, settings, strict=True):
-        here = [row for row in rows if row["setting"] == setting and row["parameters"]]
-        for name in sorted({(row["method"], row["arm"]) for row in here}):
-            line = sorted((r for r in here if (r["method"], r["arm"]) == name), key=lambda r: r["parameters"])
-            sizes, losses = [r["parameters"] / 1e6 for r in line], [r["loss"] for r in line]
-            style = "--" if is_two_stage(name[0]) else ":" if name[0] in ("dense", "dense_lora", "scratch") else "-"
-            label = " + ".join(filter(None, name))
-            ax.errorbar(sizes, losses, [r["loss_sd"] for r in line], fmt="o" + style, capsize=3, label=label, ms=4)
-        ax.set(title=setting, xlabel="parameters, millions", ylabel="held-out loss, nats per token")
-        ax.legend(fontsize=7)
+    shown = [row for row in rows if "excess" in row and row["method"] not in ("dense", "dense_lora")]
+    panels = sorted({(row["setting"], row["sparsity"]) for row in shown})
+    if not panels:
+        return
+    longest = max(sum((r["setting"], r["sparsity"]) == panel for r in shown) for panel in panels)
+    size = (4.6 * len(panels), 1.6 + 0.32 * longest)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False)
+    for ax, panel in zip(axes.flat, panels, strict=True):
+        here = sorted((r for r in shown if (r["setting"], r["sparsity"]) == panel), key=lambda r: -r["excess"])
+        for place, row in enumerate(here):
+            two_stage = is_two_stage(row["method"])
+            style = (
+                {"color": "#b2182b", "marker": "s", "mfc": "white"}
+                if two_stage
+                else {"color": "#2166ac", "marker": "o"}
+            )
+            ax.errorbar(row["excess"], place, xerr=row["excess_sd"], capsize=3, **style)
+        names = [" + ".join(filter(None, [r["method"], r["arm"]])) + f" ({len(r['losses'])})" for r in here]
+        ax.set_yticks(range(len(here)), names)
+        ax.set(title=f"{panel[0]}, {panel[1]:.0%} removed", xlabel="excess loss, nats per token", xlim=(0, None))
+        ax.grid(axis="x", alpha=0.3)
+    figure.suptitle("filled: joint, open: two-stage or control; in brackets: seeds; less is better", fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
