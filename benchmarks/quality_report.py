@@ -109,16 +109,14 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for ax, panel in zip(axes.flat, panels, strict=True):
         here = sorted((r for r in shown if (r["setting"], r["sparsity"]) == panel), key=lambda r: -r["excess"])
         for place, row in enumerate(here):
-            two_stage = is_two_stage(row["method"])
-            style = (
-                {"color": "#b2182b", "marker": "s", "mfc": "white"}
-                if two_stage
-                else {"color": "#2166ac", "marker": "o"}
-            )
+            style = {"color": "#2166ac", "marker": "o"}
+            if is_two_stage(row["method"]) or row["method"] in ("shuffled", "scratch"):
+                style = {"color": "#b2182b", "marker": "s", "mfc": "white"}
             ax.errorbar(row["excess"], place, xerr=row["excess_sd"], capsize=3, **style)
         names = [" + ".join(filter(None, [r["method"], r["arm"]])) + f" ({len(r['losses'])})" for r in here]
         ax.set_yticks(range(len(here)), names)
-        ax.set(title=f"{panel[0]}, {panel[1]:.0%} removed", xlabel="excess loss, nats per token", xlim=(0, None))
+        ax.set(title=f"{panel[0]}, {panel[1]:.0%} removed", xlabel="excess loss, nats per token")
+        ax.set_xlim(0, 1.1 * max(r["excess"] + r["excess_sd"] for r in here))
         ax.grid(axis="x", alpha=0.3)
     figure.suptitle("filled: joint, open: two-stage or control; in brackets: seeds; less is better", fontsize=9)
     figure.tight_layout()
