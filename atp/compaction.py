@@ -136,7 +136,7 @@ def _cut_parameter(
     parameter.grad = None
     # Any graph still alive (a traceback, a traced model, garbage not yet collected) keeps the parameter's gradient
     # node, which remembers the old shape. Autograd drops it where the dtype changes, so change it for a moment.
-    parameter.data = small.new_empty(0, dtype=torch.float32 if small.dtype == torch.float64 else torch.float64)
+    parameter.data = small.new_empty(0, dtype=torch.float32 if small.dtype == torch.float16 else torch.float16)
     parameter.data = small
 
 

@@ -112,6 +112,11 @@ class TuningModule(LightningModule):
         self.log_figures({"train/loss": loss})
         return loss
 
+    def _take_learnt(self) -> int | None:
+        """The count for the batch at hand, once: a batch that came another way has none."""
+        learnt, self._learnt = self._learnt, None
+        return learnt
+
     def log_figures(self, figures: Mapping[str, Tensor | float]) -> None:
         """Note figures of the step at hand, if they are wanted."""
         if self.is_logged_step:
@@ -136,7 +141,7 @@ class TuningModule(LightningModule):
     def task_loss(self, batch: Batch) -> Tensor:
         """Cross entropy on the data, mixed with distillation where that is asked for."""
         if self.distill == 0.0:
-            return causal_loss(self.model, batch, self._learnt)
+            return causal_loss(self.model, batch, self._take_learnt())
         output = self.model(**batch)
         divergence = distillation_loss(output.logits, self.teacher_logits(batch), batch["labels"])
         self.log_figures({"train/distillation_loss": divergence, "train/data_loss": output.loss})
@@ -151,7 +156,7 @@ class TuningModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Accumulate the token-weighted loss behind ``val/perplexity``."""
-        loss = causal_loss(self.model, batch, self._learnt)
+        loss = causal_loss(self.model, batch, self._take_learnt())
         tokens = (batch["labels"][:, 1:] != -100).sum()
         self.val_loss.update(loss.float(), tokens)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import statistics
 import tempfile
 import time
@@ -98,21 +99,21 @@ class Section:
         seconds: dict[str, list[float]] = {name: [] for name in systems}
         peaks: dict[str, float] = {}
         for name in (*systems, *reversed(systems)):
-            if name in peaks or not seconds[name]:
-                steps, peak = self._try(work, work.system, name)
+            if not math.isnan(peaks.get(name, 0.0)):  # what did not fit once is not tried again
+                steps, peaks[name] = self._try(work, name)
                 seconds[name] += steps
-                peaks.update({name: peak} if steps else {})
         return [
             {**cell, "system": name, **_figures(seconds[name], peaks.get(name), shape.batch * cell["tokens"])}
             for name in systems
         ]
 
-    def _try(self, work: Workload, make: Callable[[str], LightningModule], name: str) -> tuple[list[float], float]:
-        """Seconds of the steps after the first ones, and peak GiB; no steps where memory is short."""
+    def _try(
+        self, work: Workload, name: str, make: Callable[[], LightningModule] | None = None
+    ) -> tuple[list[float], float]:
+        """Seconds of the steps after the first ones, and peak GiB; no steps and no number where memory is short."""
         module = None
         try:
-            module = make(name)
-            module = module.to(work.device)
+            module = (make() if make else work.system(name)).to(work.device)
             batches = work.batches(_STEPS)
             steps = fit(module, batches, work.device)[_WARM:]
             moved = {key: value.to(work.device) for key, value in batches[0].items()}
@@ -136,7 +137,7 @@ class Section:
             flags += ["model=local", f"model.path={folder}", "model.quantization=nf4", "model.dtype=bfloat16"]
             flags += ["prune.warm_start.criterion=fisher", "prune.compact=false"]
             work = Workload(replace(shape, tokens=cell["tokens"]), self.device, self.dtype, tuple(flags))
-            steps, peak = self._try(work, lambda name: _on_quantized(work), "joint")
+            steps, peak = self._try(work, "joint", lambda: _on_quantized(work))
         return {**cell, "system": "joint", **_figures(steps, peak, shape.batch * cell["tokens"])}
 
 

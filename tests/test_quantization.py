@@ -42,6 +42,7 @@ def there(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("model.quantization=fp4",), "fp4.*known: nf4, int8"),
         (("model.quantization=nf4", "prune.warm_start.criterion=taylor"), "criterion=taylor; set it to fisher"),
+        (("model.quantization=nf4", "prune.warm_start.criterion=fisher+wanda"), "fisher.wanda; set it to fisher"),
         (("model.quantization=int8", "prune.restore.batches=4"), r"restore\.batches=4"),
         (("model.quantization=nf4", "prune=loraprune"), "GradientScores.*generator=free"),
     ],

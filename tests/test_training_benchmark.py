@@ -10,15 +10,14 @@ from benchmarks.training_gpu import SYSTEMS, Section
 from benchmarks.training_growth import fit_growth
 from benchmarks.training_systems import Shape, Workload, fit
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # as the benchmark does: its bare trainer has no validation data
-
 TINY = Shape("tiny", 32, 2, 4, 2, 64, 128, 2, 32)
 
 
 def test_masks_cost_no_activations_and_the_cut_frees_some() -> None:
     ratios = memory_section(Workload(TINY))["ratios"]
     before, after = (ratios[f"activations kept {when} the cut / plain LoRA"] for when in ("before", "after"))
-    assert after < before < 0.98
+    assert before < 0.98
+    assert after < 0.75
 
 
 def test_a_whole_run_goes_through_calibration_freeze_and_cut() -> None:
