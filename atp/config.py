@@ -118,10 +118,19 @@ class WarmStartConfig:
 
 @dataclass
 class RestoreConfig:
-    """Least-squares restoration of o_proj and down_proj at the cut."""
+    """Least-squares restoration of o_proj and down_proj to the units that are kept."""
 
     batches: int = option(0, "calibration batches; 0 for none")
+    at: str = option("freeze", "when: freeze, or start, for what warm-started scores select before the first step")
     ridge: float = option(1e-3, "pull towards the present weights, relative to the inputs' mean square")
+
+
+@dataclass
+class DistillConfig:
+    """Learning from the dense base's hidden states; off at zero."""
+
+    hidden: float = option(0.0, "weight of the squared distance from its hidden states; falls linearly to zero")
+    until: float = option(1.0, "fraction of the run over which it falls; every step until then asks the dense base")
 
 
 @dataclass
@@ -181,6 +190,7 @@ class PruneConfig:
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     restore: RestoreConfig = field(default_factory=RestoreConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     compact: bool = option(
         True, "cut the live model once masks are frozen: later steps cost what the small model costs"
     )
@@ -208,7 +218,7 @@ class OptimConfig:
     lr: float = option(1e-3, "peak learning rate of the adapters")
     weight_decay: float = option(0.0, "weight decay of the adapters")
     warmup: float = option(0.05, "fraction of the run over which rates rise")
-    distill: float = option(0.0, "weight of distillation from the dense base in the task loss, 0 to 1")
+    distill: float = option(0.0, "weight of the dense base's next-token distribution in the task loss, 0 to 1")
     min_lr_ratio: float = option(0.1, "where the cosine ends, as a fraction of the peak")
 
 

@@ -16,7 +16,7 @@ Shape suffixes: U units, B batch, T tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -118,6 +118,7 @@ class MaskedModel(nn.Module):
         self._masks: dict[Side, Tensor] = {}
         self._frozen_masks: dict[Side, Tensor] = {}
         self._left: dict[Side, Tensor] = {}
+        self._dense_weights: dict[str, Tensor] = {}
         self.live_U: Tensor | None = None
         self.is_compact = False
         fused = self._fuse_blocks()
@@ -222,6 +223,7 @@ class MaskedModel(nn.Module):
             device = self.base_weight(name).device
             self._left[side] = side.expand(live).nonzero().flatten().to(device)
         self.live_U = live_U
+        self._dense_weights = {}  # of shapes that are gone
 
     def fix_masks(self, masks_U: Tensor) -> None:
         """Fix masks for good, after the weights were cut to them.
@@ -265,11 +267,25 @@ class MaskedModel(nn.Module):
         finally:
             self._masks, self._frozen_masks = masks, frozen
 
+    def keep_dense(self, modules: Iterable[str]) -> None:
+        """Keep copies of the base weights of these linears for :meth:`base_only`, before something changes them."""
+        for module in modules:
+            self._dense_weights.setdefault(module, self.base_weight(module).detach().clone())
+
     @contextmanager
     def base_only(self) -> Iterator[None]:
-        """Run the dense base model inside the block: no masks, adapters off."""
+        """Run the dense base model inside the block: no masks, adapters off, base weights as they were loaded."""
         with self.unmasked(), self.peft_model.disable_adapter():
-            yield
+            self._swap_dense()
+            try:
+                yield
+            finally:
+                self._swap_dense()
+
+    def _swap_dense(self) -> None:
+        for module, kept in self._dense_weights.items():
+            weight = self.base_weight(module)
+            self._dense_weights[module], weight.data = weight.data, kept.to(weight.device)
 
     def forward(self, **batch: Tensor) -> Any:
         """The wrapped causal LM's output."""

@@ -24,11 +24,32 @@ def causal_loss(model: nn.Module, batch: Mapping[str, Tensor], learnt: int | Non
         batch: Its inputs, and ``labels``.
         learnt: Number of labels that are learnt, where it is known, see :func:`atp.fused.vocabulary_loss`.
     """
+    return loss_and_states(model, batch, learnt, with_states=False)[0]
+
+
+def loss_and_states(
+    model: nn.Module, batch: Mapping[str, Tensor], learnt: int | None = None, *, with_states: bool = True
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """:func:`causal_loss` and, from the same pass, the hidden states [B, T, D] after every layer."""
     inner = language_model(model)
     head = inner.get_output_embeddings() if isinstance(inner, PreTrainedModel) else None
     if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
-        loss: Tensor = model(**batch).loss
-        return loss
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+        output: Any = model(**batch, **({"output_hidden_states": True} if with_states else {}))
+        return output.loss, output.hidden_states[1:] if with_states else ()
+    output = _decode(inner, batch, with_states)
+    loss = vocabulary_loss(output.last_hidden_state, head.weight, batch["labels"], learnt)
+    return loss, output.hidden_states[1:] if with_states else ()
+
+
+def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Hidden states [B, T, D] after every layer, without logits."""
+    states: tuple[Tensor, ...] = _decode(language_model(model), batch, True).hidden_states[1:]
+    return states
+
+
+def _decode(inner: nn.Module, batch: Mapping[str, Tensor], with_states: bool) -> Any:
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
+    if with_states:
+        inputs["output_hidden_states"] = True
     decoder: Any = cast(PreTrainedModel, inner).base_model
-    return vocabulary_loss(decoder(**inputs, use_cache=False).last_hidden_state, head.weight, batch["labels"], learnt)
+    return decoder(**inputs, use_cache=False)

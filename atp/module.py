@@ -11,11 +11,12 @@ Shape suffixes: U units.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from atp.compaction import can_compact, compact, unwrapped
@@ -29,6 +30,9 @@ from atp.restoration import restore
 from atp.sampler import Sampler
 from atp.selection import select
 from atp.tuning import Batch, TuningModule
+
+RESTORE_AT = ("freeze", "start")
+"""When output projections are refitted to what is kept."""
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +51,11 @@ class PruningModule(TuningModule):
         shape: ``per_layer`` or ``uniform``, see :func:`atp.selection.select`.
         min_units: Units every layer keeps, by kind.
         compaction: Cut the live model to the final masks at the freeze; the remaining steps then cost what the small
-            model costs. Not possible with ``distill``, whose teacher is the dense base.
-        restore_ridge: Ridge of the least-squares restoration at the freeze, which happens when ``calibration`` is set
-            to something that gives batches.
+            model costs. A teacher that is still needed then comes from ``dense``; without it nothing is cut.
+        dense: Loads the dense base anew, to learn from once the live model is cut.
+        restore_ridge: Ridge of the least-squares restoration, which happens when ``calibration`` is set to something
+            that gives batches.
+        restore_at: ``freeze``, or ``start``: :meth:`restore_start` is called before the first step.
         round_to: Kept widths are multiples of this, see :func:`atp.selection.select`.
         progressive: Cuts units before the freeze that are as good as decided; needs ``compaction`` of heads and
             channels, widths that need not be rounded and no restoration, and is ignored with a warning otherwise.
@@ -76,9 +82,11 @@ class PruningModule(TuningModule):
         min_units: Mapping[str, int] | None = None,
         compaction: bool = False,
         restore_ridge: float = 1e-3,
+        restore_at: str = "freeze",
         round_to: int = 1,
         gates: str = "binary",
         progressive: ProgressiveCut | None = None,
+        dense: Callable[[], nn.Module] | None = None,
         **tuning: Any,
     ) -> None:
         super().__init__(model, **tuning)
@@ -86,12 +94,16 @@ class PruningModule(TuningModule):
         self.space = model.space
         self.generator, self.sampler, self.budget, self.schedule = generator, sampler, budget, schedule
         self.generator_lr, self.multiplier_lr = generator_lr, multiplier_lr
-        if compaction and self.distill:
-            log.warning("prune.compact is ignored: optim.distill needs the dense base as its teacher")
+        self._load_dense = dense
+        taught = dense is None and not self.distill.is_over(schedule.freeze_step, self.total_steps)
+        if compaction and taught:
+            log.warning("prune.compact is ignored: distillation needs the dense base as its teacher")
         if compaction and not can_compact(self.space):
             log.info("the live model is not cut at the freeze: only heads and channels can be, not the whole space")
-        self.compaction = compaction and not self.distill and can_compact(self.space) and gates == "binary"
-        self.restore_ridge = restore_ridge
+        self.compaction = compaction and not taught and can_compact(self.space) and gates == "binary"
+        if restore_at not in RESTORE_AT:
+            raise ValueError(f"prune.restore.at is {restore_at!r}; known: {', '.join(RESTORE_AT)}")
+        self.restore_ridge, self.restore_at = restore_ridge, restore_at
         self.calibration: Callable[[], Iterable[Batch]] | None = None
         self._restored: list[str] = []
         self.shape, self.min_units, self.round_to = shape, min_units, round_to
@@ -130,8 +142,8 @@ class PruningModule(TuningModule):
         super().on_train_batch_start(batch, batch_idx)
         if self.phase is Phase.FROZEN and not self.frozen:
             self.freeze_masks()
-            if self.calibration is not None:
-                self._restored = restore(self.masked, self.final_masks_U, self.calibration, ridge=self.restore_ridge)
+            if self.calibration is not None and self.restore_at == "freeze":
+                self._restore(self.final_masks_U)
             if self.compaction:
                 with unwrapped(self.trainer.strategy):
                     self.compact(self.trainer.optimizers)
@@ -140,6 +152,23 @@ class PruningModule(TuningModule):
         ):
             with unwrapped(self.trainer.strategy):
                 self._cut_early(self.progressive.decided(self._select(self.logits())), self.trainer.optimizers)
+
+    def restore_start(self) -> None:
+        """Refit the output projections to the units that the starting scores select, before anything trains.
+
+        At the freeze adapters have already learnt what a refit would repair, and it counts twice; before the first step
+        nothing has been learnt. Masks may still move away from this selection.
+        """
+        self._restore(self._select(self.logits()))
+
+    def _restore(self, masks_U: Tensor) -> None:
+        assert self.calibration is not None
+        if self.distill:
+            self.masked.keep_dense(self._output_projections())
+        self._restored = restore(self.masked, masks_U, self.calibration, ridge=self.restore_ridge)
+
+    def _output_projections(self) -> list[str]:
+        return [site.module for site in self.space.sites if site.on == "input"]
 
     def _cut_early(self, live_U: Tensor, optimizers: Iterable[Optimizer] = ()) -> None:
         """Cut the live model to ``live_U`` [U]; masks go on being learnt for what is left."""
@@ -187,7 +216,10 @@ class PruningModule(TuningModule):
         if "progressive.live_U" not in state:  # early cuts were asked for where they are impossible
             self.progressive = None
         super().on_load_checkpoint(checkpoint)
-        self._restored = [k.removeprefix("model.") for k in state if ".base_layer." in k]
+        names = {self.masked.base_weight_name(module): module for module in self._output_projections()}
+        self._restored = [name for name in names if f"model.{name}" in state]
+        if self.distill and not bool(state["is_compact"]):
+            self.masked.keep_dense(names[name] for name in self._restored)
         if self.progressive and self.masked.live_U is None and not state["progressive.live_U"].all():
             self._cut_early(state["progressive.live_U"])
         if bool(state["is_compact"]) and not self.is_compact:
@@ -236,12 +268,19 @@ class PruningModule(TuningModule):
         self.log_figures({"train/loss": loss, "train/task_loss": task_loss, "train/budget_loss": budget_loss})
         return loss
 
-    @torch.no_grad()
-    def teacher_logits(self, batch: Batch) -> Tensor:
-        """Logits of the dense base itself, masks and adapters off: a teacher that takes no memory."""
-        with self.masked.base_only():
-            output = self.masked(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return output.logits
+    @contextmanager
+    def teaching(self) -> Iterator[nn.Module]:
+        """The dense base: masks and adapters off, which takes no memory; loaded anew once the live model is cut."""
+        if self.masked.live_U is None:
+            with self.masked.base_only():
+                yield self.masked
+            return
+        (teacher,) = self._teacher
+        if teacher is None:
+            assert self._load_dense is not None
+            teacher = self._load_dense().to(self.device).eval().requires_grad_(False)
+            self._teacher = [teacher]
+        yield teacher
 
     def on_after_backward(self) -> None:
         """Feed generators that score by the adapters' gradients."""

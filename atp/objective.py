@@ -83,24 +83,6 @@ class SparsitySchedule:
         return self.target * (done if self.shape == "linear" else 1.0 - (1.0 - done) ** 3)
 
 
-def distillation_loss(student_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL divergence of the student's next-token distribution from the teacher's, in nats per learnt token.
-
-    The usual soft targets (Hinton et al. 2015), scaled by the squared temperature so that gradients keep their size.
-
-    Args:
-        student_BTV: Logits that learn.
-        teacher_BTV: Logits to match.
-        labels_BT: Unshifted labels; positions that predict -100 are left out.
-        temperature: Softens both distributions.
-    """
-    learnt = labels_BT[:, 1:] != -100
-    student = torch.log_softmax(student_BTV[:, :-1][learnt].float() / temperature, -1)
-    teacher = torch.log_softmax(teacher_BTV[:, :-1][learnt].float() / temperature, -1)
-    divergence = nn.functional.kl_div(student, teacher, log_target=True, reduction="sum")
-    return divergence * temperature**2 / learnt.sum().clamp(min=1)
-
-
 class Budget(nn.Module, ABC):
     """Base of all budget terms."""
 

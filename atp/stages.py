@@ -137,10 +137,13 @@ class Stages:
         """Train masks and adapters together; leaves ``checkpoints/joint.ckpt``."""
         base = build.load_base(self.config.model, quantized=True, device=self.device)
         module = build.pruning_module(self.config, base)
+        restores = self.config.prune.restore.batches > 0
+        if restores:
+            module.calibration = self._calibration
         if not self.directory.checkpoint("joint").is_file():
             self._warm_start(module, self.config.prune.warm_start)
-        if self.config.prune.restore.batches > 0:
-            module.calibration = self._calibration
+            if restores and self.config.prune.restore.at == "start":
+                self._restore_start(module)
         if isinstance(module, AwareModule):
             module.calibration_batch = self.data.calibration_batch
         with peak_memory(self.device) as peak:
@@ -158,6 +161,17 @@ class Stages:
         masked = module.masked.to(self.device)
         importance_U = importance(settings.criterion, masked, batches, self.config.seed).cpu()
         module.generator.warm_start(settings.gain * rank(settings.ranking, self.space, importance_U))
+
+    def _restore_start(self, module: PruningModule) -> None:
+        """Refit the output projections to what the starting scores select."""
+        if self.config.prune.warm_start.batches < 1:
+            raise ValueError(
+                "prune.restore.at is start, but there are no scores to select by before the first step; set "
+                "prune.warm_start.batches above 0, or prune.restore.at=freeze"
+            )
+        log.info("restoration: refitting the output projections to the starting selection")
+        module.masked.to(self.device)
+        module.restore_start()
 
     def _calibration(self) -> Iterator[dict[str, Tensor]]:
         """The batches that restoration is fitted on."""
@@ -278,7 +292,7 @@ class Stages:
 
     def tune_baseline(self, name: str) -> dict[str, Any]:
         """Prune at once by the named rule, then tune and evaluate."""
-        teacher = self.assessor.place(self.dense()) if self.config.optim.distill else None
+        teacher = self.assessor.place(self.dense()) if build.is_distilled(self.config) else None
         return self.tune(name, self._cut_at_once(name), teacher)
 
     def _cut_at_once(self, name: str) -> PreTrainedModel:

@@ -10,8 +10,11 @@ Shape suffixes: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import functools
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +22,11 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from atp.distillation import Distillation, distillation_loss, hidden_state_loss, real_tokens
 from atp.lora import language_model, trainable_parameters
-from atp.loss import causal_loss
-from atp.objective import distillation_loss
+from atp.loss import causal_loss, hidden_states, loss_and_states
+
+log = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
 
@@ -42,7 +47,7 @@ class TuningModule(LightningModule):
         min_lr_ratio: Where the cosine ends, as a fraction of the peak.
         seed: Seed of everything random in the steps.
         base_id: Name of the base model; a checkpoint made from another base is refused.
-        distill: Weight of distillation in the task loss, 0 to 1; the rest is cross entropy on the data.
+        distill: What is learnt from a teacher beside the data.
         teacher: Model to distil from; needed with ``distill`` unless a subclass brings its own. It is not trained,
             moved with this module, or saved.
         compile_model: Run the decoder through ``torch.compile``.
@@ -59,7 +64,7 @@ class TuningModule(LightningModule):
         min_lr_ratio: float = 0.1,
         seed: int = 0,
         base_id: str = "",
-        distill: float = 0.0,
+        distill: Distillation = Distillation(),  # noqa: B008  # frozen
         teacher: nn.Module | None = None,
         compile_model: bool = False,
     ) -> None:
@@ -70,8 +75,6 @@ class TuningModule(LightningModule):
         self.lr, self.weight_decay, self.warmup, self.min_lr_ratio = lr, weight_decay, warmup, min_lr_ratio
         self.seed = seed
         self.base_id = base_id
-        if not 0.0 <= distill <= 1.0:
-            raise ValueError(f"optim.distill is {distill}; it is a weight between 0 and 1")
         self.distill = distill
         self._teacher = [teacher]  # in a list, so that it is no submodule of this one
         self.compile_model = compile_model
@@ -139,20 +142,47 @@ class TuningModule(LightningModule):
             logger.save()
 
     def task_loss(self, batch: Batch) -> Tensor:
-        """Cross entropy on the data, mixed with distillation where that is asked for."""
-        if self.distill == 0.0:
+        """Cross entropy on the data, with what the teacher adds where one is asked for."""
+        if self.distill.is_over(self.global_step, self.total_steps):
+            self._teacher = [None]
             return causal_loss(self.model, batch, self._take_learnt())
-        output = self.model(**batch)
-        divergence = distillation_loss(output.logits, self.teacher_logits(batch), batch["labels"])
+        weight = self.distill.hidden_weight(self.global_step, self.total_steps)
+        if self.distill.logits == 0.0:
+            loss, states = loss_and_states(self.model, batch, self._take_learnt())
+            with torch.no_grad(), self.teaching() as teacher:
+                wanted = hidden_states(teacher, batch)
+            return loss + self._hidden_loss(states, wanted, batch, weight)
+        output: Any = self.model(**batch, output_hidden_states=weight > 0.0)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with torch.no_grad(), self.teaching() as teacher:
+            taught: Any = teacher(**inputs, output_hidden_states=weight > 0.0)
+        divergence = distillation_loss(output.logits, taught.logits, batch["labels"])
         self.log_figures({"train/distillation_loss": divergence, "train/data_loss": output.loss})
-        return (1.0 - self.distill) * output.loss + self.distill * divergence
+        loss = (1.0 - self.distill.logits) * output.loss + self.distill.logits * divergence
+        if weight > 0.0:
+            loss = loss + self._hidden_loss(output.hidden_states[1:], taught.hidden_states[1:], batch, weight)
+        return loss
 
-    @torch.no_grad()
-    def teacher_logits(self, batch: Batch) -> Tensor:
-        """Logits to distil from, [B, T, V]."""
+    def _hidden_loss(
+        self, states: Sequence[Tensor], wanted: Sequence[Tensor], batch: Batch, weight: float
+    ) -> Tensor | float:
+        """The weighted distance from the teacher's hidden states; none where layers or widths have fallen out."""
+        if [own.shape for own in states] != [other.shape for other in wanted]:
+            log.warning(
+                "prune.distill.hidden is ignored: this model has lost layers or hidden dimensions of its teacher"
+            )
+            self.distill = replace(self.distill, hidden=0.0)
+            return 0.0
+        distance = hidden_state_loss(states, wanted, real_tokens(batch["attention_mask"]))
+        self.log_figures({"train/hidden_loss": distance, "train/hidden_weight": weight})
+        return weight * distance
+
+    @contextmanager
+    def teaching(self) -> Iterator[nn.Module]:
+        """The model to learn from, ready for a forward pass inside the block."""
         (teacher,) = self._teacher
         assert teacher is not None
-        return teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        yield teacher
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Accumulate the token-weighted loss behind ``val/perplexity``."""

@@ -19,6 +19,7 @@ from atp import embedded
 from atp.callbacks import RunCheckpoint
 from atp.data.batches import PruningDataModule
 from atp.data.sources import load_embedded
+from atp.distillation import Distillation
 from atp.generator import FreeLogits, TransformerGenerator
 from atp.lora import MaskedModel, add_lora
 from atp.module import PruningModule
@@ -283,21 +284,25 @@ def test_disk_full_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: py
 
 
 def test_distillation_teacher_is_the_dense_base_and_never_trains(tmp_path: Path) -> None:
-    module = make_module(distill=1.0)
+    module = make_module(distill=Distillation(logits=1.0))
     dense = tiny_model("llama", "gqa", vocabulary=2048)
     batch = next(iter(make_loader()))
     module.masked.set_masks(torch.zeros(module.space.num_units))
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    torch.testing.assert_close(module.teacher_logits(batch), dense(**inputs).logits)
+    with torch.no_grad(), module.teaching() as taught:
+        torch.testing.assert_close(taught(**inputs).logits, dense(**inputs).logits)
     fit(module, tmp_path / "a.ckpt")
-    torch.testing.assert_close(module.teacher_logits(batch), dense(**inputs).logits)
+    with torch.no_grad(), module.teaching() as taught:
+        torch.testing.assert_close(taught(**inputs).logits, dense(**inputs).logits)
     teacher = tiny_model(seed=5, vocabulary=2048)
-    tuned = TuningModule(add_lora(tiny_model(vocabulary=2048), r=2), total_steps=STEPS, distill=0.5, teacher=teacher)
+    tuned = TuningModule(
+        add_lora(tiny_model(vocabulary=2048), r=2), total_steps=STEPS, distill=Distillation(logits=0.5), teacher=teacher
+    )
     assert not [name for name in tuned.state_dict() if "teacher" in name]
 
 
 def test_compaction_is_given_up_for_a_dense_teacher(caplog: pytest.LogCaptureFixture) -> None:
-    module = make_module(compaction=True, distill=0.5)
+    module = make_module(compaction=True, distill=Distillation(logits=0.5))
     assert not module.compaction
     assert "prune.compact is ignored" in caplog.text
 

@@ -145,21 +145,6 @@ def test_bad_schedules(change: dict[str, object], message: str) -> None:
         SparsitySchedule.from_fractions(0.5, 100, **arguments)  # type: ignore[arg-type]
 
 
-def test_distillation_is_zero_for_equal_models_and_ignores_unlearnt_positions() -> None:
-    from atp.objective import distillation_loss
-
-    torch.manual_seed(0)
-    student, teacher = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
-    labels = torch.full((2, 5), -100)
-    labels[0, 2:4] = 1
-    assert distillation_loss(teacher, teacher, labels).item() == pytest.approx(0.0, abs=1e-6)
-    by_hand = [
-        (teacher[0, t].softmax(-1) * (teacher[0, t].log_softmax(-1) - student[0, t].log_softmax(-1))).sum()
-        for t in (1, 2)
-    ]
-    assert distillation_loss(student, teacher, labels).item() == pytest.approx(float(sum(by_hand)) / 2, rel=1e-4)
-
-
 def test_projection_meets_any_target_exactly() -> None:
     from atp.objective import Projection
     from atp.sampler import Threshold

@@ -16,7 +16,15 @@ from atp.build.data import (
     normalisation,
 )
 from atp.build.quantization import check_quantization
-from atp.build.training import cost_model, min_units, pruning_module, pruning_space, tuning_module, two_stage
+from atp.build.training import (
+    cost_model,
+    is_distilled,
+    min_units,
+    pruning_module,
+    pruning_space,
+    tuning_module,
+    two_stage,
+)
 
 __all__ = [
     "DTYPES",
@@ -26,6 +34,7 @@ __all__ = [
     "data_faults",
     "data_module",
     "device_of",
+    "is_distilled",
     "load_base",
     "load_beyond",
     "load_prompt",

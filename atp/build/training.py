@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 
 from atp.aware import AwareModule
 from atp.baselines import BASELINES, CALIBRATION_BATCHES, check_baselines
+from atp.build.base import load_base
 from atp.build.components import component
 from atp.config import LassoConfig, PruneConfig, ScheduleConfig, TrainConfig, WarmStartConfig
 from atp.cost import make_cost
+from atp.distillation import Distillation
 from atp.lora import MaskedModel, add_lora
 from atp.module import PruningModule
 from atp.objective import SparsitySchedule
@@ -90,9 +92,11 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
         compaction=prune.compact and config.model.quantization is None,
         progressive=_progressive(prune, space) if config.model.quantization is None else None,
         restore_ridge=prune.restore.ridge,
+        restore_at=prune.restore.at,
         round_to=prune.round_to,
         gates=prune.gates,
-        distill=config.optim.distill,
+        distill=_distillation(config),
+        dense=functools.partial(load_base, config.model) if config.model.quantization is None else None,
         **_tuning(config),
     )
     return module
@@ -107,8 +111,18 @@ def _progressive(prune: PruneConfig, space: PruningSpace) -> ProgressiveCut | No
 
 def tuning_module(config: TrainConfig, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> TuningModule:
     """Plain LoRA over a model, distilled as the pruned model is where a teacher is given."""
-    distill = config.optim.distill if teacher is not None else 0.0
+    distill = _distillation(config) if teacher is not None else Distillation()
     return TuningModule(_with_lora(config, model), distill=distill, teacher=teacher, **_tuning(config))
+
+
+def _distillation(config: TrainConfig) -> Distillation:
+    own = config.prune.distill
+    return Distillation(logits=config.optim.distill, hidden=own.hidden, until=own.until)
+
+
+def is_distilled(config: TrainConfig) -> bool:
+    """Whether pruned models learn from the dense base too."""
+    return bool(_distillation(config))
 
 
 def two_stage(config: TrainConfig, name: str) -> TrainConfig:
