@@ -93,7 +93,7 @@ def hidden_state_loss(student_BTD: Sequence[Tensor], teacher_BTD: Sequence[Tenso
 
 
 def real_tokens(attention_mask: Tensor) -> Tensor:
-    """Where there is a token, [B, T], from a mask [B, T] or of packed sequences [B, 1, T, T]; padding of these counts."""
+    """Where there is a token, [B, T], from a mask [B, T] or of packed sequences [B, 1, T, T]; their padding counts."""
     if attention_mask.dim() == 2:
         return attention_mask
     return attention_mask.diagonal(dim1=-2, dim2=-1)[:, 0]

@@ -43,6 +43,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "restored_distill": ("prune.restore.batches=16", "optim.distill=0.5"),
     "hidden": ("prune.distill.hidden=10", "prune.distill.until=0.4"),
     "restored_hidden": ("prune.restore.batches=16", "prune.distill.hidden=10", "prune.distill.until=0.4"),
+    "throughout": ("prune.distill.hidden=10", "prune.distill.until=1"),
     "bare": ("prune.restore.batches=0", "prune.distill.hidden=0", "optim.distill=0"),
 }
 """What may be added to any method, by name."""

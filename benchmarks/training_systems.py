@@ -34,8 +34,10 @@ from atp.removal import remove
 from atp.tuning import TuningModule
 
 Batch = dict[str, Tensor]
-STEP_SYSTEMS = ("plain", "joint", "alternate", "compact", "taylor")
-"""Systems whose single steps are compared; ``compact`` and ``taylor`` train half of the blocks."""
+STEP_SYSTEMS = ("plain", "joint", "taught", "alternate", "compact", "taylor")
+"""Systems whose single steps are compared; ``compact`` and ``taylor`` train half of the blocks, ``taught`` learns from
+the dense base's hidden states as well."""
+_ALONE = "prune.distill.hidden=0"
 _NEVER = 10**9
 
 
@@ -197,8 +199,9 @@ class Workload:
         """
         if name == "plain":
             return PlainLora(self.base(), self.config())
-        if name in ("joint", "compact"):
-            module = build.pruning_module(self.config("prune=exact"), self.base())
+        if name in ("joint", "compact", "taught"):
+            alone = (_ALONE,) if name != "taught" else ()
+            module = build.pruning_module(self.config("prune=exact", *alone), self.base())
             if name == "compact":
                 torch.manual_seed(1)
                 module.generator.warm_start(torch.randn(module.space.num_units))
@@ -218,9 +221,14 @@ class Workload:
             return self.two_stage()
         raise ValueError(f"no system {name!r}; known: {', '.join(STEP_SYSTEMS)}")
 
-    def joint_run(self, calibration: Sequence[Batch]) -> PruningModule:
-        """The default run up to its first step: the warm start is made here, on as many batches as it asks for."""
-        config = self.config("prune=exact")
+    def joint_run(self, calibration: Sequence[Batch], *, taught: bool = True) -> PruningModule:
+        """The default run up to its first step: the warm start is made here, on as many batches as it asks for.
+
+        Args:
+            calibration: Batches of the warm start.
+            taught: Learn from the dense base's hidden states, as the preset does.
+        """
+        config = self.config("prune=exact", *(() if taught else (_ALONE,)))
         module = build.pruning_module(config, self.base())
         self._warm_start(module, config.prune.warm_start, calibration)
         return module

@@ -55,6 +55,18 @@ def test_excess_loss_is_taken_seed_by_seed_against_dense_lora() -> None:
     assert table(list(rows.values())).count("\n") == 5
 
 
+def test_the_default_is_held_against_two_stage_methods_with_additions_too() -> None:
+    cells = [cell("dense_lora", 1e-2, 0, 1.0, sparsity=0.0), cell("exact", 1e-2, 0, 1.4)]
+    cells += [cell("wanda", 1e-2, 0, 1.5), cell("wanda", 1e-2, 0, 1.25, arm="restored")]
+    cells += [cell("exact", 1e-2, 0, 1.3, arm="restored")]
+    lines = targets(summarise(cells), "exact")
+    assert [line.split(" at equal")[0].split(": ")[1] for line in lines] == [
+        "exact + restored 0.300 vs best two-stage wanda + restored 0.250 nats = 1.20x",
+        "exact 0.400 vs best two-stage wanda 0.500 nats = 0.80x",
+        "exact 0.400 vs best two-stage wanda + restored 0.250 nats = 1.60x",
+    ]
+
+
 def test_the_plot_is_written(tmp_path: Any) -> None:
     rows = summarise([cell("dense_lora", 1e-2, 0, 1.0, sparsity=0.0), cell("exact", 1e-2, 0, 1.2)])
     plot(rows, tmp_path / "figures" / "quality.png")
