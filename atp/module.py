@@ -94,7 +94,7 @@ class PruningModule(TuningModule):
         self.space = model.space
         self.generator, self.sampler, self.budget, self.schedule = generator, sampler, budget, schedule
         self.generator_lr, self.multiplier_lr = generator_lr, multiplier_lr
-        self._load_dense = dense
+        self.load_dense = dense
         taught = dense is None and not self.distill.is_over(schedule.freeze_step, self.total_steps)
         if compaction and taught:
             log.warning("prune.compact is ignored: distillation needs the dense base as its teacher")
@@ -277,8 +277,8 @@ class PruningModule(TuningModule):
             return
         (teacher,) = self._teacher
         if teacher is None:
-            assert self._load_dense is not None
-            teacher = self._load_dense().to(self.device).eval().requires_grad_(False)
+            assert self.load_dense is not None
+            teacher = self.load_dense().to(self.device).eval().requires_grad_(False)
             self._teacher = [teacher]
         yield teacher
 

@@ -230,6 +230,7 @@ class Workload:
         """
         config = self.config("prune=exact", *(() if taught else (_ALONE,)))
         module = build.pruning_module(config, self.base())
+        module.load_dense = self.base
         self._warm_start(module, config.prune.warm_start, calibration)
         return module
 

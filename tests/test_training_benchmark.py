@@ -33,7 +33,7 @@ def test_a_whole_run_goes_through_calibration_freeze_and_cut() -> None:
 
 def test_steps_and_runs_of_all_systems_are_timed() -> None:
     steps = steps_section(Workload(TINY), 1, 2, "cpu")
-    assert set(steps["rounds_s"]) == {"plain", "joint", "alternate", "compact", "taylor"}
+    assert set(steps["rounds_s"]) == {"plain", "joint", "taught", "alternate", "compact", "taylor"}
     assert all(ratio > 0 for ratio in steps["ratios"].values())
     runs = runs_section(Workload(TINY), 1, 12, "cpu")
     assert len(runs["seconds"]["joint"]) == 1
