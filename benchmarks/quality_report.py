@@ -78,6 +78,10 @@ def _name(row: Row) -> str:
     return " + ".join(filter(None, [row["method"], row["arm"]]))
 
 
+def _label(row: Row) -> str:
+    return " + ".join(filter(None, [_name(row), f"{row['steps']} steps" if row["steps"] else ""]))
+
+
 def two_stage_rows(rows: Sequence[Row], setting: str, sparsity: float) -> list[Row]:
     """The two-stage rows of a setting and sparsity, with whatever is added to them."""
     return [r for r in rows if is_two_stage(r["method"]) and (r["setting"], r["sparsity"]) == (setting, sparsity)]
@@ -89,7 +93,7 @@ def table(rows: Sequence[Row]) -> str:
     head = "| " + " | ".join([*names, "M parameters", "fit, s"]) + " |"
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
     for row in rows:
-        name = " + ".join(filter(None, [_name(row), f"{row['steps']} steps" if row["steps"] else ""]))
+        name = _label(row)
         excess = f"{row['excess']:.3f} ± {row['excess_sd']:.3f}" if "excess" in row else ""
         recovery = f"{row['recovery']:.1f}" if row.get("recovery") is not None else ""
         cells = [row["setting"], f"{row['sparsity']:.0%}", name, f"{row['lr']:g}", len(row["losses"])]
@@ -116,21 +120,32 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     if not panels:
         return
     longest = max(sum((r["setting"], r["sparsity"]) == panel for r in shown) for panel in panels)
-    size = (4.6 * len(panels), 1.6 + 0.32 * longest)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False)
-    for ax, panel in zip(axes.flat, panels, strict=True):
+    across = min(len(panels), 3)
+    down = -(-len(panels) // across)
+    size = (4.9 * across, (1.4 + 0.28 * longest) * down)
+    figure, axes = pyplot.subplots(down, across, figsize=size, squeeze=False)
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    for ax, panel in zip(axes.flat, panels, strict=False):
         here = sorted((r for r in shown if (r["setting"], r["sparsity"]) == panel), key=lambda r: -r["excess"])
         for place, row in enumerate(here):
             style = {"color": "#2166ac", "marker": "o"}
             if is_two_stage(row["method"]) or row["method"] in ("shuffled", "scratch"):
                 style = {"color": "#b2182b", "marker": "s", "mfc": "white"}
             ax.errorbar(row["excess"], place, xerr=row["excess_sd"], capsize=3, **style)
-        names = [f"{_name(r)} ({len(r['losses'])})" for r in here]
+        names = [f"{_label(r)} ({len(r['losses'])})" for r in here]
         ax.set_yticks(range(len(here)), names)
         ax.set(title=f"{panel[0]}, {panel[1]:.0%} removed", xlabel="excess loss, nats per token")
-        ax.set_xlim(0, 1.1 * max(r["excess"] + r["excess_sd"] for r in here))
+        farthest = max(r["excess"] + r["excess_sd"] for r in here)
+        if 0 < 3 * here[-1]["excess"] < farthest:  # one method far off would squeeze the others together
+            ax.set_xscale("log")
+        else:
+            ax.set_xlim(0, 1.1 * farthest)
         ax.grid(axis="x", alpha=0.3)
-    figure.suptitle("filled: joint, open: two-stage or control; in brackets: seeds; less is better", fontsize=9)
+    figure.suptitle(
+        "filled: joint, open: two-stage or control; in brackets: seeds; less is better; wide ranges on a log scale",
+        fontsize=9,
+    )
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
