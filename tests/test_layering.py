@@ -19,6 +19,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
         "modeling_atp": (),
         "rundir": (),
         "fused": (),
+        "distillation": (),
         "imports": (),
         "progressive": (),
     },
