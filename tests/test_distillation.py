@@ -138,6 +138,24 @@ def test_a_taught_and_restored_run_resumes_to_the_last_bit(compaction: bool, sto
     assert_same(trained_state(whole), trained_state(resumed))
 
 
+def test_restored_weights_without_adapters_stay_in_the_checkpoints_of_a_resumed_run() -> None:
+    from atp.lora import MaskedModel
+
+    def make() -> PruningModule:
+        module = make_taught()
+        peft_model = add_lora(dense(), r=2, target_modules=["q_proj"])
+        module.masked = module.model = MaskedModel(peft_model, module.space)
+        return module
+
+    first = make()
+    first.restore_start()
+    state = {name: value.clone() for name, value in first.state_dict().items() if name in first._own_state()}
+    resumed = make()
+    resumed.on_load_checkpoint({"state_dict": state, "atp": {"base_id": "tiny", "total_steps": STEPS}})
+    assert resumed._own_state() == first._own_state()
+    assert any("o_proj.weight" in name for name in state)
+
+
 def test_the_hidden_states_are_learnt_until_the_weight_is_gone(tmp_path: Path) -> None:
     module = make_taught()
     asked: list[int] = []
