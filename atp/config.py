@@ -118,11 +118,13 @@ class WarmStartConfig:
 
 @dataclass
 class RestoreConfig:
-    """Least-squares restoration of o_proj and down_proj to the units that are kept."""
+    """Repair of the cut: o_proj and down_proj by least squares and, with epochs, all kept weights, layer by layer."""
 
     batches: int = option(0, "calibration batches; 0 for none")
     at: str = option("freeze", "when: freeze, or start, for what warm-started scores select before the first step")
     ridge: float = option(1e-3, "pull towards the present weights, relative to the inputs' mean square")
+    epochs: int = option(0, "passes over the batches in which each layer learns the dense layer's output; 0 for none")
+    lr: float = option(0.05, "peak learning rate in them, relative to a weight's root mean square")
 
 
 @dataclass

@@ -26,13 +26,13 @@ from atp.generator import Generator, GradientScores
 from atp.lora import MaskedModel
 from atp.objective import Budget, Phase, SparsitySchedule
 from atp.progressive import ProgressiveCut
-from atp.restoration import restore
+from atp.reconstruction import Restoration, repair
 from atp.sampler import Sampler
 from atp.selection import select
 from atp.tuning import Batch, TuningModule
 
 RESTORE_AT = ("freeze", "start")
-"""When output projections are refitted to what is kept."""
+"""When the cut is repaired."""
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,7 @@ class PruningModule(TuningModule):
         compaction: Cut the live model to the final masks at the freeze; the remaining steps then cost what the small
             model costs. A teacher that is still needed then comes from ``dense``; without it nothing is cut.
         dense: Loads the dense base anew, to learn from once the live model is cut.
-        restore_ridge: Ridge of the least-squares restoration, which happens when ``calibration`` is set to something
-            that gives batches.
+        restoration: How the cut is repaired, which happens when ``calibration`` is set to something that gives batches.
         restore_at: ``freeze``, or ``start``: :meth:`restore_start` is called before the first step.
         round_to: Kept widths are multiples of this, see :func:`atp.selection.select`.
         progressive: Cuts units before the freeze that are as good as decided; needs ``compaction`` of heads and
@@ -81,7 +80,7 @@ class PruningModule(TuningModule):
         shape: str = "per_layer",
         min_units: Mapping[str, int] | None = None,
         compaction: bool = False,
-        restore_ridge: float = 1e-3,
+        restoration: Restoration | None = None,
         restore_at: str = "freeze",
         round_to: int = 1,
         gates: str = "binary",
@@ -103,7 +102,7 @@ class PruningModule(TuningModule):
         self.compaction = compaction and not taught and can_compact(self.space) and gates == "binary"
         if restore_at not in RESTORE_AT:
             raise ValueError(f"prune.restore.at is {restore_at!r}; known: {', '.join(RESTORE_AT)}")
-        self.restore_ridge, self.restore_at = restore_ridge, restore_at
+        self.restoration, self.restore_at = restoration or Restoration(), restore_at
         self.calibration: Callable[[], Iterable[Batch]] | None = None
         self._restored: list[str] = []
         self.shape, self.min_units, self.round_to = shape, min_units, round_to
@@ -154,7 +153,7 @@ class PruningModule(TuningModule):
                 self._cut_early(self.progressive.decided(self._select(self.logits())), self.trainer.optimizers)
 
     def restore_start(self) -> None:
-        """Refit the output projections to the units that the starting scores select, before anything trains.
+        """Repair the cut that the starting scores select, before anything trains.
 
         At the freeze adapters have already learnt what a refit would repair, and it counts twice; before the first step
         nothing has been learnt. Masks may still move away from this selection.
@@ -164,11 +163,8 @@ class PruningModule(TuningModule):
     def _restore(self, masks_U: Tensor) -> None:
         assert self.calibration is not None
         if self.distill:
-            self.masked.keep_dense(self._output_projections())
-        self._restored = restore(self.masked, masks_U, self.calibration, ridge=self.restore_ridge)
-
-    def _output_projections(self) -> list[str]:
-        return [site.module for site in self.space.sites if site.on == "input"]
+            self.masked.keep_dense(self.restoration.modules(self.masked))
+        self._restored = repair(self.masked, masks_U, self.calibration, self.restoration)
 
     def _cut_early(self, live_U: Tensor, optimizers: Iterable[Optimizer] = ()) -> None:
         """Cut the live model to ``live_U`` [U]; masks go on being learnt for what is left."""
@@ -216,7 +212,7 @@ class PruningModule(TuningModule):
         if "progressive.live_U" not in state:  # early cuts were asked for where they are impossible
             self.progressive = None
         super().on_load_checkpoint(checkpoint)
-        names = {self.masked.base_weight_name(module): module for module in self._output_projections()}
+        names = {self.masked.base_weight_name(module): module for module in self.restoration.modules(self.masked)}
         self._restored = [name for name in names if f"model.{name}" in state]
         if self.distill and not bool(state["is_compact"]):
             self.masked.keep_dense(names[name] for name in self._restored)

@@ -14,12 +14,17 @@ Shape suffixes: B batch, T tokens, U units, D inputs of a projection, K kept inp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from atp.lora import MaskedModel
+from atp.space import PruningSpace
+
+Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
 
 _LARGEST_GRAM_BYTES = 2**31
 
@@ -28,7 +33,7 @@ _LARGEST_GRAM_BYTES = 2**31
 def restore(
     masked: MaskedModel,
     masks_U: Tensor,
-    batches: Callable[[], Iterable[Mapping[str, Tensor]]],
+    batches: Batches,
     *,
     ridge: float = 1e-3,
 ) -> list[str]:
@@ -52,9 +57,7 @@ def restore(
     """
     if ridge < 0:
         raise ValueError(f"prune.restore.ridge is {ridge}; it cannot be negative")
-    masks = masked.space.split(masks_U.detach())
-    cut = {site.module: site.side.expand(masks) > 0 for site in masked.space.sites if site.on == "input"}
-    cut = {name: kept_D for name, kept_D in cut.items() if not kept_D.all() and kept_D.any()}
+    cut = cut_inputs(masked.space, masked.space.split(masks_U.detach()))
     training = masked.training
     masked.eval()
     names = []
@@ -68,6 +71,12 @@ def restore(
             names.append(masked.base_weight_name(module))
     masked.train(training)
     return names
+
+
+def cut_inputs(space: PruningSpace, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs that stay, True or False, [D], of every output projection that loses some of them but not all."""
+    kept = {site.module: site.side.expand(masks) > 0 for site in space.sites if site.on == "input"}
+    return {name: kept_D for name, kept_D in kept.items() if not kept_D.all() and kept_D.any()}
 
 
 def fit_kept(weight: Tensor, gram_DD: Tensor, kept_D: Tensor, ridge: float) -> Tensor:
@@ -106,33 +115,60 @@ def _portions(cut: Mapping[str, Tensor]) -> Iterable[list[str]]:
         yield portion
 
 
-def _second_moments(
-    masked: MaskedModel, modules: list[str], batches: Callable[[], Iterable[Mapping[str, Tensor]]]
-) -> dict[str, Tensor]:
+def _second_moments(masked: MaskedModel, modules: Sequence[str], batches: Batches) -> dict[str, Tensor]:
     """Sum of x x^T over real tokens, for the inputs of the named projections in the unmasked model."""
-    moments: dict[str, Tensor] = {}
-    real_BT = torch.empty(0)
+    with Moments(masked, modules) as moments, masked.unmasked():
+        for batch in batches():
+            moments.watch(batch["attention_mask"].bool())
+            masked(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return moments.checked()
 
-    def watch(module: str) -> Callable[..., None]:
+
+class Moments:
+    """Sums of x x^T over the inputs of projections, taken while the model runs inside the ``with`` block.
+
+    Args:
+        masked: The model.
+        modules: Names of the projections.
+    """
+
+    def __init__(self, masked: MaskedModel, modules: Sequence[str]) -> None:
+        self._masked, self._modules = masked, modules
+        self._by_module: dict[str, Tensor] = {}
+        self._real_BT = torch.empty(0)
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Self:
+        for module in self._modules:
+            hook = self._masked.linear(module).register_forward_pre_hook(self._adder(module))
+            self._hooks.callback(hook.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def watch(self, real_BT: Tensor) -> None:
+        """Count these tokens of the batch that comes next, True or False, [B, T]."""
+        self._real_BT = real_BT
+
+    def _adder(self, module: str) -> Callable[..., None]:
         def add(_: object, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0][real_BT].float()
+            x = inputs[0][self._real_BT].float()
             gram = x.T @ x
-            moments[module] = moments[module] + gram if module in moments else gram
+            self._by_module[module] = self._by_module[module] + gram if module in self._by_module else gram
 
         return add
 
-    hooks = [masked.linear(module).register_forward_pre_hook(watch(module)) for module in modules]
-    try:
-        with masked.unmasked():
-            for batch in batches():
-                real_BT = batch["attention_mask"].bool()
-                masked(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not moments or not all(torch.isfinite(gram).all() for gram in moments.values()):
-        raise ValueError(
-            "prune.restore: the calibration batches gave no finite activations; check the data, try "
-            "model.dtype=float32, or set prune.restore.batches=0"
-        )
-    return moments
+    def checked(self) -> dict[str, Tensor]:
+        """The sums, [D, D] by module name.
+
+        Raises:
+            ValueError: Nothing ran, or activations are not finite.
+        """
+        missing = set(self._modules) - set(self._by_module)
+        if missing or not all(torch.isfinite(gram).all() for gram in self._by_module.values()):
+            raise ValueError(
+                "prune.restore: the calibration batches gave no finite activations; check the data, try "
+                "model.dtype=float32, or set prune.restore.batches=0"
+            )
+        return self._by_module

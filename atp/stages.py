@@ -45,8 +45,8 @@ from atp.lora import base_tensors, merge_in_place, merged_tensors
 from atp.module import PruningModule
 from atp.monitoring import MaskMonitor, TrainingHealth
 from atp.prompt import PROMPT_FILE
+from atp.reconstruction import repair
 from atp.removal import max_logit_difference, remove, slice_adapter, widths_after
-from atp.restoration import restore
 from atp.rundir import RunDirectory, write_json
 from atp.space import block_parameters
 from atp.tuning import TuningModule
@@ -163,13 +163,13 @@ class Stages:
         module.generator.warm_start(settings.gain * rank(settings.ranking, self.space, importance_U))
 
     def _restore_start(self, module: PruningModule) -> None:
-        """Refit the output projections to what the starting scores select."""
+        """Repair the cut that the starting scores select."""
         if self.config.prune.warm_start.batches < 1:
             raise ValueError(
                 "prune.restore.at is start, but there are no scores to select by before the first step; set "
                 "prune.warm_start.batches above 0, or prune.restore.at=freeze"
             )
-        log.info("restoration: refitting the output projections to the starting selection")
+        log.info("restoration: fitting what the starting scores select to the dense layers")
         module.masked.to(self.device)
         module.restore_start()
 
@@ -302,9 +302,9 @@ class Stages:
         self._warm_start(module, config.prune.warm_start)
         module.freeze_masks()
         masks_U = module.final_masks_U.cpu()
-        settings = config.prune.restore
-        if settings.batches > 0:
-            restore(module.masked, module.final_masks_U.to(self.device), self._calibration, ridge=settings.ridge)
+        if config.prune.restore.batches > 0:
+            masked = module.masked.to(self.device)
+            repair(masked, module.final_masks_U.to(self.device), self._calibration, build.restoration(config.prune))
         return remove(merged_tensors(module.masked.peft_model), self.base_config, self.space, masks_U)
 
     def evaluate_model(self, model: PreTrainedModel) -> dict[str, Any]:

@@ -35,16 +35,21 @@ from atp.tuning import TuningModule
 
 REFERENCES = ("dense", "dense_lora", "scratch")
 CONTROL = "shuffled"
+_TAUGHT = ("prune.distill.hidden=10", "prune.distill.until=0.4")
+
 ARMS: dict[str, tuple[str, ...]] = {
     "": (),
     "distill": ("optim.distill=0.5",),
     "restored": ("prune.restore.batches=16",),
     "uncut": ("prune.compact=false",),
     "restored_distill": ("prune.restore.batches=16", "optim.distill=0.5"),
-    "hidden": ("prune.distill.hidden=10", "prune.distill.until=0.4"),
-    "restored_hidden": ("prune.restore.batches=16", "prune.distill.hidden=10", "prune.distill.until=0.4"),
+    "hidden": _TAUGHT,
+    "restored_hidden": ("prune.restore.batches=16", *_TAUGHT),
+    "rebuilt": ("prune.restore.batches=64", "prune.restore.epochs=5", "prune.distill.hidden=0"),
+    "rebuilt_long": ("prune.restore.batches=128", "prune.restore.epochs=5", "prune.distill.hidden=0"),
+    "rebuilt_hidden": ("prune.restore.batches=64", "prune.restore.epochs=5", *_TAUGHT),
     "throughout": ("prune.distill.hidden=10", "prune.distill.until=1"),
-    "bare": ("prune.restore.batches=0", "prune.distill.hidden=0", "optim.distill=0"),
+    "bare": ("prune.restore.batches=0", "prune.restore.epochs=0", "prune.distill.hidden=0", "optim.distill=0"),
 }
 """What may be added to any method, by name."""
 

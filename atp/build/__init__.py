@@ -22,6 +22,7 @@ from atp.build.training import (
     min_units,
     pruning_module,
     pruning_space,
+    restoration,
     tuning_module,
     two_stage,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "normalisation",
     "pruning_module",
     "pruning_space",
+    "restoration",
     "tuning_module",
     "two_stage",
 ]

@@ -24,6 +24,7 @@ from atp.lora import MaskedModel, add_lora
 from atp.module import PruningModule
 from atp.objective import SparsitySchedule
 from atp.progressive import ProgressiveCut
+from atp.reconstruction import Restoration
 from atp.selection import check_reachable
 from atp.space import PruningSpace
 from atp.tuning import TuningModule
@@ -91,7 +92,7 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
         min_units=min_units(prune),
         compaction=prune.compact and config.model.quantization is None,
         progressive=_progressive(prune, space) if config.model.quantization is None else None,
-        restore_ridge=prune.restore.ridge,
+        restoration=restoration(prune),
         restore_at=prune.restore.at,
         round_to=prune.round_to,
         gates=prune.gates,
@@ -100,6 +101,11 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
         **_tuning(config),
     )
     return module
+
+
+def restoration(prune: PruneConfig) -> Restoration:
+    """How cuts of the run, and of its two-stage baselines, are repaired."""
+    return Restoration(ridge=prune.restore.ridge, epochs=prune.restore.epochs, lr=prune.restore.lr)
 
 
 def _progressive(prune: PruneConfig, space: PruningSpace) -> ProgressiveCut | None:
