@@ -150,7 +150,7 @@ class PruningModule(TuningModule):
             self.global_step, self.schedule.warmup_steps, self.schedule.freeze_step
         ):
             with unwrapped(self.trainer.strategy):
-                self._cut_early(self.progressive.decided(self._select(self.logits())), self.trainer.optimizers)
+                self._cut_early(self.progressive.decided(self.selected(self.logits())), self.trainer.optimizers)
 
     def restore_start(self) -> None:
         """Repair the cut that the starting scores select, before anything trains.
@@ -158,7 +158,7 @@ class PruningModule(TuningModule):
         At the freeze adapters have already learnt what a refit would repair, and it counts twice; before the first step
         nothing has been learnt. Masks may still move away from this selection.
         """
-        self._restore(self._select(self.logits()))
+        self._restore(self.selected(self.logits()))
 
     def _restore(self, masks_U: Tensor) -> None:
         assert self.calibration is not None
@@ -171,7 +171,8 @@ class PruningModule(TuningModule):
         assert self.progressive is not None
         self.progressive.live_U.copy_(compact(self.masked, live_U, optimizers, final=False))
 
-    def _select(self, logits_U: Tensor) -> Tensor:
+    def selected(self, logits_U: Tensor) -> Tensor:
+        """Masks [U] of 0 and 1 that these logits come to."""
         return select(
             self.space,
             logits_U,
@@ -185,7 +186,7 @@ class PruningModule(TuningModule):
         """Fix the deterministic architecture that meets the target; from here on only adapters train."""
         logits_U = self.logits()
         self.final_scores_U.copy_(self.sampler.confidence(self._shifted(logits_U, self.schedule.target)))
-        masks_U = self._select(logits_U)
+        masks_U = self.selected(logits_U)
         self.final_masks_U.copy_(masks_U)
         if self.gates is not None:
             soft_U = self.sampler.deterministic(self._shifted(logits_U, self.schedule.target))

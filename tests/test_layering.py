@@ -56,7 +56,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
         "compare": (),
     },
     {"compaction": (), "restoration": (), "tuning": ()},
-    {"reconstruction": ()},
+    {"reconstruction": (), "starts": ()},
     {"module": ()},
     {"callbacks": (), "loggers": (), "aware": (), "monitoring": ("loggers",), "dashboard": ("loggers",)},
     {"build": (), "results": (), "generate": ()},

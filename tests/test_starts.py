@@ -1,0 +1,93 @@
+"""Choosing the starting scores: the model is left alone, the better architecture is found, mistakes are named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atp.lora import MaskedModel, add_lora
+from atp.loss import causal_loss
+from atp.selection import select
+from atp.space import PruningSpace
+from atp.starts import candidates, repaired_losses, with_attention
+
+SPACE = PruningSpace.from_model(tiny_model("llama", "gqa"), ("heads", "query_heads", "channels"))
+
+
+def masked_model() -> MaskedModel:
+    model = tiny_model("llama", "gqa")
+    space = PruningSpace.from_model(model)
+    return MaskedModel(add_lora(model, r=2), space).eval()
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(3):
+        ids = torch.randint(3, 64, (4, 16), generator=generator)
+        found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+    return found
+
+
+@given(st.floats(0.0, 4.0), st.integers(0, 1000))
+def test_raised_attention_keeps_no_fewer_heads_and_no_more_channels(raised: float, seed: int) -> None:
+    scores_U = torch.randn(SPACE.num_units, generator=torch.Generator().manual_seed(seed))
+    before, after = select(SPACE, scores_U, 0.3), select(SPACE, with_attention(SPACE, scores_U, raised), 0.3)
+    assert SPACE.kept_channels(after) <= SPACE.kept_channels(before) + 1
+    assert torch.equal(with_attention(SPACE, scores_U, 0.0), scores_U)
+
+
+def test_the_model_is_left_as_it_was_and_losses_are_those_of_the_repaired_cut() -> None:
+    from atp.restoration import restore
+
+    masked, data = masked_model(), batches()
+    before = {name: value.clone() for name, value in masked.state_dict().items()}
+    scores = {name: torch.rand(masked.space.num_units) for name in ("a", "b")}
+    scores["c"] = scores["a"]
+
+    def selected(scores_U: torch.Tensor) -> torch.Tensor:
+        return select(masked.space, scores_U, 0.25)
+
+    losses = repaired_losses(masked, scores, selected, causal_loss, data)
+    assert all(torch.equal(value, masked.state_dict()[name]) for name, value in before.items())
+    assert losses["a"] == losses["c"] != losses["b"]
+    restore(masked, selected(scores["b"]), lambda: data)
+    masked.set_masks(selected(scores["b"]))
+    with torch.no_grad():
+        by_hand = sum(float(causal_loss(masked, batch)) for batch in data) / len(data)
+    assert losses["b"] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_units_that_matter_are_preferred() -> None:
+    """Scores by weight keep what computes; their negatives keep channels that do next to nothing."""
+    masked = masked_model()
+    with torch.no_grad():
+        for layer in range(2):
+            masked.base_weight(f"model.layers.{layer}.mlp.down_proj")[:, 10:] *= 1e-3
+    useful_U = torch.zeros(masked.space.num_units)
+    for name, view in masked.space.split(useful_U).items():
+        view[:10] = 1.0 if "channels" in name else 5.0
+        view[10:] = -1.0 if "channels" in name else 5.0
+    wrong_U = torch.where(useful_U < 2, -useful_U, useful_U)
+    scores = candidates(masked.space, {"useful": useful_U, "wrong": wrong_U}, [0.0])
+    losses = repaired_losses(masked, scores, lambda scores_U: select(masked.space, scores_U, 0.1), distance, batches())
+    assert losses["useful, attention +0"] < 0.1 * losses["wrong, attention +0"]
+
+
+def distance(model: MaskedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A loss that is the distance from the unmasked model's logits."""
+    made = model(input_ids=batch["input_ids"]).logits
+    with model.unmasked():
+        return (made - model(input_ids=batch["input_ids"]).logits).square().mean()
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match=r"prune\.warm_start\.attention is empty"):
+        candidates(SPACE, {"a": torch.zeros(SPACE.num_units)}, [])
+    with pytest.raises(ValueError, match=r"raise prune\.warm_start\.batches"):
+        repaired_losses(masked_model(), {}, lambda scores_U: scores_U, causal_loss, [])
