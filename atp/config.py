@@ -109,9 +109,13 @@ class WarmStartConfig:
     """Scores from the importance of the dense model's units: a start for learnt ones, the verdict for fixed ones."""
 
     batches: int = option(0, "training batches to measure it on; 0 starts from the generator's own initialisation")
-    criterion: str = option("fisher", "importance: fisher, taylor, wanda, fluctuation, magnitude, random; a+b: both")
-    choose: list[str] = option([], "criteria to choose from by the loss of the repaired cut; empty takes criterion")
-    attention: list[float] = option([0.0], "added to the starting logits of attention units; of several the best")
+    criterion: str = option(
+        "fisher",
+        "importance: fisher, taylor, wanda, fluctuation, magnitude, random; a+b: both, a|b: the better repaired",
+    )
+    attention: list[float] = option(
+        [0.0], "added to the starting logits of attention units; of several, the best likewise"
+    )
     ranking: str = option(
         "layer", "compare units by: layer (standardised log), zscore (standardised) or global (raw, across layers)"
     )

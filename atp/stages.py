@@ -32,7 +32,6 @@ from atp.aware import AwareModule
 from atp.callbacks import ProgressReport, QuietCollector, RunCheckpoint, Throughput
 from atp.compaction import expanded_state
 from atp.config import TrainConfig, WarmStartConfig
-from atp.criteria import importance, rank
 from atp.evaluate.measure import count_parameters, peak_memory
 from atp.export.bundle import check_formats, verify_formats, windows_of, write_formats
 from atp.export.huggingface import export_hf
@@ -42,7 +41,6 @@ from atp.gates import fold
 from atp.generator import FixedScores
 from atp.loggers import close_loggers, csv_logger, log_figures, log_folder, log_table, merge_csv, write_csv
 from atp.lora import base_tensors, merge_in_place, merged_tensors
-from atp.loss import causal_loss
 from atp.module import PruningModule
 from atp.monitoring import MaskMonitor, TrainingHealth
 from atp.prompt import PROMPT_FILE
@@ -50,13 +48,10 @@ from atp.reconstruction import repair
 from atp.removal import max_logit_difference, remove, slice_adapter, widths_after
 from atp.rundir import RunDirectory, write_json
 from atp.space import block_parameters
-from atp.starts import candidates, repaired_losses
+from atp.starts import starting_scores
 from atp.tuning import TuningModule
 
 log = logging.getLogger(__name__)
-
-START_BATCHES = 16
-"""Calibration batches on which starting scores are compared."""
 
 
 class RunInterrupted(Exception):
@@ -162,25 +157,22 @@ class Stages:
                 raise ValueError("prune.warm_start.batches is 0, but fixed scores come from importance; set it above 0")
             return
         self.data.setup("fit")
-        masked = module.masked.to(self.device)
-        scores = {}
-        for criterion in settings.choose or [settings.criterion]:
-            batches = to_device(itertools.islice(self.data.calibration_dataloader(), settings.batches), self.device)
-            importance_U = importance(criterion, masked, batches, self.config.seed).cpu()
-            scores[criterion] = settings.gain * rank(settings.ranking, self.space, importance_U)
-        found = candidates(self.space, scores, settings.attention)
-        module.generator.warm_start(found[self._best_start(module, found)] if len(found) > 1 else found.popitem()[1])
-
-    def _best_start(self, module: PruningModule, found: Mapping[str, Tensor]) -> str:
-        """Name of the starting scores whose repaired cut loses least; all losses go to ``start.json``."""
-        count = min(self.config.prune.warm_start.batches, START_BATCHES)
-        batches = list(to_device(itertools.islice(self.data.calibration_dataloader(), count), self.device))
-        ridge = self.config.prune.restore.ridge
-        losses = repaired_losses(module.masked, found, module.selected, causal_loss, batches, ridge=ridge)
-        best = min(losses, key=losses.__getitem__)
-        log.info("masks start from %s", best)
-        write_json(self.directory.path / "start.json", {"format": 1, "chosen": best, "repaired_loss": losses})
-        return best
+        batches = to_device(itertools.islice(self.data.calibration_dataloader(), settings.batches), self.device)
+        start = starting_scores(
+            module.masked.to(self.device),
+            list(batches),
+            module.selected,
+            criterion=settings.criterion,
+            ranking=settings.ranking,
+            gain=settings.gain,
+            attention=settings.attention,
+            ridge=self.config.prune.restore.ridge,
+            seed=self.config.seed,
+        )
+        if start.losses:
+            plain = {"format": 1, "chosen": start.name, "repaired_loss": start.losses}
+            write_json(self.directory.path / "start.json", plain)
+        module.generator.warm_start(start.scores_U)
 
     def _restore_start(self, module: PruningModule) -> None:
         """Repair the cut that the starting scores select."""

@@ -12,18 +12,81 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from atp.criteria import importance, rank
 from atp.lora import MaskedModel
+from atp.loss import causal_loss
 from atp.restoration import restore
 from atp.space import PruningSpace
 
 log = logging.getLogger(__name__)
 
+COMPARED = 16
+"""Calibration batches on which candidates are compared."""
+
 ATTENTION = ("heads", "query_heads", "qk_pairs", "value_dims")
 """Kinds that make up attention blocks."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Scores to begin with.
+
+    Attributes:
+        name: Criterion, and what was added to attention.
+        scores_U: The scores [U].
+        losses: Nats per token of every candidate's repaired cut, by name; empty where there was no choice.
+    """
+
+    name: str
+    scores_U: Tensor
+    losses: dict[str, float]
+
+
+def starting_scores(
+    masked: MaskedModel,
+    batches: Sequence[Mapping[str, Tensor]],
+    select: Callable[[Tensor], Tensor],
+    *,
+    criterion: str,
+    ranking: str = "layer",
+    gain: float = 1.0,
+    attention: Sequence[float] = (0.0,),
+    ridge: float = 1e-3,
+    seed: int = 0,
+) -> Start:
+    """Importance as starting logits; of several candidates those whose repaired cut loses least.
+
+    Args:
+        masked: The model, not yet compact, on the device of the batches.
+        batches: Calibration batches; importance reads all, the choice the first :data:`COMPARED`.
+        select: From scores to masks, 0 or 1, [U].
+        criterion: Name of an importance, see :func:`atp.criteria.importance`; several, between bars, are alternatives.
+        ranking: How scores become comparable, see :func:`atp.criteria.rank`.
+        gain: Factor on ranked scores.
+        attention: Alternatives of what is added to attention units.
+        ridge: Of the repair.
+        seed: Of random importance.
+
+    Raises:
+        ValueError: An unknown criterion or ranking, no batch, or no alternative.
+    """
+    ranked = {}
+    for one in criterion.split("|"):
+        importance_U = importance(one.strip(), masked, batches, seed).cpu()
+        ranked[one.strip()] = gain * rank(ranking, masked.space, importance_U)
+    found = candidates(masked.space, ranked, attention)
+    if len(found) == 1:
+        ((name, scores_U),) = found.items()
+        return Start(name, scores_U, {})
+    losses = repaired_losses(masked, found, select, causal_loss, batches[:COMPARED], ridge=ridge)
+    best = min(losses, key=losses.__getitem__)
+    log.info("masks start from %s", best)
+    return Start(best, found[best], losses)
 
 
 def candidates(space: PruningSpace, scores: Mapping[str, Tensor], attention: Sequence[float]) -> dict[str, Tensor]:

@@ -35,19 +35,20 @@ from atp.tuning import TuningModule
 
 REFERENCES = ("dense", "dense_lora", "scratch")
 CONTROL = "shuffled"
+_RESTORED = ("prune.restore.batches=16", "prune.restore.epochs=0")
+_REBUILT = ("prune.restore.batches=64", "prune.restore.epochs=5")
 _TAUGHT = ("prune.distill.hidden=10", "prune.distill.until=0.4")
 
 ARMS: dict[str, tuple[str, ...]] = {
     "": (),
     "distill": ("optim.distill=0.5",),
-    "restored": ("prune.restore.batches=16",),
+    "restored": _RESTORED,
     "uncut": ("prune.compact=false",),
-    "restored_distill": ("prune.restore.batches=16", "optim.distill=0.5"),
+    "restored_distill": (*_RESTORED, "optim.distill=0.5"),
     "hidden": _TAUGHT,
-    "restored_hidden": ("prune.restore.batches=16", *_TAUGHT),
-    "rebuilt": ("prune.restore.batches=64", "prune.restore.epochs=5", "prune.distill.hidden=0"),
-    "rebuilt_long": ("prune.restore.batches=128", "prune.restore.epochs=5", "prune.distill.hidden=0"),
-    "rebuilt_hidden": ("prune.restore.batches=64", "prune.restore.epochs=5", *_TAUGHT),
+    "restored_hidden": (*_RESTORED, *_TAUGHT),
+    "rebuilt": _REBUILT,
+    "rebuilt_hidden": (*_REBUILT, *_TAUGHT),
     "throughout": ("prune.distill.hidden=10", "prune.distill.until=1"),
     "bare": ("prune.restore.batches=0", "prune.restore.epochs=0", "prune.distill.hidden=0", "optim.distill=0"),
 }

@@ -124,7 +124,7 @@ def runs_section(work: Workload, rounds: int, steps: int, clock: str) -> dict[st
     """Seconds of whole runs: from the loaded base model to the last step, calibration and cut included."""
     batches = work.batches(steps)
     now = CLOCKS[clock]
-    seconds: dict[str, list[float]] = {"plain": [], "joint": [], "taught": [], "taylor": []}
+    seconds: dict[str, list[float]] = {"plain": [], "bare": [], "default": [], "taylor": []}
     prepared: dict[str, list[float]] = {name: [] for name in seconds}
     work = replace(work, overrides=(*work.overrides, f"trainer.max_steps={steps}"))
     calibration = work.batches(64)
@@ -137,7 +137,7 @@ def runs_section(work: Workload, rounds: int, steps: int, clock: str) -> dict[st
             elif name == "taylor":
                 module = work.two_stage(calibration)
             else:
-                module = work.joint_run(calibration, taught=name == "taught")
+                module = work.joint_run(calibration, bare=name == "bare")
             prepared[name].append(now() - started)
             fit(module, batches, work.device)
             seconds[name].append(now() - started)
@@ -146,10 +146,10 @@ def runs_section(work: Workload, rounds: int, steps: int, clock: str) -> dict[st
         return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
     ratios = {
-        "whole run without a teacher / plain LoRA run": ratio("joint", "plain"),
-        "whole run without a teacher / two-stage Taylor run": ratio("joint", "taylor"),
-        "whole run / plain LoRA run": ratio("taught", "plain"),
-        "whole run / two-stage Taylor run": ratio("taught", "taylor"),
+        "whole run without choice and repair / plain LoRA run": ratio("bare", "plain"),
+        "whole run without choice and repair / two-stage Taylor run": ratio("bare", "taylor"),
+        "whole run / plain LoRA run": ratio("default", "plain"),
+        "whole run / two-stage Taylor run": ratio("default", "taylor"),
     }
     return {"steps": steps, "seconds": seconds, "before_training_s": prepared, "clock": clock, "ratios": ratios}
 

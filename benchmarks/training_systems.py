@@ -26,18 +26,25 @@ from atp.architecture import build_model
 from atp.aware import AwareModule
 from atp.cli import compose_config
 from atp.config import TrainConfig, WarmStartConfig
-from atp.criteria import importance, rank
 from atp.lora import merged_tensors
 from atp.module import PruningModule
 from atp.objective import SparsitySchedule
 from atp.removal import remove
+from atp.starts import starting_scores
 from atp.tuning import TuningModule
 
 Batch = dict[str, Tensor]
 STEP_SYSTEMS = ("plain", "joint", "taught", "alternate", "compact", "taylor")
 """Systems whose single steps are compared; ``compact`` and ``taylor`` train half of the blocks, ``taught`` learns from
 the dense base's hidden states as well."""
-_ALONE = "prune.distill.hidden=0"
+_BARE = (
+    "prune.restore.batches=0",
+    "prune.restore.epochs=0",
+    "prune.warm_start.criterion=taylor",
+    "prune.warm_start.attention=[0.0]",
+)
+"""The preset without choice of its start and repair of the cut: mask learning alone."""
+_TAUGHT = ("prune.distill.hidden=10", "prune.distill.until=0.4")
 _NEVER = 10**9
 
 
@@ -200,8 +207,8 @@ class Workload:
         if name == "plain":
             return PlainLora(self.base(), self.config())
         if name in ("joint", "compact", "taught"):
-            alone = (_ALONE,) if name != "taught" else ()
-            module = build.pruning_module(self.config("prune=exact", *alone), self.base())
+            taught = _TAUGHT if name == "taught" else ()
+            module = build.pruning_module(self.config("prune=exact", *_BARE, *taught), self.base())
             if name == "compact":
                 torch.manual_seed(1)
                 module.generator.warm_start(torch.randn(module.space.num_units))
@@ -221,17 +228,20 @@ class Workload:
             return self.two_stage()
         raise ValueError(f"no system {name!r}; known: {', '.join(STEP_SYSTEMS)}")
 
-    def joint_run(self, calibration: Sequence[Batch], *, taught: bool = True) -> PruningModule:
-        """The default run up to its first step: the warm start is made here, on as many batches as it asks for.
+    def joint_run(self, calibration: Sequence[Batch], *, bare: bool = False) -> PruningModule:
+        """The default run up to its first step: start and repair are made here, on as many batches as they ask for.
 
         Args:
-            calibration: Batches of the warm start.
-            taught: Learn from the dense base's hidden states, as the preset does.
+            calibration: Batches of the start and of the repair.
+            bare: Without the choice of a start and without repair.
         """
-        config = self.config("prune=exact", *(() if taught else (_ALONE,)))
+        config = self.config("prune=exact", *(_BARE if bare else ()))
         module = build.pruning_module(config, self.base())
         module.load_dense = self.base
         self._warm_start(module, config.prune.warm_start, calibration)
+        if not bare:
+            module.calibration = lambda: self._placed(calibration[: config.prune.restore.batches])
+            module.restore_start()
         return module
 
     def two_stage(self, calibration: Sequence[Batch] = ()) -> TuningModule:
@@ -251,9 +261,20 @@ class Workload:
         return build.tuning_module(config, model)
 
     def _warm_start(self, module: PruningModule, settings: WarmStartConfig, calibration: Sequence[Batch]) -> None:
-        batches = [{k: v.to(self.device) for k, v in batch.items()} for batch in calibration[: settings.batches]]
-        importance_U = importance(settings.criterion, module.masked.to(self.device), batches).cpu()
-        module.generator.warm_start(settings.gain * rank(settings.ranking, module.space, importance_U))
+        masked, batches = module.masked.to(self.device), self._placed(calibration[: settings.batches])
+        start = starting_scores(
+            masked,
+            batches,
+            module.selected,
+            criterion=settings.criterion,
+            ranking=settings.ranking,
+            gain=settings.gain,
+            attention=settings.attention,
+        )
+        module.generator.warm_start(start.scores_U)
+
+    def _placed(self, batches: Sequence[Batch]) -> list[Batch]:
+        return [{name: value.to(self.device) for name, value in batch.items()} for batch in batches]
 
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from typing import Any
 
 import torch
@@ -37,10 +38,15 @@ def check_quantization(config: TrainConfig) -> None:
     if not is_installed():
         raise ValueError(f"model.quantization={kind} needs bitsandbytes: pip install 'atp[quantization]'")
     own = f"model.quantization={kind}: while training there are no original weights"
-    if prune.warm_start.batches > 0 and set(prune.warm_start.criterion.split("+")) & set(_OF_WEIGHTS):
+    if prune.warm_start.batches > 0 and set(re.split(r"[+|]", prune.warm_start.criterion)) & set(_OF_WEIGHTS):
         raise ValueError(
             f"{own} for prune.warm_start.criterion={prune.warm_start.criterion}; set it to fisher, which needs the "
             "gradients of masks alone, or prune.warm_start.batches=0"
+        )
+    if "|" in prune.warm_start.criterion or len(prune.warm_start.attention) > 1:
+        raise ValueError(
+            f"{own} to repair cuts by which prune.warm_start.criterion={prune.warm_start.criterion} or one of "
+            f"prune.warm_start.attention={list(prune.warm_start.attention)} is chosen; set them to fisher and [0.0]"
         )
     if prune.restore.batches > 0:
         raise ValueError(f"{own} to restore into (prune.restore.batches={prune.restore.batches}); set it to 0")
