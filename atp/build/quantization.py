@@ -43,13 +43,14 @@ def check_quantization(config: TrainConfig) -> None:
             f"{own} for prune.warm_start.criterion={prune.warm_start.criterion}; set it to fisher, which needs the "
             "gradients of masks alone, or prune.warm_start.batches=0"
         )
-    if "|" in prune.warm_start.criterion or len(prune.warm_start.attention) > 1:
+    if prune.restore.batches > 0:
+        raise ValueError(f"{own} to restore into (prune.restore.batches={prune.restore.batches}); set it to 0")
+    several = "|" in prune.warm_start.criterion or len(prune.warm_start.attention) > 1
+    if prune.warm_start.batches > 0 and several:
         raise ValueError(
             f"{own} to repair cuts by which prune.warm_start.criterion={prune.warm_start.criterion} or one of "
             f"prune.warm_start.attention={list(prune.warm_start.attention)} is chosen; set them to fisher and [0.0]"
         )
-    if prune.restore.batches > 0:
-        raise ValueError(f"{own} to restore into (prune.restore.batches={prune.restore.batches}); set it to 0")
     if prune.generator.get("_target_") in _OF_WEIGHTS_GENERATORS:
         raise ValueError(f"{own} for the generator {prune.generator['_target_']}; choose prune/generator=free")
     for name, asked in (("prune.compact", prune.compact), ("prune.progressive.cuts", prune.progressive.cuts > 0)):
