@@ -13,7 +13,7 @@ import copy
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,15 @@ from atp.export.huggingface import export_hf
 from atp.export.loading import load_exported
 from atp.export.verification import as_plain
 from atp.gates import fold
-from atp.generator import FixedScores
 from atp.loggers import close_loggers, csv_logger, log_figures, log_folder, log_table, merge_csv, write_csv
 from atp.lora import base_tensors, merge_in_place, merged_tensors
 from atp.module import PruningModule
 from atp.monitoring import MaskMonitor, TrainingHealth
+from atp.preparation import Preparation, to_device
 from atp.prompt import PROMPT_FILE
-from atp.reconstruction import repair
 from atp.removal import max_logit_difference, remove, slice_adapter, widths_after
 from atp.rundir import RunDirectory, write_json
 from atp.space import block_parameters
-from atp.starts import starting_scores
 from atp.tuning import TuningModule
 
 log = logging.getLogger(__name__)
@@ -89,6 +87,7 @@ class Stages:
         dense = self.dense()
         self.base_config, self.generation_config = dense.config, dense.generation_config
         self.data = build.data_module(config, self.splits, self.tokenizer, dense.config.max_position_embeddings)
+        self.preparation = Preparation(config, self.data, self.device)
         self.space = build.pruning_space(config.prune, dense)
         self.dense_parameters = count_parameters(dense)
         check_formats(
@@ -139,11 +138,11 @@ class Stages:
         module = build.pruning_module(self.config, base)
         restores = self.config.prune.restore.batches > 0
         if restores:
-            module.calibration = self._calibration
+            module.calibration = self.preparation.calibration
         if not self.directory.checkpoint("joint").is_file():
             self._warm_start(module, self.config.prune.warm_start)
             if restores and self.config.prune.restore.at == "start":
-                self._restore_start(module)
+                self.preparation.repair_start(module)
         if isinstance(module, AwareModule):
             module.calibration_batch = self.data.calibration_batch
         with peak_memory(self.device) as peak:
@@ -152,43 +151,10 @@ class Stages:
 
     def _warm_start(self, module: PruningModule, settings: WarmStartConfig) -> None:
         """Let the generator begin with the importance of the dense model's units."""
-        if settings.batches < 1:
-            if isinstance(module.generator, FixedScores):
-                raise ValueError("prune.warm_start.batches is 0, but fixed scores come from importance; set it above 0")
-            return
-        self.data.setup("fit")
-        batches = to_device(itertools.islice(self.data.calibration_dataloader(), settings.batches), self.device)
-        start = starting_scores(
-            module.masked.to(self.device),
-            list(batches),
-            module.selected,
-            criterion=settings.criterion,
-            ranking=settings.ranking,
-            gain=settings.gain,
-            attention=settings.attention,
-            ridge=self.config.prune.restore.ridge,
-            seed=self.config.seed,
-        )
-        if start.losses:
+        start = self.preparation.warm_start(module, settings)
+        if start and start.losses:
             plain = {"format": 1, "chosen": start.name, "repaired_loss": start.losses}
             write_json(self.directory.path / "start.json", plain)
-        module.generator.warm_start(start.scores_U)
-
-    def _restore_start(self, module: PruningModule) -> None:
-        """Repair the cut that the starting scores select."""
-        if self.config.prune.warm_start.batches < 1:
-            raise ValueError(
-                "prune.restore.at is start, but there are no scores to select by before the first step; set "
-                "prune.warm_start.batches above 0, or prune.restore.at=freeze"
-            )
-        log.info("restoration: fitting what the starting scores select to the dense layers")
-        module.masked.to(self.device)
-        module.restore_start()
-
-    def _calibration(self) -> Iterator[dict[str, Tensor]]:
-        """The batches that restoration is fitted on."""
-        batches = itertools.islice(self.data.calibration_dataloader(), self.config.prune.restore.batches)
-        return to_device(batches, self.device)
 
     def remove_and_export(self) -> dict[str, Any]:
         """Cut the pruned units for good, write ``pruned/``, and compare masked, removed and reloaded model."""
@@ -312,12 +278,7 @@ class Stages:
         config = build.two_stage(self.config, name)
         module = build.pruning_module(config, self.dense())
         self._warm_start(module, config.prune.warm_start)
-        module.freeze_masks()
-        masks_U = module.final_masks_U.cpu()
-        if config.prune.restore.batches > 0:
-            masked = module.masked.to(self.device)
-            repair(masked, module.final_masks_U.to(self.device), self._calibration, build.restoration(config.prune))
-        return remove(merged_tensors(module.masked.peft_model), self.base_config, self.space, masks_U)
+        return self.preparation.cut(module, self.base_config)
 
     def evaluate_model(self, model: PreTrainedModel) -> dict[str, Any]:
         """Quality on the test records, on further tasks, and on what is not the target domain."""
@@ -386,9 +347,3 @@ class Stages:
         """A few real batches on which masked, removed and reloaded model are compared."""
         self.data.setup("fit")
         return list(to_device(itertools.islice(self.data.val_dataloader(), 4), self.device))
-
-
-def to_device(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """The batches, moved one at a time."""
-    for batch in batches:
-        yield {key: value.to(device) for key, value in batch.items()}

@@ -60,7 +60,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
     {"module": ()},
     {"callbacks": (), "loggers": (), "aware": (), "monitoring": ("loggers",), "dashboard": ("loggers",)},
     {"build": (), "results": (), "generate": ()},
-    {"assessment": ()},
+    {"assessment": (), "preparation": ()},
     {"stages": ()},
     {"pipeline": ()},
     {"cli": ()},
@@ -123,7 +123,7 @@ def test_libraries_have_one_owner(library: str, owners: set[str]) -> None:
 
 def test_only_the_pipeline_side_imports_the_configuration() -> None:
     users = {name for name, paths in modules().items() for p in paths if "atp.config" in imported(p)}
-    assert users <= {"config_help", "build", "results", "assessment", "stages", "pipeline", "cli"}
+    assert users <= {"config_help", "build", "results", "assessment", "preparation", "stages", "pipeline", "cli"}
 
 
 def test_every_module_says_what_it_is() -> None:
