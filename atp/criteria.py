@@ -42,17 +42,31 @@ def importance(name: str, masked: MaskedModel, batches: Iterable[Mapping[str, Te
     Raises:
         ValueError: An unknown criterion, or one that needs batches and got none, or values that are not finite.
     """
-    if "+" in name:
-        found = list(batches)
-        parts = [standardise(masked.space, importance(one, masked, found, seed)) for one in name.split("+")]
-        return torch.stack([part.cpu() for part in parts]).mean(0).exp()
+    return importances([name], masked, batches, seed)[name]
+
+
+def importances(
+    names: Sequence[str], masked: MaskedModel, batches: Iterable[Mapping[str, Tensor]], seed: int = 0
+) -> dict[str, Tensor]:
+    """:func:`importance` by each of the names; a criterion that several of them hold is measured once."""
+    found, alone = list(batches), dict[str, Tensor]()
+    for one in dict.fromkeys(one for name in names for one in name.split("+")):
+        alone[one] = _importance(one, masked, found, seed)
+
+    def joined(name: str) -> Tensor:
+        parts = [standardise(masked.space, alone[one]).cpu() for one in name.split("+")]
+        return torch.stack(parts).mean(0).exp()
+
+    return {name: joined(name) if "+" in name else alone[name] for name in names}
+
+
+def _importance(name: str, masked: MaskedModel, found: Batches, seed: int) -> Tensor:
     if name not in CRITERIA:
         raise ValueError(f"prune.warm_start.criterion is {name!r}; known: {', '.join(CRITERIA)}")
     if name == "random":
         return torch.rand(masked.space.num_units, generator=torch.Generator().manual_seed(seed))
     if name == "magnitude":
         return magnitude(masked)
-    found = list(batches)
     if not found:
         raise ValueError(
             f"prune.warm_start.criterion {name} is measured on training batches and got none; "

@@ -36,6 +36,7 @@ def restore(
     batches: Batches,
     *,
     ridge: float = 1e-3,
+    moments: Mapping[str, Tensor] | None = None,
 ) -> list[str]:
     """Refit the base weights of all output projections to the kept inputs, in place.
 
@@ -48,6 +49,7 @@ def restore(
         batches: Gives the calibration batches, on the model's device, each time it is called; large models read them
             more than once so that the moments of few layers are in memory at a time.
         ridge: Pull towards the present weights, relative to the inputs' mean square.
+        moments: From :func:`shared_moments`, where several cuts of one model are tried; otherwise taken here.
 
     Returns:
         Names of the refitted base weights, as in the masked model's state dict.
@@ -62,7 +64,8 @@ def restore(
     masked.eval()
     names = []
     for some in _portions(cut):
-        for module, gram_DD in _second_moments(masked, some, batches).items():
+        found = _second_moments(masked, some, batches) if moments is None else {name: moments[name] for name in some}
+        for module, gram_DD in found.items():
             weight, dense = masked.base_weight(module), masked.effective_weight(module)
             fitted = fit_kept(dense, gram_DD, cut[module].to(gram_DD.device), ridge)
             kept_K = cut[module].nonzero().flatten().to(dense.device)
@@ -98,6 +101,14 @@ def fit_kept(weight: Tensor, gram_DD: Tensor, kept_D: Tensor, ridge: float) -> T
         len(kept), dtype=kept.dtype, device=gram.device
     )
     return torch.linalg.solve(system, wanted).T.to(weight.dtype)
+
+
+def shared_moments(masked: MaskedModel, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+    """Moments of the inputs of all output projections, [D, D] by module; None where they are too large to keep."""
+    sizes = {site.module: site.side.size for site in masked.space.sites if site.on == "input"}
+    if sum(4 * size**2 for size in sizes.values()) > _LARGEST_GRAM_BYTES:
+        return None
+    return _second_moments(masked, list(sizes), lambda: batches)
 
 
 def _portions(cut: Mapping[str, Tensor]) -> Iterable[list[str]]:

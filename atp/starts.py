@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atp.criteria import importance, rank
+from atp.criteria import importances, rank
 from atp.lora import MaskedModel
 from atp.loss import causal_loss
-from atp.restoration import restore
+from atp.restoration import restore, shared_moments
 from atp.space import PruningSpace
 
 log = logging.getLogger(__name__)
@@ -75,10 +75,9 @@ def starting_scores(
     Raises:
         ValueError: An unknown criterion or ranking, no batch, or no alternative.
     """
-    ranked = {}
-    for one in criterion.split("|"):
-        importance_U = importance(one.strip(), masked, batches, seed).cpu()
-        ranked[one.strip()] = gain * rank(ranking, masked.space, importance_U)
+    names = [name.strip() for name in criterion.split("|")]
+    measured = importances(names, masked, batches, seed)
+    ranked = {name: gain * rank(ranking, masked.space, measured[name].cpu()) for name in names}
     found = candidates(masked.space, ranked, attention)
     if len(found) == 1:
         ((name, scores_U),) = found.items()
@@ -148,11 +147,12 @@ def repaired_losses(
         raise ValueError("prune.warm_start: no calibration batch to choose by; raise prune.warm_start.batches")
     training, found, seen = masked.training, dict[str, float](), dict[bytes, float]()
     masked.eval()
+    moments = shared_moments(masked, batches)
     for name, scores_U in candidates.items():
         masks_U = select(scores_U)
         key = masks_U.cpu().bool().numpy().tobytes()
         if key not in seen:
-            seen[key] = _repaired_loss(masked, masks_U.to(scores_U.device), loss, batches, ridge)
+            seen[key] = _repaired_loss(masked, masks_U.to(scores_U.device), loss, batches, ridge, moments)
         found[name] = seen[key]
         log.info("starting scores %s: %.4f nats after repair", name, found[name])
     masked.train(training)
@@ -165,10 +165,11 @@ def _repaired_loss(
     loss: Callable[[MaskedModel, Mapping[str, Tensor]], Tensor],
     batches: Sequence[Mapping[str, Tensor]],
     ridge: float,
+    moments: Mapping[str, Tensor] | None,
 ) -> float:
     outputs: Iterable[str] = (site.module for site in masked.space.sites if site.on == "input")
     kept = {module: masked.base_weight(module).detach().cpu().clone() for module in outputs}
-    restore(masked, masks_U, lambda: batches, ridge=ridge)
+    restore(masked, masks_U, lambda: batches, ridge=ridge, moments=moments)
     masked.set_masks(masks_U)
     total = sum(float(loss(masked, batch)) for batch in batches) / len(batches)
     masked.set_masks(None)
