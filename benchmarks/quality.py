@@ -134,7 +134,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rates", nargs="+", type=float, help="learning rates, instead of the setting's grid")
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds; the first chooses the rate")
     parser.add_argument("--steps", type=int, help="optimiser steps, instead of the setting's")
-    parser.add_argument("--sibling", type=Path, help="a larger base of the embedded corpus (atp.embedded.pretrain)")
+    parser.add_argument("--sibling", type=Path, help="a larger base (atp.embedded.pretrain --larger)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--match-time", action="store_true", help="also run the best two-stage method for equal time")
     parser.add_argument("--report-only", action="store_true", help="run nothing, summarise what is there")

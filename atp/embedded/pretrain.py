@@ -34,7 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atp.embedded import corpus, figures
+from atp.embedded import base_dir, corpus, figures, growth
 from atp.embedded.drawing import Draw
 from atp.embedded.tokenizer import train_tokenizer
 
@@ -61,6 +61,7 @@ class Settings:
         learning_rate: the peak, reached after the warm-up.
         batch_tokens: tokens of one optimiser step, padding included; two batches of different length share them.
         threads: CPU threads of PyTorch; 0 leaves its own choice.
+        larger: a sibling of twice the size, grown from the embedded base, instead of the base itself.
     """
 
     steps: int = 5400
@@ -69,6 +70,7 @@ class Settings:
     learning_rate: float = 2e-3
     batch_tokens: int = 2048
     threads: int = 0
+    larger: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -83,7 +85,8 @@ class Settings:
     def command(self) -> str:
         """Return the command that repeats the run."""
         given = [(name, value) for name, value in asdict(self).items() if value != getattr(Settings(), name)]
-        return " ".join(["python -m atp.embedded.pretrain", *(f"--{n.replace('_', '-')} {v}" for n, v in given)])
+        words = (f"--{n.replace('_', '-')}" + ("" if v is True else f" {v}") for n, v in given)
+        return " ".join(["python -m atp.embedded.pretrain", *words])
 
 
 @dataclass
@@ -112,6 +115,24 @@ def base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def initial(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Return the embedded base's shape with random weights."""
+    return LlamaForCausalLM(base_config(tokenizer))
+
+
+def sibling(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Return a model of twice the embedded base's size that computes what the base does.
+
+    Raises:
+        ValueError: the base that ships was trained with other tokens than this corpus gives.
+    """
+    base = LlamaForCausalLM.from_pretrained(base_dir(), dtype=torch.float32)
+    stored = PreTrainedTokenizerFast.from_pretrained(base_dir())
+    if stored.get_vocab() != tokenizer.get_vocab():
+        raise ValueError("--larger: the base in atp/embedded/base has other tokens than this corpus; make it anew")
+    return growth.grow(base, growth.larger_config(base.config))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -167,7 +188,7 @@ class Trainer:
             torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
         self.tokenizer = make_tokenizer()
-        self.model = LlamaForCausalLM(base_config(self.tokenizer)).train()
+        self.model = (sibling(self.tokenizer) if settings.larger else initial(self.tokenizer)).train()
         matrices = [p for p in self.model.parameters() if p.ndim == 2]
         vectors = [p for p in self.model.parameters() if p.ndim != 2]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -322,6 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=usual.learning_rate, help="peak (default %(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=usual.batch_tokens, help="per step (default %(default)s)")
     parser.add_argument("--threads", type=int, default=usual.threads, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--larger", action="store_true", help="a sibling of twice the size, grown from the base")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint beside the output directory")
     given = vars(parser.parse_args(arguments))
     output, resume = given.pop("output"), given.pop("resume")
