@@ -48,16 +48,15 @@ def targets(rows: Sequence[Row], default: str) -> list[str]:
     """How the default preset's excess loss stands to the best two-stage method's, in words.
 
     Each arm of the default is held against the two-stage methods of that arm; the preset as it comes is also held
-    against two-stage methods with whatever may be added to them, since some of that is part of the preset.
+    against those of every other arm, since some of what may be added to them is part of the preset.
     """
     lines = []
     for mine in (row for row in rows if row["method"] == default and "excess" in row):
         here = [r for r in two_stage_rows(rows, mine["setting"], mine["sparsity"]) if "excess" in r]
-        same_arm = [r for r in here if r["arm"] == mine["arm"]]
-        for steps, how in ((True, "equal tokens"), (False, "equal time")):
-            lines += _against(mine, [r for r in same_arm if (r["steps"] == mine["steps"]) is steps], how)
-        if not mine["arm"]:
-            lines += _against(mine, [r for r in here if r["arm"] and r["steps"] == mine["steps"]], "equal tokens")
+        for arm in sorted({r["arm"] for r in here} if not mine["arm"] else {mine["arm"]}):
+            rivals = [r for r in here if r["arm"] == arm]
+            for steps, how in ((True, "equal tokens"), (False, "more steps")):
+                lines += _against(mine, [r for r in rivals if (r["steps"] == mine["steps"]) is steps], how)
     return lines
 
 
@@ -69,8 +68,8 @@ def _against(mine: Row, rivals: Sequence[Row], how: str) -> list[str]:
     ratio = mine["excess"] / best["excess"] if best["excess"] > 0 else float("nan")
     speed = mine["fit_seconds"] / max(best["fit_seconds"], 1e-9)
     return [
-        f"{mine['setting']} {mine['sparsity']:.0%}: {_name(mine)} {mine['excess']:.3f} vs best two-stage {_name(best)} "
-        f"{best['excess']:.3f} nats = {ratio:.2f}x at {how} (its training took {speed:.2f}x the time)"
+        f"{mine['setting']} {mine['sparsity']:.0%}: {_name(mine)} {mine['excess']:.3f} vs best two-stage "
+        f"{_label(best)} {best['excess']:.3f} nats = {ratio:.2f}x at {how} (its training took {speed:.2f}x the time)"
     ]
 
 
@@ -113,7 +112,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     shown = [row for row in rows if "excess" in row and row["method"] not in ("dense", "dense_lora")]
     panels = sorted({(row["setting"], row["sparsity"]) for row in shown})
@@ -139,6 +138,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         farthest = max(r["excess"] + r["excess_sd"] for r in here)
         if 0 < 3 * here[-1]["excess"] < farthest:  # one method far off would squeeze the others together
             ax.set_xscale("log")
+            ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter(ticker.NullFormatter())
         else:
             ax.set_xlim(0, 1.1 * farthest)
         ax.grid(axis="x", alpha=0.3)

@@ -51,18 +51,20 @@ def test_excess_loss_is_taken_seed_by_seed_against_dense_lora() -> None:
     assert rows["exact", None]["excess_sd"] == pytest.approx(0.0)
     lines = targets(list(rows.values()), "exact")
     assert any("= 0.80x at equal tokens" in line for line in lines)
-    assert any("= 0.89x at equal time" in line for line in lines)
+    assert any("taylor + 700 steps 0.450 nats = 0.89x at more steps" in line for line in lines)
     assert table(list(rows.values())).count("\n") == 5
 
 
 def test_the_default_is_held_against_two_stage_methods_with_additions_too() -> None:
     cells = [cell("dense_lora", 1e-2, 0, 1.0, sparsity=0.0), cell("exact", 1e-2, 0, 1.4)]
     cells += [cell("wanda", 1e-2, 0, 1.5), cell("wanda", 1e-2, 0, 1.25, arm="restored")]
+    cells += [cell("wanda", 1e-2, 0, 1.2, arm="rebuilt"), cell("taylor", 1e-2, 0, 1.3, arm="rebuilt")]
     cells += [cell("exact", 1e-2, 0, 1.3, arm="restored")]
     lines = targets(summarise(cells), "exact")
     assert [line.split(" at equal")[0].split(": ")[1] for line in lines] == [
         "exact + restored 0.300 vs best two-stage wanda + restored 0.250 nats = 1.20x",
         "exact 0.400 vs best two-stage wanda 0.500 nats = 0.80x",
+        "exact 0.400 vs best two-stage wanda + rebuilt 0.200 nats = 2.00x",
         "exact 0.400 vs best two-stage wanda + restored 0.250 nats = 1.60x",
     ]
 
