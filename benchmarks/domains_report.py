@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 CELLS = ("legal/clause", "legal/holding", "legal/bill", "health/inference")
-MODELS = {"dense": "dense", "dense_lora": "dense + LoRA", "taylor": "two-stage", "pruned": "joint"}
+MODELS = {
+    "dense": "dense",
+    "dense_lora": "dense + LoRA",
+    "published": "two-stage",
+    "taylor": "two-stage, repaired alike",
+    "pruned": "joint",
+}
 PRESETS = {  # preset -> Tailored-LLaMA's own recovery at that ratio, in percent
     "tailored_20pct": 95.7,
     "tailored_joint_20pct": 95.7,
@@ -24,20 +30,27 @@ Cells = Mapping[str, Mapping[str, Any]]
 
 def real(cells: Cells) -> list[str]:
     """Bits per byte by domain, share removed and model, then the task scores."""
-    lines = ["| domain, removed | model | bits per byte | 95% interval | against two-stage, same documents |"]
-    lines += ["|---|---|---|---|---|"]
+    beside = ("published", "taylor")
+    head = ["domain, removed", "model", "bits per byte", "95% interval"]
+    head += [f"joint against {MODELS[rival]}, same documents" for rival in beside]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     tasks: list[str] = []
     for name in sorted(cells, key=lambda one: (not one.startswith("real/legal"), one)):
         cell, (domain, percent) = cells[name], re.findall(r"real/(\w+)_(\d+)pct", name)[0]
         for model, shown in MODELS.items():
             value, bounds = cell["eval"][model]["bits_per_byte"], cell["intervals"][model]["bits_per_byte"]
-            pair = cell["paired"] if model == "pruned" else None
-            beside = f"{pair['difference']:+.4f} ± {pair['half_width']:.4f}" if pair else ""
-            label = f"{domain}, {percent}%" if model == "dense" else ""
-            lines.append(f"| {label} | {shown} | {value:.3f} | {bounds[0]:.3f} to {bounds[1]:.3f} | {beside} |")
+            row = [f"{domain}, {percent}%" if model == "dense" else "", shown, f"{value:.3f}"]
+            row += [f"{bounds[0]:.3f} to {bounds[1]:.3f}"]
+            row += [_difference(cell["paired"][rival]) if model == "pruned" else "" for rival in beside]
+            lines.append("| " + " | ".join(row) + " |")
         tasks += _task_lines(f"{domain}, {percent}%", cell)
-    head = ["| domain, removed | score | items | " + " | ".join(MODELS.values()) + " | |", "|---" * 8 + "|"]
-    return [*lines, "", "Task scores, reported though they tell little at this size:", "", *head, *tasks]
+    scored = ["| domain, removed | score | items | " + " | ".join(MODELS.values()) + " | |"]
+    scored += ["|---" * (len(MODELS) + 4) + "|"]
+    return [*lines, "", "Task scores, reported though they tell little at this size:", "", *scored, *tasks]
+
+
+def _difference(pair: Mapping[str, Any] | None) -> str:
+    return f"{pair['difference']:+.4f} ± {pair['half_width']:.4f}" if pair else ""
 
 
 def _task_lines(label: str, cell: Mapping[str, Any]) -> list[str]:
