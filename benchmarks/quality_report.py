@@ -14,6 +14,7 @@ from typing import Any
 
 TWO_STAGE = ("taylor", "taylor_global", "wanda", "fluctuation", "magnitude", "uniform", "random", "random_uniform")
 Row = dict[str, Any]
+_TITLE_INCHES = 0.4
 
 
 def best_rate(cells: Iterable[Mapping[str, Any]]) -> float:
@@ -112,46 +113,52 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import pyplot
 
     shown = [row for row in rows if "excess" in row and row["method"] not in ("dense", "dense_lora")]
     panels = sorted({(row["setting"], row["sparsity"]) for row in shown})
     if not panels:
         return
-    longest = max(sum((r["setting"], r["sparsity"]) == panel for r in shown) for panel in panels)
     across = min(len(panels), 3)
-    down = -(-len(panels) // across)
-    size = (4.9 * across, (1.4 + 0.28 * longest) * down)
-    figure, axes = pyplot.subplots(down, across, figsize=size, squeeze=False)
+    counts = [sum((r["setting"], r["sparsity"]) == panel for r in shown) for panel in panels]
+    heights = [1.4 + 0.28 * max(counts[first : first + across]) for first in range(0, len(panels), across)]
+    size = (4.9 * across, sum(heights) + _TITLE_INCHES)
+    figure, axes = pyplot.subplots(len(heights), across, figsize=size, squeeze=False, height_ratios=heights)
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
     for ax, panel in zip(axes.flat, panels, strict=False):
-        here = sorted((r for r in shown if (r["setting"], r["sparsity"]) == panel), key=lambda r: -r["excess"])
-        for place, row in enumerate(here):
-            style = {"color": "#2166ac", "marker": "o"}
-            if is_two_stage(row["method"]) or row["method"] in ("shuffled", "scratch"):
-                style = {"color": "#b2182b", "marker": "s", "mfc": "white"}
-            ax.errorbar(row["excess"], place, xerr=row["excess_sd"], capsize=3, **style)
-        names = [f"{_label(r)} ({len(r['losses'])})" for r in here]
-        ax.set_yticks(range(len(here)), names)
+        _panel(ax, [r for r in shown if (r["setting"], r["sparsity"]) == panel])
         ax.set(title=f"{panel[0]}, {panel[1]:.0%} removed", xlabel="excess loss, nats per token")
-        farthest = max(r["excess"] + r["excess_sd"] for r in here)
-        if 0 < 3 * here[-1]["excess"] < farthest:  # one method far off would squeeze the others together
-            ax.set_xscale("log")
-            ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            ax.xaxis.set_major_formatter("{x:g}")
-            ax.xaxis.set_minor_formatter(ticker.NullFormatter())
-        else:
-            ax.set_xlim(0, 1.1 * farthest)
-        ax.grid(axis="x", alpha=0.3)
     figure.suptitle(
         "filled: joint, open: two-stage or control; in brackets: seeds; less is better; wide ranges on a log scale",
         fontsize=9,
     )
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 1 - _TITLE_INCHES / size[1]))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _panel(ax: Any, rows: Sequence[Row]) -> None:
+    from matplotlib import ticker
+
+    rows = sorted(rows, key=lambda r: -r["excess"])
+    for place, row in enumerate(rows):
+        style = {"color": "#2166ac", "marker": "o"}
+        if is_two_stage(row["method"]) or row["method"] in ("shuffled", "scratch"):
+            style = {"color": "#b2182b", "marker": "s", "mfc": "white"}
+        ax.errorbar(row["excess"], place, xerr=row["excess_sd"], capsize=3, **style)
+    ax.set_yticks(range(len(rows)), [f"{_label(r)} ({len(r['losses'])})" for r in rows])
+    nearest = min(r["excess"] - r["excess_sd"] for r in rows)
+    farthest = max(r["excess"] + r["excess_sd"] for r in rows)
+    if nearest > 0 and 3 * rows[-1]["excess"] < farthest:  # one method far off would squeeze the others together
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+    else:
+        ax.set_xlim(min(0, 1.1 * nearest), 1.1 * farthest)
+    ax.grid(axis="x", alpha=0.3)
 
 
 def _row(key: tuple[Any, ...], cells: Sequence[Mapping[str, Any]]) -> Row:
