@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,8 +196,8 @@ def test_a_run_writes_and_verifies_the_formats_it_is_asked_for(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_taken_apart_into_base_and_adapter_later(tmp_path: Path) -> None:
-    train("experiment=smoke", "threads=1", "evaluate.reference=false", "run_dir=one", cwd=tmp_path)
+def test_a_finished_run_is_taken_apart_into_base_and_adapter_later(finished: tuple[Path, str], tmp_path: Path) -> None:
+    shutil.copytree(finished[0], tmp_path / "one")
     command = [sys.executable, "-m", "atp.export", "one", "--to", "adapter"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
