@@ -8,6 +8,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers, which reads it once, as it is imported
+
 import torch
 from transformers import (
     LlamaConfig,
@@ -21,7 +24,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 _caches = tempfile.TemporaryDirectory(prefix="atp-test-cache-")  # gone with the interpreter
 os.environ["ATP_CACHE"] = _caches.name
