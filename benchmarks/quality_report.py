@@ -56,7 +56,7 @@ def targets(rows: Sequence[Row], default: str) -> list[str]:
         here = [r for r in two_stage_rows(rows, mine["setting"], mine["sparsity"]) if "excess" in r]
         for arm in sorted({r["arm"] for r in here} if not mine["arm"] else {mine["arm"]}):
             rivals = [r for r in here if r["arm"] == arm]
-            for steps, how in ((True, "equal tokens"), (False, "more steps")):
+            for steps, how in ((True, "equal tokens"), (False, "other steps")):
                 lines += _against(mine, [r for r in rivals if (r["steps"] == mine["steps"]) is steps], how)
     return lines
 

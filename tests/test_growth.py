@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atp.embedded import growth
+from atp.embedded import base_dir, growth
 from atp.embedded.pretrain import Settings
 
 
@@ -77,6 +77,18 @@ def test_another_hidden_width_is_named():
     other.hidden_size = 64
     with pytest.raises(ValueError, match="hidden_size=64"):
         growth.grow(_base(_config()), other)
+
+
+def test_the_sibling_of_the_base_that_ships_is_twice_its_size():
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base_dir())
+    base = LlamaForCausalLM.from_pretrained(base_dir(), dtype=torch.float32).eval()
+    grown = growth.sibling(tokenizer).eval()
+    ids_BT = torch.randint(3, len(tokenizer), (2, 40))
+    torch.testing.assert_close(grown(ids_BT).logits, base(ids_BT).logits, rtol=1e-4, atol=1e-4)
+    assert 2.0 < grown.num_parameters() / base.num_parameters() < 2.5
+    tokenizer.add_tokens(["another"])
+    with pytest.raises(ValueError, match="has other tokens"):
+        growth.sibling(tokenizer)
 
 
 def test_the_command_repeats_the_flag():

@@ -51,7 +51,7 @@ def test_excess_loss_is_taken_seed_by_seed_against_dense_lora() -> None:
     assert rows["exact", None]["excess_sd"] == pytest.approx(0.0)
     lines = targets(list(rows.values()), "exact")
     assert any("= 0.80x at equal tokens" in line for line in lines)
-    assert any("taylor + 700 steps 0.450 nats = 0.89x at more steps" in line for line in lines)
+    assert any("taylor + 700 steps 0.450 nats = 0.89x at other steps" in line for line in lines)
     assert table(list(rows.values())).count("\n") == 5
 
 

@@ -14,10 +14,28 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from atp.embedded import base_dir
 
 LAYERS, HEADS, KV_HEADS, CHANNELS = 10, 8, 4, 768
 _WRITERS = ("o_proj", "down_proj")
+
+
+def sibling(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Return a model of twice the embedded base's size that computes what the base does.
+
+    Args:
+        tokenizer: of the text that it is to be trained on.
+
+    Raises:
+        ValueError: the base that ships was trained with other tokens.
+    """
+    stored = PreTrainedTokenizerFast.from_pretrained(base_dir())
+    if stored.get_vocab() != tokenizer.get_vocab():
+        raise ValueError("--larger: the base in atp/embedded/base has other tokens than this corpus; make it anew")
+    base = LlamaForCausalLM.from_pretrained(base_dir(), dtype=torch.float32)
+    return grow(base, larger_config(base.config))
 
 
 def larger_config(base: LlamaConfig) -> LlamaConfig:

@@ -34,7 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atp.embedded import base_dir, corpus, figures, growth
+from atp.embedded import corpus, figures, growth
 from atp.embedded.drawing import Draw
 from atp.embedded.tokenizer import train_tokenizer
 
@@ -117,24 +117,6 @@ def base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def initial(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return the embedded base's shape with random weights."""
-    return LlamaForCausalLM(base_config(tokenizer))
-
-
-def sibling(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return a model of twice the embedded base's size that computes what the base does.
-
-    Raises:
-        ValueError: the base that ships was trained with other tokens than this corpus gives.
-    """
-    base = LlamaForCausalLM.from_pretrained(base_dir(), dtype=torch.float32)
-    stored = PreTrainedTokenizerFast.from_pretrained(base_dir())
-    if stored.get_vocab() != tokenizer.get_vocab():
-        raise ValueError("--larger: the base in atp/embedded/base has other tokens than this corpus; make it anew")
-    return growth.grow(base, growth.larger_config(base.config))
-
-
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Train the tokenizer on the default training split of all domains."""
     records = (record for domain in corpus.DOMAINS for record in corpus.records(domain, "train"))
@@ -188,7 +170,8 @@ class Trainer:
             torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
         self.tokenizer = make_tokenizer()
-        self.model = (sibling(self.tokenizer) if settings.larger else initial(self.tokenizer)).train()
+        grown = growth.sibling(self.tokenizer) if settings.larger else None
+        self.model = (grown or LlamaForCausalLM(base_config(self.tokenizer))).train()
         matrices = [p for p in self.model.parameters() if p.ndim == 2]
         vectors = [p for p in self.model.parameters() if p.ndim != 2]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
