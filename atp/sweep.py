@@ -35,11 +35,13 @@ JOB = "job.json"
 
 # What a reference does not depend on; everything else, also options added later, is part of its key.
 _IRRELEVANT: tuple[str, ...] = (
-    *("name", "run_dir", "resume", "experiment", "sweep", "optimized_metric", "prune", "export", "logger", "callbacks"),
-    *("threads", "evaluate.reference", "evaluate.baselines", "evaluate.samples", "evaluate.shared"),
-    *("trainer.accelerator", "trainer.checkpoint_every_n_steps", "trainer.log_every_n_steps", "trainer.val_checks"),
+    *("name", "run_dir", "resume", "experiment", "sweep", "optimized_metric", "prune", "export", "logger", "threads"),
+    *("evaluate.reference", "evaluate.baselines", "evaluate.samples", "evaluate.shared"),
+    *("trainer.accelerator", "trainer.checkpoint_every_n_steps", "trainer.log_every_n_steps"),
 )
-_TRAINING = ("lora", "optim", "trainer")
+# Parts of what is ignored that a reference does read: a method's own prompt stands before every model's records.
+_RELEVANT = ("prune.prompt",)
+_TRAINING = ("lora", "optim", "trainer", "callbacks")
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ class SharedResults:
     def key(self, stage: str) -> str:
         """Digest of everything the stage's result depends on."""
         ignored = _IRRELEVANT + (_TRAINING if stage == "dense" else ())
-        content = json.dumps([stage, _without(self._config, ignored)], sort_keys=True, default=str)
+        read = [stage, _without(self._config, ignored), [_at(self._config, name) for name in _RELEVANT]]
+        content = json.dumps(read, sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def take(self, stage: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -197,6 +200,13 @@ def _without(node: Any, ignored: tuple[str, ...], prefix: str = "") -> Any:
     named = {key: f"{prefix}.{key}".lstrip(".") for key in node}
     kept = {key: value for key, value in node.items() if not _is_ignored(named[key], ignored)}
     return {key: _without(value, ignored, named[key]) for key, value in kept.items()}
+
+
+def _at(node: Any, name: str) -> Any:
+    """The part of the settings that a dotted name leads to; None where there is none."""
+    for part in name.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
 
 
 def _is_ignored(name: str, ignored: tuple[str, ...]) -> bool:

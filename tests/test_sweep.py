@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from atp.callbacks import StopBadTrial, TrialStopped
 from atp.cli import compose_config
@@ -43,6 +44,35 @@ def test_reference_is_shared_exactly_when_nothing_it_depends_on_differs(tmp_path
         assert SharedResults(tmp_path, other).key("dense_lora") != key("dense_lora")
     tuned = SharedResults(tmp_path, changed(lora={"r": 16}))
     assert tuned.key("dense") == key("dense") and tuned.key("dense_lora") != key("dense_lora")
+
+
+def test_references_are_shared_only_by_runs_whose_prompts_and_callbacks_are_the_same(tmp_path: Path) -> None:
+    """A method may bring a prompt of its own; a callback may change how dense + LoRA trains, not the dense base."""
+
+    def keys(**groups: Any) -> list[str]:
+        shared = SharedResults(tmp_path, {"callbacks": {}, **changed(**groups), **groups.get("top", {})})
+        return [shared.key(stage) for stage in SharedResults.STAGES]
+
+    dense, dense_lora = keys()
+    own = keys(prune={"prompt": {"train": True, "inference": True}})
+    assert own[0] != dense and own[1] != dense_lora
+    assert keys(prune={"prompt": {"train": True, "inference": True}, "sparsity": 0.3}) == own
+    called = keys(top={"callbacks": {"average": {"_target_": "some.Average"}}})
+    assert called[0] == dense and called[1] != dense_lora
+    assert keys(trainer={"val_checks": 2})[1] != dense_lora  # when a callback that stops early is asked
+
+
+def test_exact_and_compresso_in_one_sweep_share_no_reference(tmp_path: Path) -> None:
+    exact, compresso, ratio = (
+        SharedResults(tmp_path, OmegaConf.to_container(compose_config([f"prune={method}", sparsity])))  # type: ignore[arg-type]
+        for method, sparsity in (
+            ("exact", "prune.sparsity=0.5"),
+            ("compresso", "prune.sparsity=0.5"),
+            ("exact", "prune.sparsity=0.3"),
+        )
+    )
+    for stage in SharedResults.STAGES:
+        assert exact.key(stage) != compresso.key(stage) and exact.key(stage) == ratio.key(stage)
 
 
 def test_shared_work_is_done_once_and_not_kept_when_it_fails(tmp_path: Path) -> None:
