@@ -6,7 +6,6 @@ batches set aside for calibration. It knows nothing of Hydra, of checkpoints or 
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -40,8 +39,8 @@ class Preparation:
         self.config, self.data, self.device = config, data, device
 
     def batches(self, count: int) -> Iterator[dict[str, Tensor]]:
-        """The first calibration batches, on the device."""
-        return to_device(itertools.islice(self.data.calibration_dataloader(), count), self.device)
+        """The first calibration batches, on the device; no more than the training data holds."""
+        return to_device(self.data.calibration_dataloader(count), self.device)
 
     def calibration(self) -> Iterator[dict[str, Tensor]]:
         """The batches that cuts are repaired on."""

@@ -213,6 +213,17 @@ def numbers(batch: dict[str, torch.Tensor]) -> list[str]:
     return [TOKENIZER.decode(ids, skip_special_tokens=True).strip() for ids in kept]
 
 
+def test_calibration_gives_what_is_asked_for_however_short_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    """The same batches as training, beyond its length; of data that holds fewer, one pass and a word about it."""
+    long, short = make_module(num_batches=24), make_module(num_batches=2)
+    wanted = [numbers(batch) for batch in list(long.train_dataloader())[:10]]
+    assert [numbers(batch) for batch in short.calibration_dataloader(8)] == wanted[:8]
+    assert len(list(short.train_dataloader())) == 2 and "calibration" not in caplog.text
+    for _ in range(2):
+        assert [numbers(batch) for batch in short.calibration_dataloader(64)] == wanted
+    assert caplog.text.count("64 batches asked for") == 1 and "holds 10 of data.batch_size=4" in caplog.text
+
+
 def test_a_run_is_one_epoch_of_the_batches_asked_for() -> None:
     module = make_module(num_batches=24)
     loader = module.train_dataloader()

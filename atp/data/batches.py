@@ -113,6 +113,7 @@ class PruningDataModule(lightning.LightningDataModule):
         self._unpacked: list[Example] = []
         self._validation: list[Example] = []
         self._calibration_order: BatchOrder | None = None
+        self._short_of: set[int] = set()
 
     def setup(self, stage: str | None = None) -> None:
         """Tokenise both splits, once, and log :meth:`describe`."""
@@ -153,18 +154,36 @@ class PruningDataModule(lightning.LightningDataModule):
         self.setup()
         return self._loader(self._train)
 
-    def calibration_dataloader(self) -> ResumableLoader:
-        """Return the training batches as they would be without packing: for what reads which positions are padding."""
-        self.setup()
-        return self._loader(self._unpacked if self.packing else self._train)
+    def calibration_dataloader(self, count: int) -> ResumableLoader:
+        """Return the first training batches as they would be without packing: for what reads where padding is.
 
-    def _loader(self, examples: Sequence[Example] | Sequence[PackedExample]) -> ResumableLoader:
+        Args:
+            count: How many, however short the run is; at most one pass over the data, with a warning.
+        """
+        self.setup()
+        examples = self._unpacked if self.packing else self._train
+        processes = 1 if self.trainer is None else self.trainer.world_size
+        there = max(-(-len(examples) // self.batch_size) // processes, 1)
+        if count > there and count not in self._short_of:
+            self._short_of.add(count)
+            log.warning(
+                "calibration: %d batches asked for (prune.warm_start.batches, prune.restore.batches), but the training "
+                "data holds %d of data.batch_size=%d; these are used",
+                count,
+                there,
+                self.batch_size,
+            )
+        return self._loader(examples, min(count, there))
+
+    def _loader(
+        self, examples: Sequence[Example] | Sequence[PackedExample], num_batches: int | None = None
+    ) -> ResumableLoader:
         lengths = lengths_of(examples)
         trainer = self.trainer
         return ResumableLoader(
             examples,
             BatchOrder(lengths, self.batch_size, self.seed),
-            num_batches=self.num_batches,
+            num_batches=self.num_batches if num_batches is None else num_batches,
             pad_id=self.encoder.pad_id,
             num_workers=self.num_workers,
             trained=None if trainer is None else self._batches_trained,
