@@ -30,11 +30,17 @@ class Generator(nn.Module, ABC):
         Raises:
             ValueError: This generator computes its logits and cannot be set to given ones.
         """
-        raise ValueError(
-            f"prune.warm_start.batches is set, but {type(self).__name__} cannot start from given scores; set it to 0 "
-            "or use "
-            "prune/generator=free"
-        )
+        self.check_warm_start()
+
+    @classmethod
+    def check_warm_start(cls) -> None:
+        """Raise what :meth:`warm_start` would, before there are scores: subclasses that take them define it."""
+        if cls.warm_start is Generator.warm_start:
+            raise ValueError(
+                f"prune.warm_start.batches is set, but {cls.__name__} cannot start from given scores; set it to 0 "
+                "or use "
+                "prune/generator=free"
+            )
 
 
 class FreeLogits(Generator):

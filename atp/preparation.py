@@ -59,6 +59,7 @@ class Preparation:
             if isinstance(module.generator, FixedScores):
                 raise ValueError("prune.warm_start.batches is 0, but fixed scores come from importance; set it above 0")
             return None
+        module.generator.check_warm_start()
         self.data.setup("fit")
         start = starting_scores(
             module.masked.to(self.device),

@@ -49,7 +49,7 @@ def assemble(
         prompt: What stood around the records' prompts (``Prompt.plain``).
         overlap: What the checks across splits found (``Splits.overlap``).
     """
-    export, cost = results["export"], results["cost"]
+    fit, export, cost = results["fit"], results["export"], results["cost"]
     values = {name: results[name]["values"] for name in MODELS if name in results}
     removal = ("max_abs_logit_diff", "masked_vs_removed", "removed_vs_reloaded", "dtype", "tokens")
     metrics: dict[str, Any] = {
@@ -72,7 +72,7 @@ def assemble(
             "adapter": export.get("adapter", False),
             "formats": export.get("formats", []),
         },
-        "memory": {"train_peak_mib": results["fit"]["train_peak_mib"], **cost["memory"]},
+        "memory": {key: fit[key] for key in ("train_peak_mib", "steps_peak_mib") if key in fit} | cost["memory"],
         "prompt": {**(prompt or {}), **cost.get("prompt", {})},
         "overlap": dict(overlap or {}),
         "widths": export["widths"],
@@ -83,7 +83,7 @@ def assemble(
 
 
 def _run(results: Mapping[str, dict[str, Any]], config: TrainConfig, device: str) -> dict[str, Any]:
-    """What was run, where, and how long each stage took."""
+    """What was run, where, how long each stage took here, and which were taken from another run's work."""
     return {
         "name": config.name,
         "seed": config.seed,
@@ -92,7 +92,8 @@ def _run(results: Mapping[str, dict[str, Any]], config: TrainConfig, device: str
         "steps": config.trainer.max_steps,
         "device": device,
         "train_peak_is": results["fit"]["train_peak_kind"],
-        "seconds": {name: result["seconds"] for name, result in results.items()},
+        "seconds": {name: result["seconds"] for name, result in results.items() if "shared_from" not in result},
+        "shared": {name: result["shared_from"] for name, result in results.items() if "shared_from" in result},
     }
 
 

@@ -76,6 +76,7 @@ class Stages:
         if config.threads:
             torch.set_num_threads(config.threads)
         build.check_quantization(config)
+        build.check_start(config.prune)
         log.info("run directory: %s", directory.path)
         self.tokenizer = build.load_tokenizer(config.model)
         self.prompt = build.load_prompt(config, self.tokenizer)
@@ -139,15 +140,19 @@ class Stages:
         restores = self.config.prune.restore.batches > 0
         if restores:
             module.calibration = self.preparation.calibration
+        before = self.directory.path / "preparation.json"
         if not self.directory.checkpoint("joint").is_file():
-            self._warm_start(module, self.config.prune.warm_start)
-            if restores and self.config.prune.restore.at == "start":
-                self.preparation.repair_start(module)
+            with peak_memory(self.device) as peak:
+                self._warm_start(module, self.config.prune.warm_start)
+                if restores and self.config.prune.restore.at == "start":
+                    self.preparation.repair_start(module)
+            write_json(before, {"peak_mib": peak.mib})
         if isinstance(module, AwareModule):
             module.calibration_batch = self.data.calibration_batch
         with peak_memory(self.device) as peak:
             self._fit("joint", module)
-        return {"train_peak_mib": peak.mib, "train_peak_kind": peak.kind}
+        prepared = json.loads(before.read_text(encoding="utf-8"))["peak_mib"] if before.is_file() else 0.0
+        return {"train_peak_mib": max(prepared, peak.mib), "steps_peak_mib": peak.mib, "train_peak_kind": peak.kind}
 
     def _warm_start(self, module: PruningModule, settings: WarmStartConfig) -> None:
         """Let the generator begin with the importance of the dense model's units."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atp.criteria import importances, rank
+from atp.criteria import CRITERIA, RANKINGS, importances, rank
 from atp.lora import MaskedModel
 from atp.loss import causal_loss
 from atp.restoration import restore, shared_moments
@@ -77,6 +77,12 @@ def starting_scores(
         ValueError: An unknown criterion or ranking, no batch, or no alternative.
     """
     names = [name.strip() for name in criterion.split("|")]
+    unknown = [one for name in names for one in name.split("+") if one not in CRITERIA]
+    if unknown:
+        raise ValueError(f"prune.warm_start.criterion is {unknown[0]!r}; known: {', '.join(CRITERIA)}")
+    if ranking not in RANKINGS:
+        raise ValueError(f"prune.warm_start.ranking is {ranking!r}; known: {', '.join(RANKINGS)}")
+    candidates(masked.space, {}, attention)  # refuses what it would refuse after minutes of measuring
     measured = importances(names, masked, batches, seed)
     ranked = {name: gain * rank(ranking, masked.space, measured[name].cpu()) for name in names}
     found = candidates(masked.space, ranked, attention)

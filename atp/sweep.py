@@ -140,7 +140,8 @@ class SharedResults:
     def take(self, stage: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a stage: another run's where one has it, else from ``work``, kept for the others.
 
-        A run that finds another one at work on the same result waits for it.
+        A run that finds another one at work on the same result waits for it. What is another's says so under
+        ``shared_from``; its ``seconds`` are that run's.
         """
         path = self.folder / f"{stage}_{self.key(stage)}.json"
         self.folder.mkdir(parents=True, exist_ok=True)

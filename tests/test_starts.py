@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +12,13 @@ from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atp.cli import compose_config
 from atp.lora import MaskedModel, add_lora
 from atp.loss import causal_loss
+from atp.pipeline import run
 from atp.selection import select
 from atp.space import PruningSpace
-from atp.starts import candidates, repaired_losses, with_attention
+from atp.starts import candidates, repaired_losses, starting_scores, with_attention
 
 SPACE = PruningSpace.from_model(tiny_model("llama", "gqa"), ("heads", "query_heads", "channels"))
 
@@ -84,6 +88,41 @@ def distance(model: MaskedModel, batch: Mapping[str, torch.Tensor]) -> torch.Ten
     made = model(input_ids=batch["input_ids"]).logits
     with model.unmasked():
         return (made - model(input_ids=batch["input_ids"]).logits).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"criterion": "taylor|tailor"}, "criterion is 'tailor'"),
+        ({"ranking": "best"}, "ranking is 'best'"),
+        ({"attention": []}, "attention is empty"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_measured(
+    settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+    monkeypatch.setattr("atp.starts.importances", lambda *_: measured.append(1) or {})
+    with pytest.raises(ValueError, match=message):
+        starting_scores(masked_model(), batches(), lambda scores_U: scores_U, **{"criterion": "taylor", **settings})
+    assert not measured
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["prune/generator=transformer"], "TransformerGenerator cannot start from given scores"),
+        (["prune.warm_start.batches=0"], "prune.restore.at is start"),
+    ],
+)
+def test_a_start_that_cannot_be_made_is_refused_before_a_model_is_loaded(
+    overrides: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int] = []
+    monkeypatch.setattr("atp.build.load_base", lambda *_, **__: loaded.append(1))
+    with pytest.raises(ValueError, match=message):
+        run(compose_config(["experiment=smoke", *overrides]), tmp_path / "one", overrides=[])
+    assert not loaded
 
 
 def test_bad_input_is_named() -> None:

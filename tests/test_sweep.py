@@ -15,6 +15,7 @@ from atp.callbacks import StopBadTrial, TrialStopped
 from atp.cli import compose_config
 from atp.config import folder_name
 from atp.module import PruningModule
+from atp.results import _run
 from atp.sweep import SharedResults, clear_mark, lease_gpu, mark_job, read_job, read_jobs, start_sweep, summary_lines
 
 CONFIG: dict[str, Any] = {
@@ -89,6 +90,16 @@ def test_shared_work_is_done_once_and_not_kept_when_it_fails(tmp_path: Path) -> 
     assert shared.take("dense", work) == {"values": {"perplexity": 2.0}}
     again = SharedResults(tmp_path / "shared", changed(name="other")).take("dense", work)
     assert again["values"] == {"perplexity": 2.0} and "shared_from" in again and len(done) == 2
+
+
+def test_seconds_of_a_shared_stage_are_not_this_runs() -> None:
+    config = OmegaConf.to_object(compose_config([]))
+    results = {
+        "fit": {"seconds": 5.0, "train_peak_kind": "process_rss"},
+        "dense": {"seconds": 90.0, "shared_from": "shared/dense_1.json"},
+    }
+    told = _run(results, config, "cpu")  # type: ignore[arg-type]
+    assert told["seconds"] == {"fit": 5.0} and told["shared"] == {"dense": "shared/dense_1.json"}
 
 
 def test_jobs_are_told_with_their_reasons(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from atp.build.data import (
 )
 from atp.build.quantization import check_quantization
 from atp.build.training import (
+    check_start,
     cost_model,
     is_distilled,
     min_units,
@@ -30,6 +31,7 @@ from atp.build.training import (
 __all__ = [
     "DTYPES",
     "check_quantization",
+    "check_start",
     "component",
     "cost_model",
     "data_faults",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -20,6 +21,7 @@ from atp.build.components import component
 from atp.config import LassoConfig, PruneConfig, ScheduleConfig, TrainConfig, WarmStartConfig
 from atp.cost import make_cost
 from atp.distillation import Distillation
+from atp.generator import Generator
 from atp.lora import MaskedModel, add_lora
 from atp.module import PruningModule
 from atp.objective import SparsitySchedule
@@ -37,6 +39,23 @@ def pruning_space(config: PruneConfig, model: PreTrainedModel) -> PruningSpace:
     space.cost = cost_model(config, model)
     check_reachable(space, config.sparsity, min_units(config), round_to=config.round_to)
     return space
+
+
+def check_start(prune: PruneConfig) -> None:
+    """Refuse a start that cannot be made, before a model is loaded.
+
+    Raises:
+        ValueError: The generator takes no scores, or there are none to select by.
+    """
+    measured = prune.warm_start.batches > 0
+    generator = locate(str(prune.generator.get("_target_", "")))
+    if measured and isinstance(generator, type) and issubclass(generator, Generator):
+        generator.check_warm_start()
+    if prune.restore.batches > 0 and prune.restore.at == "start" and not measured:
+        raise ValueError(
+            "prune.restore.at is start, but there are no scores to select by before the first step; set "
+            "prune.warm_start.batches above 0, or prune.restore.at=freeze"
+        )
 
 
 def cost_model(config: PruneConfig, model: PreTrainedModel) -> CostModel:

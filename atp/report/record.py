@@ -29,6 +29,7 @@ _SCHEMA: dict[str, Any] = {
         **dict.fromkeys(("name", "command"), "string"),
         "versions": {"*": "any"},
         "seconds": _NUMBERS,
+        "shared": {"*": "string"},
         "data": {"*": "any"},
     },
     **dict.fromkeys(("sparsity", "parameters"), _NUMBERS),
