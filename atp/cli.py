@@ -282,16 +282,24 @@ def _readable(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
 def _with_resume(arguments: list[str]) -> list[str]:
-    """Replace ``resume=last`` by its directory, and a lone ``resume=`` by the overrides the run was started with."""
+    """Replace ``resume=last`` by its directory, and add to a ``resume=`` that changes at most what follows training
+    the overrides the run was started with.
+    """
     resume = next((a for a in arguments if a.startswith("resume=") and a not in ("resume=null", "resume=")), None)
     if resume is None:
         return arguments
     others = [a for a in arguments if a is not resume]
     if any(a in ("-m", "--multirun") for a in others):
         raise ValueError("resume goes on with one run; leave out -m")
-    name = compose_config(others).name if others else None
+    given = {_key(a) for a in others}
+    is_own = all(key.startswith(("export", "evaluate")) for key in given)
+    name = None if is_own else compose_config(others).name
     run_dir = find_run(resume.removeprefix("resume="), name)
-    if not others:
-        others = saved_overrides(run_dir)
+    if is_own:
+        others = [a for a in saved_overrides(run_dir) if _key(a) not in given] + others
     return [*others, f"resume='{run_dir}'", f"run_dir='{run_dir}'"]

@@ -39,6 +39,18 @@ _MAY_DIFFER = (
     "evaluate.shared",
 )
 
+# Settings that change nothing in training, by prefix, with the stages that read them: those are done again when an
+# unfinished run goes on with others. The first prefix that fits counts.
+_REDONE: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("export.push_to_hub", ()),
+    ("export.artifact", ()),
+    ("export", ("export", "pruned", "samples", "cost")),
+    ("evaluate.speed", ("cost",)),
+    ("evaluate.samples", ("samples",)),
+    ("evaluate.baselines", ()),
+    ("evaluate.reference", ()),
+)
+
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
@@ -95,7 +107,8 @@ class RunDirectory:
         resume: Whether the user asked to go on with it.
 
     Raises:
-        ValueError: It holds another run (finished or not) and ``resume`` was not asked for, or its settings differ.
+        ValueError: It holds another run (finished or not) and ``resume`` was not asked for, or settings differ that
+            its training or finished results depend on.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], overrides: list[str], *, resume: bool) -> None:
@@ -110,13 +123,27 @@ class RunDirectory:
         if existing.is_file():
             saved = json.loads(existing.read_text(encoding="utf-8"))["config"]
             changed = _differences(saved, config)
-            if changed:
+            redone = {name: _redone(name) for name in changed}
+            refused = [line for name, line in changed.items() if self.is_finished or redone[name] is None]
+            if refused:
+                hint = "; formats of a finished run: python -m atp.export" if self.is_finished else ""
                 raise ValueError(
-                    f"resume={path}: settings differ from the run's own ({'; '.join(changed[:4])}); leave them out or "
-                    "start anew"
+                    f"resume={path}: settings differ from the run's own ({'; '.join(refused[:4])}); leave them out or "
+                    f"start anew{hint}"
                 )
+            if changed:
+                self._forget({stage for stages in redone.values() for stage in stages or ()})
+                write_json(existing, {"overrides": overrides, "config": config})
         else:
             write_json(existing, {"overrides": overrides, "config": config})
+
+    def _forget(self, stages: set[str]) -> None:
+        """Drop results that were made with other settings."""
+        for name in sorted(stages):
+            file = self.path / "stages" / f"{name}.json"
+            if file.is_file():
+                log.warning("%s is done again: its settings have changed", name)
+                file.unlink()
 
     @property
     def is_finished(self) -> bool:
@@ -171,14 +198,20 @@ def _git_commit() -> str | None:
     return commit + ("+" if changed.strip() else "")
 
 
-def _differences(saved: Any, now: Any, prefix: str = "") -> list[str]:
+def _redone(name: str) -> tuple[str, ...] | None:
+    """Stages that read a setting which changes nothing in training; None for one that does."""
+    return next((stages for prefix, stages in _REDONE if name.startswith(prefix)), None)
+
+
+def _differences(saved: Any, now: Any, prefix: str = "") -> dict[str, str]:
+    """What differs, by dotted name."""
     if prefix in _MAY_DIFFER:
-        return []
+        return {}
     if isinstance(saved, dict) and isinstance(now, dict):
         keys = sorted(set(saved) | set(now))
-        return [
-            line
+        return {
+            name: line
             for key in keys
-            for line in _differences(saved.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
-        ]
-    return [] if saved == now else [f"{prefix}: was {saved!r}, now {now!r}"]
+            for name, line in _differences(saved.get(key), now.get(key), f"{prefix}.{key}" if prefix else key).items()
+        }
+    return {} if saved == now else {prefix: f"{prefix}: was {saved!r}, now {now!r}"}

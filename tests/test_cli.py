@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from atp.cli import compose_config, main
+from atp.cli import _with_resume, compose_config, main
 from atp.config import TrainConfig, config_dir
 from atp.rundir import CONFIG, RunDirectory, find_run
 
@@ -117,6 +117,33 @@ def test_run_directory_refuses_to_be_overwritten(tmp_path: Path) -> None:
     (tmp_path / "a" / "metrics.json").write_text("{}")
     with pytest.raises(ValueError, match="already holds a finished run; choose another run_dir"):
         RunDirectory(tmp_path / "a", config, [], resume=False)
+
+
+def test_an_unfinished_run_goes_on_with_other_exports(tmp_path: Path) -> None:
+    """What was made with the old settings is made again, the training is kept, and the configuration stays true."""
+    path = tmp_path / "a"
+    config = {"seed": 0, "export": {"gguf": ["f16"]}, "evaluate": {"speed_repeats": 5}}
+    directory = RunDirectory(path, config, ["seed=0"], resume=False)
+    for name in ("fit", "dense", "export", "pruned", "cost"):
+        directory.stage(name, lambda: {"seconds": 1.0})
+    RunDirectory(path, {**config, "evaluate": {"speed_repeats": 9}}, ["seed=0"], resume=True)
+    assert {file.stem for file in (path / "stages").iterdir()} == {"fit", "dense", "export", "pruned"}
+    other = {**config, "export": {"gguf": []}, "evaluate": {"speed_repeats": 9}}
+    RunDirectory(path, other, ["seed=0", "export.gguf=[]"], resume=True)
+    assert {file.stem for file in (path / "stages").iterdir()} == {"fit", "dense"}
+    assert json.loads((path / CONFIG).read_text()) == {"overrides": ["seed=0", "export.gguf=[]"], "config": other}
+    with pytest.raises(ValueError, match="seed: was 0, now 1"):
+        RunDirectory(path, {**config, "seed": 1}, [], resume=True)
+    directory.write_metrics({})
+    with pytest.raises(ValueError, match=r"export\.gguf.*python -m atp\.export"):
+        RunDirectory(path, config, [], resume=True)
+
+
+def test_resume_with_other_exports_keeps_the_runs_own_overrides(tmp_path: Path) -> None:
+    saved = ["experiment=smoke", "seed=3", "export.gguf=[q99]"]
+    (tmp_path / CONFIG).write_text(json.dumps({"overrides": saved, "config": {}}))
+    arguments = _with_resume([f"resume={tmp_path}", "export.gguf=[]"])
+    assert arguments[:3] == ["experiment=smoke", "seed=3", "export.gguf=[]"]
 
 
 def test_stages_run_once(tmp_path: Path) -> None:
