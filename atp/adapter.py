@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from atp.errors import UserError
 from atp.space import PruningSpace, Side, Weight
 
 _PREFIX = "base_model.model."
@@ -47,7 +48,7 @@ def owned_parameters(
         elif kind.startswith("lora_A."):
             yield f"{weight.module}.{name}", parameter, None, weight.columns
         else:
-            raise ValueError(f"{weight.module}.{name}: no rule for cutting this adapter parameter; prune.compact=false")
+            raise UserError(f"{weight.module}.{name}: no rule for cutting this adapter parameter; prune.compact=false")
 
 
 def adapter_sides(space: PruningSpace) -> dict[str, tuple[Side | None, Side | None]]:
@@ -121,9 +122,9 @@ def read_adapter(directory: str | Path) -> Adapter:
         config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / _WEIGHTS_FILE)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"the adapter in {folder} cannot be read: {error}; export it again") from error
+        raise UserError(f"the adapter in {folder} cannot be read: {error}; export it again") from error
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
-        raise ValueError(f"{folder} holds no plain LoRA adapter; merge it with PEFT (merge_and_unload) and save that")
+        raise UserError(f"{folder} holds no plain LoRA adapter; merge it with PEFT (merge_and_unload) and save that")
     return Adapter(config, _paired(tensors, folder))
 
 
@@ -135,4 +136,4 @@ def _paired(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tens
             for module in sorted(modules)
         }
     except KeyError as error:
-        raise ValueError(f"the adapter in {folder} lacks {error}; export it again") from error
+        raise UserError(f"the adapter in {folder} lacks {error}; export it again") from error

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from atp.errors import UserError
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -58,9 +60,9 @@ class LayerWidths:
     def __post_init__(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if min(heads, kv_heads, self.head_dim, self.intermediate_size) < 0 or (heads and not self.head_dim):
-            raise ValueError(f"widths must not be negative, and heads need a positive head_dim, got {self}")
+            raise UserError(f"widths must not be negative, and heads need a positive head_dim, got {self}")
         if (heads == 0) != (kv_heads == 0) or (kv_heads and heads % kv_heads):
-            raise ValueError(
+            raise UserError(
                 f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}: "
                 "every KV head must keep the same number of query heads, or both counts must be 0"
             )
@@ -70,9 +72,9 @@ class LayerWidths:
             object.__setattr__(self, "rotary_pairs", tuple(self.rotary_pairs))
             pairs = self.rotary_pairs
             if not pairs or sorted(set(pairs)) != list(pairs) or not 0 <= pairs[0] <= pairs[-1] < self.head_dim // 2:
-                raise ValueError(f"rotary_pairs={pairs} must ascend within the {self.head_dim // 2} pairs of a head")
+                raise UserError(f"rotary_pairs={pairs} must ascend within the {self.head_dim // 2} pairs of a head")
         if self.value_dim is not None and self.value_dim < 1:
-            raise ValueError(f"value_dim={self.value_dim} must be positive; a layer without values has no heads either")
+            raise UserError(f"value_dim={self.value_dim} must be positive; a layer without values has no heads either")
 
     @property
     def has_attention(self) -> bool:
@@ -104,7 +106,7 @@ def family(config: PreTrainedConfig) -> str:
     """
     name = str(config.model_type).removeprefix(PER_LAYER_PREFIX)
     if name not in FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"model_type={config.model_type!r} is not supported: ATP prunes {', '.join(FAMILIES)}. "
             "Use a checkpoint of one of these families (Llama 1/2/3 and their derivatives are 'llama')."
         )
@@ -177,7 +179,7 @@ def pruned_config(
     dense = layer_widths(base_config)
     _check_widths(dense, widths)
     if hidden_size is not None and not 0 < hidden_size <= base_config.hidden_size:
-        raise ValueError(f"hidden_size={hidden_size} must lie between 1 and the base model's {base_config.hidden_size}")
+        raise UserError(f"hidden_size={hidden_size} must lie between 1 and the base model's {base_config.hidden_size}")
     is_narrower = hidden_size is not None and hidden_size != base_config.hidden_size
     if list(widths) == dense and not is_narrower:
         return copy.deepcopy(base_config)
@@ -239,16 +241,16 @@ def _head_dim(fields: Mapping[str, Any]) -> int:
 def _check_widths(dense: Sequence[LayerWidths], widths: Sequence[LayerWidths]) -> None:
     """Raises ValueError unless `widths` can be cut out of a model of widths `dense`."""
     if len(widths) != len(dense):
-        raise ValueError(f"got widths for {len(widths)} layers, but the base model has {len(dense)}")
+        raise UserError(f"got widths for {len(widths)} layers, but the base model has {len(dense)}")
     for index, (full, kept) in enumerate(zip(dense, widths, strict=True)):
         if kept.has_attention and kept.head_dim != full.head_dim:
-            raise ValueError(
+            raise UserError(
                 f"layer {index}: head_dim={kept.head_dim} differs from the base model's {full.head_dim}; "
                 "whole heads can be removed, dimensions inside a head cannot, as rotary frequencies depend on them"
             )
         for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
             if getattr(kept, name) > getattr(full, name):
-                raise ValueError(
+                raise UserError(
                     f"layer {index}: {name}={getattr(kept, name)} is larger than the base model's {getattr(full, name)}"
                 )
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atp.errors import UserError
 from atp.lasso import group_lasso
 from atp.lora import trainable_parameters
 from atp.loss import causal_loss
@@ -60,9 +61,9 @@ class AwareModule(PruningModule):
     ) -> None:
         super().__init__(*parts, **options)
         if update not in UPDATES:
-            raise ValueError(f"prune.update is {update!r}; known: {', '.join(UPDATES)}")
+            raise UserError(f"prune.update is {update!r}; known: {', '.join(UPDATES)}")
         if min(lasso, final_lasso) < 0 or not 0.0 <= final_from <= 1.0:
-            raise ValueError(
+            raise UserError(
                 f"prune.lasso is weight {lasso}, final_weight {final_lasso} from {final_from}; weights must not be "
                 "negative and final_from lies between 0 and 1"
             )
@@ -109,7 +110,7 @@ class AwareModule(PruningModule):
             A term of value zero whose gradient is the generator's, and the masks [U] that this step's adapters see.
         """
         if self.calibration_batch is None:
-            raise ValueError("prune.update is alternate, which needs calibration batches; none were given")
+            raise UserError("prune.update is alternate, which needs calibration batches; none were given")
         batch = {key: value.to(self.device) for key, value in self.calibration_batch(batch_idx).items()}
         target = self.schedule.target_at(self.global_step)
         logits_U = self._shifted(self.generator().float(), target)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from atp.errors import UserError
+
 
 @dataclass(frozen=True)
 class Baseline:
@@ -47,4 +49,4 @@ def check_baselines(names: Iterable[str]) -> None:
     """Raise ValueError for a name that is not a baseline."""
     unknown = sorted(set(names) - set(BASELINES))
     if unknown:
-        raise ValueError(f"evaluate.baselines holds {unknown}; known: {', '.join(BASELINES)}")
+        raise UserError(f"evaluate.baselines holds {unknown}; known: {', '.join(BASELINES)}")

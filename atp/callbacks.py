@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from atp.errors import UserError
 from atp.module import PruningModule
 from atp.objective import Phase
 from atp.rundir import write_json
@@ -47,7 +48,7 @@ class RunCheckpoint(Callback):
 
     def __init__(self, path: Path, every_n_steps: int = 50) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"trainer.checkpoint_every_n_steps is {every_n_steps}; it must be at least 1")
+            raise UserError(f"trainer.checkpoint_every_n_steps is {every_n_steps}; it must be at least 1")
         self.path = path
         self.every_n_steps = every_n_steps
         self.interrupted = False
@@ -295,9 +296,9 @@ class StopBadTrial(Callback):
 
     def __init__(self, run_dir: str, metric: str = "val/perplexity", after: float = 0.5, min_trials: int = 3) -> None:
         if not 0.0 <= after <= 1.0:
-            raise ValueError(f"callbacks.stop_bad_trials.after is {after}; it is a fraction of the run, from 0 to 1")
+            raise UserError(f"callbacks.stop_bad_trials.after is {after}; it is a fraction of the run, from 0 to 1")
         if min_trials < 1:
-            raise ValueError(f"callbacks.stop_bad_trials.min_trials is {min_trials}; it must be at least 1")
+            raise UserError(f"callbacks.stop_bad_trials.min_trials is {min_trials}; it must be at least 1")
         self.run_dir, self.metric, self.after, self.min_trials = Path(run_dir), metric, after, min_trials
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -306,7 +307,7 @@ class StopBadTrial(Callback):
             return
         if self.metric not in trainer.callback_metrics:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
-            raise ValueError(f"callbacks.stop_bad_trials.metric is {self.metric!r}, of what is logged: {known}")
+            raise UserError(f"callbacks.stop_bad_trials.metric is {self.metric!r}, of what is logged: {known}")
         value, step = float(trainer.callback_metrics[self.metric]), str(trainer.global_step)
         own = self.run_dir / "trial.json"
         write_json(own, {**_trial_values(own), step: value})

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from atp.errors import UserError
 from atp.space import PruningSpace
 from atp.units import WHOLE_MODEL, CostModel, Counts, LayerSpace
 
@@ -108,7 +109,7 @@ class ModelChoice:
         self, space: PruningSpace, scores_U: Tensor, min_units: Mapping[str, int] | None, round_to: int
     ) -> None:
         if round_to < 1:
-            raise ValueError(f"prune.round_to is {round_to}; kept widths are multiples of it, so it must be at least 1")
+            raise UserError(f"prune.round_to is {round_to}; kept widths are multiples of it, so it must be at least 1")
         least = _least(space, min_units)
         scores = space.split(scores_U)
         self.space, self.cost = space, space.cost
@@ -198,14 +199,14 @@ def _next_score(scores: Tensor, order: list[int], count: int, step: int, least: 
 def _least(space: PruningSpace, min_units: Mapping[str, int] | None) -> dict[str, int]:
     least = {**DEFAULT_MIN_UNITS, **(min_units or {})}
     if least["query_heads"] < 1:
-        raise ValueError(
+        raise UserError(
             "min_units query_heads must be at least 1: a KV head without query heads computes nothing; prune 'heads' "
             "instead"
         )
     for layer in space.layers:
         for kind in layer.output_bias:
             if least[kind] < 1:
-                raise ValueError(
+                raise UserError(
                     f"prune.min_{kind} is {least[kind]}, but the output projection of {layer.prefix} has a bias, "
                     "which a removed block would lose; "
                     f"set prune.min_{kind} to at least 1"

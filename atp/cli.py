@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from atp import sweep
 from atp.config import config_dir, register_schema, schema_fields
 from atp.config_help import help_text
+from atp.errors import UserError
 from atp.imports import uncollected, without_plots
 from atp.rundir import find_run, saved_overrides
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _check(arguments)
         if checks_data:
             raise SystemExit(_check_data(arguments))
-    except ValueError as error:
+    except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(USER_ERROR) from None
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -151,16 +152,10 @@ class SweepCallback(Callback):
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether an error is ours, with a message meant for the user, rather than a failure inside a library."""
+    """Whether an error is the user's to mend or the machine's; any other is a fault of ours and shows its traceback."""
     from atp.tuning import TrainingDiverged
 
-    if isinstance(error, (TrainingDiverged, OSError)):
-        return True
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return isinstance(error, ValueError) and raised_in.split(".")[0] == "atp"
+    return isinstance(error, (UserError, TrainingDiverged, OSError))
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
@@ -175,7 +170,7 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
         with initialize_config_dir(config_dir(), version_base="1.3"):
             return compose("train", overrides=_readable(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(explain(error)) from error
+        raise UserError(explain(error)) from error
 
 
 def explain(error: BaseException) -> str:
@@ -239,7 +234,7 @@ def _check(arguments: Sequence[str]) -> None:
     try:
         swept = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
-        raise ValueError(explain(error)) from None
+        raise UserError(explain(error)) from None
     first = []
     for text, override in zip(overrides, swept, strict=True):
         if override.is_sweep_override():
@@ -250,7 +245,7 @@ def _check(arguments: Sequence[str]) -> None:
     cfg = compose_config(first)
     missing = OmegaConf.missing_keys(cfg)
     if missing:
-        raise ValueError(f"{sorted(missing)[0]} is not set; add {sorted(missing)[0]}=<value>")
+        raise UserError(f"{sorted(missing)[0]} is not set; add {sorted(missing)[0]}=<value>")
 
 
 def _check_data(overrides: Sequence[str]) -> int:
@@ -276,7 +271,7 @@ def _readable(arguments: Sequence[str]) -> list[str]:
         elif Path(chosen).expanduser().is_file():
             found += ["prompt=file", f"prompt.path='{Path(chosen).expanduser().resolve()}'"]
         elif "/" in chosen or "." in chosen:
-            raise ValueError(f"prompt={chosen}: there is no such file; give one, or {', '.join(sorted(presets))}")
+            raise UserError(f"prompt={chosen}: there is no such file; give one, or {', '.join(sorted(presets))}")
         else:
             found.append(argument)
     return found
@@ -287,15 +282,13 @@ def _key(override: str) -> str:
 
 
 def _with_resume(arguments: list[str]) -> list[str]:
-    """Replace ``resume=last`` by its directory, and add to a ``resume=`` that changes at most what follows training
-    the overrides the run was started with.
-    """
+    """Replace ``resume=last`` by its directory; the run's own overrides are added where at most later stages change."""
     resume = next((a for a in arguments if a.startswith("resume=") and a not in ("resume=null", "resume=")), None)
     if resume is None:
         return arguments
     others = [a for a in arguments if a is not resume]
     if any(a in ("-m", "--multirun") for a in others):
-        raise ValueError("resume goes on with one run; leave out -m")
+        raise UserError("resume goes on with one run; leave out -m")
     given = {_key(a) for a in others}
     is_own = all(key.startswith(("export", "evaluate")) for key in given)
     name = None if is_own else compose_config(others).name

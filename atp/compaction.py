@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from atp.adapter import adapter_sides, owned_parameters
+from atp.errors import UserError
 from atp.lora import MaskedModel
 from atp.removal import kept_indices
 from atp.space import PruningSpace, Side
@@ -86,7 +87,7 @@ def compact(
     owned = [found for weight in space.weights for found in owned_parameters(masked.peft_model, weight)]
     for name, parameter, *_ in owned:
         if not parameter.is_floating_point():
-            raise ValueError(f"{name} is stored as {parameter.dtype} and cannot be cut; set prune.compact=false")
+            raise UserError(f"{name} is stored as {parameter.dtype} and cannot be cut; set prune.compact=false")
     for _, parameter, rows, columns in owned:
         kept = tuple(_kept_of(side, live, before) if side else None for side in (rows, columns))
         _cut_parameter(parameter, kept, states)

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from atp.errors import UserError
 from atp.report.comparison import metric_names
 from atp.report.pareto import compact
 from atp.report.record import RunReport, number
@@ -88,7 +89,7 @@ def mask_overlaps(a: RunReport, b: RunReport) -> list[Overlap]:
     for kind in (kind for kind in a.masks if kind in b.masks):
         rows_a, rows_b = a.masks[kind], b.masks[kind]
         if [len(row) for row in rows_a] != [len(row) for row in rows_b]:
-            raise ValueError(
+            raise UserError(
                 f"{a.run_dir} and {b.run_dir} have {kind} of different numbers, so their units do not correspond; "
                 "compare runs of one base model"
             )

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from atp.errors import UserError
 from atp.units import PARAMETERS, CostModel
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def make_cost(of: str, *, context: int, model: PreTrainedModel, table: Path | No
         ValueError: An unknown cost, a context below 1, or a table of something else.
     """
     if context < 1:
-        raise ValueError(f"prune.budget_context is {context}; it is a number of tokens and must be at least 1")
+        raise UserError(f"prune.budget_context is {context}; it is a number of tokens and must be at least 1")
     if of == "parameters":
         return PARAMETERS
     if of == "macs":
@@ -58,7 +59,7 @@ def make_cost(of: str, *, context: int, model: PreTrainedModel, table: Path | No
         return CostModel(attention=size, ffn=size, bias=size, cache=size * context, of=of)
     if of == "latency":
         return _tabled(table, model, context)
-    raise ValueError(f"prune.budget_of is {of!r}; known: {', '.join(COSTS)}")
+    raise UserError(f"prune.budget_of is {of!r}; known: {', '.join(COSTS)}")
 
 
 def _tabled(table: Path | None, model: PreTrainedModel, context: int) -> CostModel:
@@ -77,11 +78,11 @@ def _tabled(table: Path | None, model: PreTrainedModel, context: int) -> CostMod
         content = json.loads(table.read_text(encoding="utf-8"))
         prices = {field.name: content[field.name] for field in fields(CostModel)}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"prune.latency_table={table} is no table of prices: {error!r}; delete it or name another"
         ) from None
     if content.get("context") != context:
-        raise ValueError(
+        raise UserError(
             f"prune.latency_table={table} was measured over {content.get('context')} keys, prune.budget_context is "
             f"{context}; name another file"
         )
@@ -97,7 +98,7 @@ def measured_latency(model: PreTrainedModel, context: int) -> CostModel:
     """
     layer = next((x for x in model.get_submodule("model.layers").children() if _has_both(x)), None)
     if layer is None:
-        raise ValueError("prune.budget_of is latency, but no layer of this model has both attention and FFN")
+        raise UserError("prune.budget_of is latency, but no layer of this model has both attention and FFN")
     like: Any = layer
     down: nn.Linear = like.mlp.down_proj
     output: nn.Linear = like.self_attn.o_proj

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atp.errors import UserError
 from atp.importance import fisher_importance, standardise
 from atp.lora import MaskedModel
 from atp.loss import causal_loss
@@ -62,19 +63,19 @@ def importances(
 
 def _importance(name: str, masked: MaskedModel, found: Batches, seed: int) -> Tensor:
     if name not in CRITERIA:
-        raise ValueError(f"prune.warm_start.criterion is {name!r}; known: {', '.join(CRITERIA)}")
+        raise UserError(f"prune.warm_start.criterion is {name!r}; known: {', '.join(CRITERIA)}")
     if name == "random":
         return torch.rand(masked.space.num_units, generator=torch.Generator().manual_seed(seed))
     if name == "magnitude":
         return magnitude(masked)
     if not found:
-        raise ValueError(
+        raise UserError(
             f"prune.warm_start.criterion {name} is measured on training batches and got none; "
             "set prune.warm_start.batches to at least 1"
         )
     importance_U = CRITERIA[name](masked, found)
     if not torch.isfinite(importance_U).all():
-        raise ValueError(f"prune.warm_start.criterion {name} is not finite; check the data, try model.dtype=float32")
+        raise UserError(f"prune.warm_start.criterion {name} is not finite; check the data, try model.dtype=float32")
     return importance_U
 
 
@@ -96,7 +97,7 @@ def rank(name: str, space: PruningSpace, importance_U: Tensor) -> Tensor:
         return torch.cat([_standardised(values) for values in space.split(importance_U).values()])
     if name == "global":
         return _standardised(importance_U.clamp(min=1e-30).log())
-    raise ValueError(f"prune.warm_start.ranking is {name!r}; known: {', '.join(RANKINGS)}")
+    raise UserError(f"prune.warm_start.ranking is {name!r}; known: {', '.join(RANKINGS)}")
 
 
 RANKINGS = ("layer", "zscore", "global")

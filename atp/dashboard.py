@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atp.errors import UserError
 from atp.loggers import is_logged_in
 
 STEP = "trainer/global_step"
@@ -186,7 +187,7 @@ def save_sweep_report(entity: str, project: str, group: str) -> str:
 
 def _need_package() -> None:
     if importlib.util.find_spec("wandb_workspaces") is None:
-        raise ValueError("the dashboard needs the package wandb-workspaces: pip install 'atp[dashboard]'")
+        raise UserError("the dashboard needs the package wandb-workspaces: pip install 'atp[dashboard]'")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,9 +208,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     online = is_logged_in() and os.environ.get("WANDB_MODE") not in ("offline", "disabled") and options.json is None
     try:
         if (online or options.sweep) and not options.entity:
-            raise ValueError("--entity is not set; give your wandb user or team, or --json FILE to write a file")
+            raise UserError("--entity is not set; give your wandb user or team, or --json FILE to write a file")
         if options.sweep and not online:
-            raise ValueError("--sweep builds a report on the server: log in with `wandb login` and leave out --json")
+            raise UserError("--sweep builds a report on the server: log in with `wandb login` and leave out --json")
         workspace = build_workspace(options.entity or "your-entity", options.project)
         if online:
             workspace.save()

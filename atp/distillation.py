@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from atp.errors import UserError
+
 
 @dataclass(frozen=True)
 class Distillation:
@@ -32,11 +34,11 @@ class Distillation:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.logits <= 1.0:
-            raise ValueError(f"optim.distill is {self.logits}; it is a weight between 0 and 1")
+            raise UserError(f"optim.distill is {self.logits}; it is a weight between 0 and 1")
         if self.hidden < 0.0:
-            raise ValueError(f"prune.distill.hidden is {self.hidden}; it is a weight and cannot be negative")
+            raise UserError(f"prune.distill.hidden is {self.hidden}; it is a weight and cannot be negative")
         if not 0.0 < self.until <= 1.0:
-            raise ValueError(f"prune.distill.until is {self.until}; it is a fraction of the run, above 0 and at most 1")
+            raise UserError(f"prune.distill.until is {self.until}; it is a fraction of the run, above 0 and at most 1")
 
     def __bool__(self) -> bool:
         return self.logits > 0.0 or self.hidden > 0.0

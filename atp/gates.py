@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from atp.errors import UserError
 from atp.space import PruningSpace
 from atp.units import Side
 
@@ -37,7 +38,7 @@ class Gates(nn.Module):
     def __init__(self, num_units: int, kind: str) -> None:
         super().__init__()
         if kind not in GATES[1:]:
-            raise ValueError(f"prune.gates is {kind!r}; known: {', '.join(GATES)}")
+            raise UserError(f"prune.gates is {kind!r}; known: {', '.join(GATES)}")
         self.kind = kind
         self.register_buffer("values_U", torch.ones(num_units))
         self.scale_U = nn.Parameter(torch.zeros(num_units), requires_grad=kind == "calibrated")

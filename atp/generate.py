@@ -16,6 +16,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from atp.errors import UserError
+
 USER_ERROR, INTERRUPTED = 2, 130
 
 
@@ -77,9 +79,9 @@ def _prompt(arguments: argparse.Namespace) -> str:
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().removesuffix("\n")
     if not prompt:
-        raise ValueError("there is no prompt; give --prompt TEXT, or pipe a text in")
+        raise UserError("there is no prompt; give --prompt TEXT, or pipe a text in")
     if arguments.task and arguments.chat:
-        raise ValueError("--task and --chat are two ways of framing the prompt; choose one")
+        raise UserError("--task and --chat are two ways of framing the prompt; choose one")
     return _framed(str(prompt), arguments)
 
 
@@ -135,7 +137,7 @@ def stream(
         ValueError: There is no such model, no such format, no tokenizer, or a value is out of range.
     """
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(
+        raise UserError(
             f"--max-new-tokens {max_new_tokens} must be at least 1, --temperature {temperature} not negative, "
             f"--top-p {top_p} in (0, 1]"
         )
@@ -155,16 +157,16 @@ def find_model(path: Path, engine: str | None) -> tuple[Path, str]:
 
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ValueError(f"{path}: no such file")
+            raise UserError(f"{path}: no such file")
         if engine == "hf":
-            raise ValueError(f"{path} is a GGUF file; leave --format out")
+            raise UserError(f"{path} is a GGUF file; leave --format out")
         return path, "gguf"
     directory = model_directory(path)
     if engine != "gguf":
         return directory, "hf"
     files = sorted(directory.glob("gguf/*.gguf"), key=lambda file: -file.stat().st_size)
     if not files:
-        raise ValueError(f"{directory} holds no GGUF file; write one with: python -m atp.export {directory} --to gguf")
+        raise UserError(f"{directory} holds no GGUF file; write one with: python -m atp.export {directory} --to gguf")
     return files[0], "gguf"
 
 
@@ -178,18 +180,18 @@ def _stream_hf(path: Path, prompt: str, chat: bool, **sampling: Any) -> Iterator
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} holds no tokenizer that can be read; copy the base model's files there") from error
+        raise UserError(f"{path} holds no tokenizer that can be read; copy the base model's files there") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = load_exported(path, device=device)
     if chat:
         if not tokenizer.chat_template:
-            raise ValueError(f"the tokenizer in {path} has no chat template; leave --chat out")
+            raise UserError(f"the tokenizer in {path} has no chat template; leave --chat out")
         turns = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     else:
         context = model.config.max_position_embeddings
         if sampling["max_new_tokens"] >= context:
-            raise ValueError(f"--max-new-tokens {sampling['max_new_tokens']} must be below the context of {context}")
+            raise UserError(f"--max-new-tokens {sampling['max_new_tokens']} must be below the context of {context}")
         ids = Encoder(tokenizer, context).prompts([prompt], sampling["max_new_tokens"])[0]
     torch.manual_seed(sampling["seed"])
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
@@ -223,11 +225,11 @@ def _stream_gguf(path: Path, prompt: str, chat: bool, **sampling: Any) -> Iterat
     try:
         llama = llama_cpp.Llama(str(path), n_ctx=0, verbose=False, seed=sampling["seed"])
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"llama.cpp does not load {path} ({error}); is it whole? Write it again: --overwrite"
         ) from error
     if llama.metadata.get("tokenizer.ggml.model") == "no_vocab":
-        raise ValueError(f"{path} was written without vocabulary (--no-tokenizer), so it takes no text")
+        raise UserError(f"{path} was written without vocabulary (--no-tokenizer), so it takes no text")
     options = {
         "max_tokens": sampling["max_new_tokens"],
         "temperature": sampling["temperature"],
@@ -239,7 +241,7 @@ def _stream_gguf(path: Path, prompt: str, chat: bool, **sampling: Any) -> Iterat
     }
     if chat:
         if "tokenizer.chat_template" not in llama.metadata:
-            raise ValueError(f"{path} holds no chat template; leave --chat out")
+            raise UserError(f"{path} holds no chat template; leave --chat out")
         for chunk in llama.create_chat_completion([{"role": "user", "content": prompt}], **options):
             yield chunk["choices"][0]["delta"].get("content") or ""
         return

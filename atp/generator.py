@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from atp.errors import UserError
 from atp.space import PruningSpace
 
 
@@ -36,7 +37,7 @@ class Generator(nn.Module, ABC):
     def check_warm_start(cls) -> None:
         """Raise what :meth:`warm_start` would, before there are scores: subclasses that take them define it."""
         if cls.warm_start is Generator.warm_start:
-            raise ValueError(
+            raise UserError(
                 f"prune.warm_start.batches is set, but {cls.__name__} cannot start from given scores; set it to 0 "
                 "or use "
                 "prune/generator=free"
@@ -58,7 +59,7 @@ class FreeLogits(Generator):
     ) -> None:
         super().__init__()
         if lower is not None and upper is not None and not lower < upper:
-            raise ValueError(f"prune.generator limits are ({lower}, {upper}); lower must be below upper")
+            raise UserError(f"prune.generator limits are ({lower}, {upper}); lower must be below upper")
         self.lower, self.upper = lower, upper
         self.logits_U = nn.Parameter(torch.randn(space.num_units) * initial_std)
 
@@ -103,7 +104,7 @@ class TransformerGenerator(Generator):
     ) -> None:
         super().__init__()
         if width % num_heads:
-            raise ValueError(f"prune.generator.width is {width}; it must be a multiple of num_heads = {num_heads}")
+            raise UserError(f"prune.generator.width is {width}; it must be a multiple of num_heads = {num_heads}")
         # an axis of the whole model has the last token, index -1, to itself
         tokens_LE = torch.empty(len(space.layers) + (space.hidden is not None), width)
         nn.init.orthogonal_(tokens_LE)
@@ -164,7 +165,7 @@ class GradientScores(Generator):
     def __init__(self, space: PruningSpace, decay: float = 0.9) -> None:
         super().__init__()
         if not 0.0 <= decay < 1.0:
-            raise ValueError(f"prune.generator.decay is {decay}; it must lie in [0, 1)")
+            raise UserError(f"prune.generator.decay is {decay}; it must lie in [0, 1)")
         self.decay = decay
         self.sizes = [axis.size for axis in space.axes]
         self.register_buffer("mean_U", torch.zeros(space.num_units))

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from atp.errors import UserError
 from atp.lora import MaskedModel
 from atp.loss import causal_loss
 from atp.space import PruningSpace
@@ -46,7 +47,7 @@ def fisher_importance(masked: MaskedModel, batches: Iterable[Mapping[str, Tensor
     masked.set_masks(None)
     masked.train(training)
     if not number or not torch.isfinite(total_U).all():
-        raise ValueError(
+        raise UserError(
             f"prune.warm_start: {number} batches gave no finite gradients; check the data, try model.dtype=float32, "
             "or set "
             "prune.warm_start.batches=0"

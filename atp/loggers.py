@@ -27,6 +27,8 @@ import numpy as np
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from PIL.Image import Image
 
+from atp.errors import UserError
+
 log = logging.getLogger(__name__)
 
 
@@ -155,7 +157,7 @@ def mlflow_logger(
 
 def _need(package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"logger={extra} needs the package {package}: pip install 'atp[{extra}]'")
+        raise UserError(f"logger={extra} needs the package {package}: pip install 'atp[{extra}]'")
 
 
 def log_image(loggers: Sequence[Logger], name: str, image: Image, step: int, caption: str = "") -> None:

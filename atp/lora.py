@@ -27,6 +27,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from atp.errors import UserError
 from atp.fused import masked_swiglu
 from atp.space import PruningSpace, Side, Weight
 
@@ -57,13 +58,13 @@ def add_lora(
         ValueError: A bad rank or dropout, or a target that matches no module.
     """
     if r < 1:
-        raise ValueError(f"lora.r is {r}; the rank must be at least 1")
+        raise UserError(f"lora.r is {r}; the rank must be at least 1")
     if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"lora.dropout is {dropout}; it must lie in [0, 1)")
+        raise UserError(f"lora.dropout is {dropout}; it must lie in [0, 1)")
     linears = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     missing = [name for name in target_modules if name.rpartition(".")[2] not in linears]
     if missing or not target_modules:
-        raise ValueError(
+        raise UserError(
             f"lora.target_modules holds {missing or 'no name'}, which matches no linear layer of "
             f"{type(model).__name__}; "
             f"its linears are {', '.join(sorted(linears))}"

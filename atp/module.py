@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from atp.compaction import can_compact, compact, unwrapped
 from atp.criteria import lora_gradient
+from atp.errors import UserError
 from atp.gates import Gates
 from atp.generator import Generator, GradientScores
 from atp.lora import MaskedModel
@@ -101,7 +102,7 @@ class PruningModule(TuningModule):
             log.info("the live model is not cut at the freeze: only heads and channels can be, not the whole space")
         self.compaction = compaction and not taught and can_compact(self.space) and gates == "binary"
         if restore_at not in RESTORE_AT:
-            raise ValueError(f"prune.restore.at is {restore_at!r}; known: {', '.join(RESTORE_AT)}")
+            raise UserError(f"prune.restore.at is {restore_at!r}; known: {', '.join(RESTORE_AT)}")
         self.restoration, self.restore_at = restoration or Restoration(), restore_at
         self.calibration: Callable[[], Iterable[Batch]] | None = None
         self._restored: list[str] = []

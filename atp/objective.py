@@ -14,6 +14,8 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+from atp.errors import UserError
+
 
 class Phase(Enum):
     """What a training step is for."""
@@ -43,11 +45,11 @@ class SparsitySchedule:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.target < 1.0:
-            raise ValueError(f"prune.sparsity is {self.target}; it must lie between 0 and 1")
+            raise UserError(f"prune.sparsity is {self.target}; it must lie between 0 and 1")
         if self.shape not in ("linear", "cubic"):
-            raise ValueError(f"prune.schedule.shape is {self.shape!r}; known: linear, cubic")
+            raise UserError(f"prune.schedule.shape is {self.shape!r}; known: linear, cubic")
         if self.warmup_steps + self.ramp_steps > self.freeze_step:
-            raise ValueError(
+            raise UserError(
                 f"prune.schedule freezes masks at step {self.freeze_step}, before warm-up ({self.warmup_steps}) and "
                 "ramp "
                 f"({self.ramp_steps}) are over; raise prune.schedule.freeze_at or train longer"
@@ -60,9 +62,9 @@ class SparsitySchedule:
         """Schedule of a run of ``steps`` optimiser steps, its points given as fractions of the run."""
         for name, value in (("warmup", warmup), ("ramp", ramp), ("freeze_at", freeze_at)):
             if not 0.0 <= value <= 1.0:
-                raise ValueError(f"prune.schedule.{name} is {value}; it is a fraction of the run, between 0 and 1")
+                raise UserError(f"prune.schedule.{name} is {value}; it is a fraction of the run, between 0 and 1")
         if warmup + ramp > freeze_at:
-            raise ValueError(
+            raise UserError(
                 f"prune.schedule: warmup {warmup} + ramp {ramp} end after freeze_at {freeze_at}; raise freeze_at or "
                 "lower them"
             )
@@ -151,7 +153,7 @@ class LogRatio(Budget):
     def __init__(self, alpha: float = 5.0) -> None:
         super().__init__()
         if alpha <= 0:
-            raise ValueError(f"prune.budget.alpha is {alpha}; it must be positive")
+            raise UserError(f"prune.budget.alpha is {alpha}; it must be positive")
         self.alpha = alpha
 
     def forward(self, expected: Tensor, sampled: Tensor, target: float) -> Tensor:

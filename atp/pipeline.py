@@ -30,6 +30,7 @@ from atp.architecture import layer_widths
 from atp.baselines import check_baselines
 from atp.config import TrainConfig
 from atp.data import check
+from atp.errors import UserError
 from atp.export.bundle import upload
 from atp.export.card import load_lines
 from atp.export.huggingface import PROVENANCE_FILE
@@ -111,14 +112,14 @@ def export_adapter(run_dir: Path, output: Path, *, overwrite: bool = False) -> f
     file = run_dir / CONFIG
     saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if "overrides" not in saved:
-        raise ValueError(f"{run_dir} is not a run directory; an adapter is made from a run's own checkpoint")
+        raise UserError(f"{run_dir} is not a run directory; an adapter is made from a run's own checkpoint")
     named = {"run_dir": str(run_dir)}  # its default is named after the moment of composing
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), saved["config"], named))
     assert isinstance(config, TrainConfig)
     config.export.gguf, config.export.onnx, config.export.push_to_hub = [], False, None
     directory = RunDirectory(run_dir, saved["config"], saved["overrides"], resume=True)
     if not directory.is_finished:
-        raise ValueError(f"{run_dir} is not finished; go on with: python train.py resume={run_dir}")
+        raise UserError(f"{run_dir} is not finished; go on with: python train.py resume={run_dir}")
     _quiet_libraries()
     written = json.loads((run_dir / "pruned" / PROVENANCE_FILE).read_text(encoding="utf-8"))
     stages = Stages(config, directory, saved["config"], written["run"])

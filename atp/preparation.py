@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from atp import build
 from atp.config import TrainConfig, WarmStartConfig
 from atp.data.batches import PruningDataModule
+from atp.errors import UserError
 from atp.generator import FixedScores
 from atp.lora import merged_tensors
 from atp.module import PruningModule
@@ -57,7 +58,7 @@ class Preparation:
         """
         if settings.batches < 1:
             if isinstance(module.generator, FixedScores):
-                raise ValueError("prune.warm_start.batches is 0, but fixed scores come from importance; set it above 0")
+                raise UserError("prune.warm_start.batches is 0, but fixed scores come from importance; set it above 0")
             return None
         module.generator.check_warm_start()
         self.data.setup("fit")
@@ -82,7 +83,7 @@ class Preparation:
             ValueError: No starting scores to select by.
         """
         if self.config.prune.warm_start.batches < 1:
-            raise ValueError(
+            raise UserError(
                 "prune.restore.at is start, but there are no scores to select by before the first step; set "
                 "prune.warm_start.batches above 0, or prune.restore.at=freeze"
             )

@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from atp.errors import UserError
+
 CUT_SCORE = -1e4
 """Logit of units that were cut: below whatever a generator makes and a budget shifts."""
 
@@ -39,7 +41,7 @@ class ProgressiveCut(nn.Module):
     def __init__(self, num_units: int, *, cuts: int, below: float = 0.02, patience: int = 10) -> None:
         super().__init__()
         if cuts < 1 or patience < 1 or not 0.0 < below < 1.0:
-            raise ValueError(
+            raise UserError(
                 f"prune.progressive is cuts {cuts}, below {below}, patience {patience}; cuts and patience must be at "
                 "least 1 and below lies between 0 and 1 (cuts=0 switches it off)"
             )

@@ -23,6 +23,7 @@ from jinja2 import meta
 from atp.data.records import ChoiceRecord, CompletionRecord, Record, Splits, TextRecord
 from atp.data.streaming import StreamedRecords
 from atp.data.tasks import ENVIRONMENT
+from atp.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +70,7 @@ class Prompt:
     def __post_init__(self) -> None:
         _variables_of(self.system, "prompt.system")
         if "prompt" not in _variables_of(self.template, "prompt.template"):
-            raise ValueError(f"prompt.template={self.template!r} lacks {{{{ prompt }}}}, the record's own prompt")
+            raise UserError(f"prompt.template={self.template!r} lacks {{{{ prompt }}}}, the record's own prompt")
 
     @property
     def is_empty(self) -> bool:
@@ -99,7 +100,7 @@ class Prompt:
             why = str(error) or type(error).__name__
             if isinstance(error, jinja2.UndefinedError) and "'instruction'" in why:
                 why = f"there is no instruction for the task {task!r}"
-            raise ValueError(
+            raise UserError(
                 f"prompt={self.name}: {why} (task {task}, the record that begins {text[:60]!r}); mend the template, or "
                 f"set prompt.instructions.{task} or prompt.instructions.default"
             ) from None
@@ -182,7 +183,7 @@ class Prompt:
         """Return what :meth:`plain` gave; ValueError names what it cannot read."""
         unknown = set(data) - set(cls.__dataclass_fields__)
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"{where}: unknown keys {sorted(unknown)}; a prompt has {', '.join(cls.__dataclass_fields__)}"
             )
         return cls(**data)
@@ -202,9 +203,9 @@ def read_prompt(path: Path) -> Prompt:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read as a prompt ({error})") from None
+        raise UserError(f"{file}: cannot be read as a prompt ({error})") from None
     if not isinstance(data, Mapping):
-        raise ValueError(f"{file}: a prompt is an object with {', '.join(Prompt.__dataclass_fields__)}")
+        raise UserError(f"{file}: a prompt is an object with {', '.join(Prompt.__dataclass_fields__)}")
     prompt = Prompt.from_plain(data, str(file))
     return prompt if prompt.inference else Prompt()
 
@@ -218,7 +219,7 @@ def from_text(text: str, where: str) -> dict[str, str]:
         ValueError: It is empty, not valid Jinja, or names a variable that there is not.
     """
     if not text.strip():
-        raise ValueError(f"{where} is empty; write what is to stand before each prompt, or use prompt=none")
+        raise UserError(f"{where} is empty; write what is to stand before each prompt, or use prompt=none")
     if "prompt" in _variables_of(text, where):
         return {"system": "", "template": text}
     return {"system": text.strip(), "template": "{{ prompt }}"}
@@ -230,10 +231,10 @@ def _variables_of(source: str, where: str) -> set[str]:
         ENVIRONMENT.compile(source)  # knows the filters, which parsing alone does not
         named = meta.find_undeclared_variables(ENVIRONMENT.parse(source))
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"{where}:{error.lineno}: not valid Jinja ({error.message})") from None
+        raise UserError(f"{where}:{error.lineno}: not valid Jinja ({error.message})") from None
     unknown = sorted(named - set(VARIABLES))
     if unknown:
-        raise ValueError(f"{where} names the undefined variable {unknown[0]!r}; there are {', '.join(VARIABLES)}")
+        raise UserError(f"{where} names the undefined variable {unknown[0]!r}; there are {', '.join(VARIABLES)}")
     return named
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atp.errors import UserError
 from atp.lora import MaskedModel, language_model, merged_tensors
 from atp.removal import kept_indices, remove
 from atp.restoration import Batches, Moments, cut_inputs, fit_kept, restore
@@ -55,9 +56,9 @@ class Restoration:
 
     def __post_init__(self) -> None:
         if self.epochs < 0:
-            raise ValueError(f"prune.restore.epochs is {self.epochs}; it cannot be negative (0: least squares alone)")
+            raise UserError(f"prune.restore.epochs is {self.epochs}; it cannot be negative (0: least squares alone)")
         if self.lr <= 0:
-            raise ValueError(f"prune.restore.lr is {self.lr}; it must be positive (0.05 is usual)")
+            raise UserError(f"prune.restore.lr is {self.lr}; it must be positive (0.05 is usual)")
 
     def modules(self, masked: MaskedModel) -> list[str]:
         """Linears whose base weights :func:`repair` may change."""
@@ -102,7 +103,7 @@ class _Reconstruction:
         self, masked: MaskedModel, masks_U: Tensor, batches: Sequence[Mapping[str, Tensor]], settings: Restoration
     ) -> None:
         if not batches:
-            raise ValueError("prune.restore: no calibration batch; raise prune.restore.batches or add training data")
+            raise UserError("prune.restore: no calibration batch; raise prune.restore.batches or add training data")
         self.masked, self.settings, self.batches = masked, settings, batches
         self.space, self.masks = masked.space, masked.space.split(masks_U.cpu())
         dense: Any = language_model(masked)
@@ -181,7 +182,7 @@ class _Reconstruction:
         for weight in weights:
             weight.requires_grad_(False)
         if not math.isfinite(errors[-1]):
-            raise ValueError(
+            raise UserError(
                 f"prune.restore: the error of {layer.prefix} is {errors[-1]}; lower prune.restore.lr "
                 f"(now {self.settings.lr}) or set prune.restore.epochs=0"
             )

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from atp.adapter import Adapter
 from atp.architecture import LayerWidths, build_model, pruned_config
+from atp.errors import UserError
 from atp.space import LayerSpace, PruningSpace, Side
 
 
@@ -47,7 +48,7 @@ def _layer_widths(layer: LayerSpace, masks: Mapping[str, Tensor]) -> LayerWidths
         queries_KG = torch.ones(layer.num_kv_heads, layer.group_size)
     per_group = (queries_KG.sum(1)[heads_K > 0]).tolist()
     if len(set(per_group)) > 1 or 0 in per_group:
-        raise ValueError(
+        raise UserError(
             f"{layer.prefix}: the kept KV heads keep {per_group} query heads each; every group must keep the same "
             "positive number"
         )
@@ -60,7 +61,7 @@ def _layer_widths(layer: LayerSpace, masks: Mapping[str, Tensor]) -> LayerWidths
         pairs = tuple(pairs[i] for i in masks[layer.axes["qk_pairs"].name].nonzero().flatten().tolist())
     values = _kept(layer, "value_dims", masks, layer.value_dim)
     if not pairs or not values:
-        raise ValueError(f"{layer.prefix}: the kept heads keep no dimension; keep one or remove the heads")
+        raise UserError(f"{layer.prefix}: the kept heads keep no dimension; keep one or remove the heads")
     return LayerWidths(
         int(sum(per_group)),
         kv_heads,
@@ -218,5 +219,5 @@ def max_logit_difference(first: nn.Module, second: nn.Module, batches: Iterable[
 def _binary(masks_U: Tensor) -> Tensor:
     masks_U = masks_U.detach().cpu()
     if not ((masks_U == 0) | (masks_U == 1)).all():
-        raise ValueError("removal needs masks of exact zeros and ones; freeze the masks first")
+        raise UserError("removal needs masks of exact zeros and ones; freeze the masks first")
     return masks_U

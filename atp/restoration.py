@@ -21,6 +21,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from atp.errors import UserError
 from atp.lora import MaskedModel
 from atp.space import PruningSpace
 
@@ -58,7 +59,7 @@ def restore(
         ValueError: No batch, a negative ridge, or activations that are not finite.
     """
     if ridge < 0:
-        raise ValueError(f"prune.restore.ridge is {ridge}; it cannot be negative")
+        raise UserError(f"prune.restore.ridge is {ridge}; it cannot be negative")
     cut = cut_inputs(masked.space, masked.space.split(masks_U.detach()))
     training = masked.training
     masked.eval()
@@ -178,7 +179,7 @@ class Moments:
         """
         missing = set(self._modules) - set(self._by_module)
         if missing or not all(torch.isfinite(gram).all() for gram in self._by_module.values()):
-            raise ValueError(
+            raise UserError(
                 "prune.restore: the calibration batches gave no finite activations; check the data, try "
                 "model.dtype=float32, or set prune.restore.batches=0"
             )

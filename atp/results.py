@@ -14,6 +14,7 @@ from typing import Any
 from atp.architecture import LayerWidths
 from atp.baselines import BASELINES
 from atp.config import TrainConfig
+from atp.errors import UserError
 from atp.evaluate.intervals import Items, paired
 from atp.evaluate.metrics import recovery
 from atp.export.card import CardFacts, base_license, model_card
@@ -209,10 +210,10 @@ def metric(metrics: Mapping[str, Any], path: str) -> float:
     for part in path.split("."):
         if not isinstance(node, Mapping) or part not in node:
             there = sorted(node) if isinstance(node, Mapping) else []
-            raise ValueError(
+            raise UserError(
                 f"optimized_metric={path}: there is no {part!r}; at that level there are {', '.join(there)}"
             )
         node = node[part]
     if not isinstance(node, (int, float)):
-        raise ValueError(f"optimized_metric={path} is not a number; below it there are {', '.join(sorted(node))}")
+        raise UserError(f"optimized_metric={path} is not a number; below it there are {', '.join(sorted(node))}")
     return float(node)

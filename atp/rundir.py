@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from atp.errors import UserError
+
 log = logging.getLogger(__name__)
 
 RUNS = Path("runs")
@@ -74,13 +76,13 @@ def find_run(name: str, run_name: str | None = None, root: Path = RUNS) -> Path:
     if name != "last":
         path = Path(name)
         if not (path / CONFIG).is_file():
-            raise ValueError(
+            raise UserError(
                 f"resume={name}: not a run directory (it holds no {CONFIG}); give one that a run has printed, or 'last'"
             )
         return path
     found = sorted(root.glob(f"{run_name or '*'}/*/{CONFIG}"), key=lambda p: p.stat().st_mtime)
     if not found:
-        raise ValueError(f"resume=last: there is no run under {root / (run_name or '')}; start one without resume")
+        raise UserError(f"resume=last: there is no run under {root / (run_name or '')}; start one without resume")
     return found[-1].parent
 
 
@@ -116,7 +118,7 @@ class RunDirectory:
         existing = path / CONFIG
         if existing.is_file() and not resume:
             state = "a finished run" if self.is_finished else "an unfinished run"
-            raise ValueError(
+            raise UserError(
                 f"run_dir={path} already holds {state}; choose another run_dir"
                 + ("" if self.is_finished else f", or go on with it: resume={path}")
             )
@@ -127,7 +129,7 @@ class RunDirectory:
             refused = [line for name, line in changed.items() if self.is_finished or redone[name] is None]
             if refused:
                 hint = "; formats of a finished run: python -m atp.export" if self.is_finished else ""
-                raise ValueError(
+                raise UserError(
                     f"resume={path}: settings differ from the run's own ({'; '.join(refused[:4])}); leave them out or "
                     f"start anew{hint}"
                 )

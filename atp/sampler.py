@@ -17,6 +17,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from atp.errors import UserError
+
 
 class Sampler(nn.Module, ABC):
     """Base of all samplers.
@@ -30,7 +32,7 @@ class Sampler(nn.Module, ABC):
     def __init__(self, temperature: float, offset: float) -> None:
         super().__init__()
         if temperature <= 0:
-            raise ValueError(f"prune.sampler.temperature is {temperature}; it must be positive")
+            raise UserError(f"prune.sampler.temperature is {temperature}; it must be positive")
         self.temperature = temperature
         self.offset = offset
 
@@ -68,7 +70,7 @@ class HardConcrete(Sampler):
     ) -> None:
         super().__init__(temperature, offset)
         if not lower < 0.0 < 1.0 < upper:
-            raise ValueError(f"prune.sampler limits are ({lower}, {upper}); they must enclose [0, 1]")
+            raise UserError(f"prune.sampler limits are ({lower}, {upper}); they must enclose [0, 1]")
         self.lower = lower
         self.upper = upper
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from atp.choice import DEFAULT_MIN_UNITS, FIELD, LayerChoice, ModelChoice
+from atp.errors import UserError
 from atp.space import PruningSpace
 from atp.units import WHOLE_MODEL, Counts
 
@@ -55,7 +56,7 @@ def select(
         ValueError: A sparsity that the space cannot reach, scores that are not finite, or an unknown shape.
     """
     if not torch.isfinite(scores_U).all():
-        raise ValueError(
+        raise UserError(
             f"scores hold {int((~torch.isfinite(scores_U)).sum())} values that are not finite: training diverged"
         )
     choice = ModelChoice(space, scores_U.detach().double().cpu(), min_units, round_to)
@@ -66,7 +67,7 @@ def select(
     elif shape == "uniform":
         _uniform(choice, sparsity, budget)
     else:
-        raise ValueError(f"prune.shape is {shape!r}; known: per_layer, uniform")
+        raise UserError(f"prune.shape is {shape!r}; known: per_layer, uniform")
     masks_U = torch.zeros(space.num_units)
     masks_U[choice.kept_units()] = 1.0
     return masks_U
@@ -83,7 +84,7 @@ def check_reachable(
 ) -> None:
     """Raise ValueError when ``sparsity`` is outside (0, 1) or cannot be met; to be called before any training."""
     if not 0.0 < sparsity < 1.0:
-        raise ValueError(
+        raise UserError(
             f"prune.sparsity is {sparsity}; it is the fraction of block parameters to remove, between 0 and 1"
         )
     scores_U = torch.zeros(space.num_units, dtype=torch.double)
@@ -94,7 +95,7 @@ def _check_reachable(choice: ModelChoice, sparsity: float) -> None:
     most = choice.removable() / choice.space.total_cost
     if sparsity > most:
         kinds = sorted({axis.kind for axis in choice.space.axes})
-        raise ValueError(
+        raise UserError(
             f"prune.sparsity is {sparsity}, but cutting {' + '.join(kinds)} down to the units every layer keeps "
             f"removes at most {most:.4f} of the "
             f"block {choice.space.cost.of}; lower it, add kinds to prune.space, or lower prune.min_heads / "
@@ -144,7 +145,7 @@ def _uniform(choice: ModelChoice, sparsity: float, budget: float) -> None:
     layers = [layer for layer in choice.layers if layer.scores]
     first = layers[0] if layers else choice.layers[0]
     if len({layer.layer.dense for layer in layers}) > 1:
-        raise ValueError(
+        raise UserError(
             "prune.shape is 'uniform', but the layers of this model already differ in width; use prune.shape=per_layer"
         )
     share = _share(choice, first, 1.0 - sparsity)
@@ -160,7 +161,7 @@ def _uniform(choice: ModelChoice, sparsity: float, budget: float) -> None:
         candidate = (gap, uneven, trial)
         best = min(best, candidate) if best else candidate
     if best is None:
-        raise ValueError(
+        raise UserError(
             f"prune.shape is 'uniform', and no equal widths remove just {sparsity} with prune.round_to = {step}; lower "
             "prune.round_to or raise prune.sparsity"
         )

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from atp.errors import UserError
 from atp.units import (
     KINDS,
     PARAMETERS,
@@ -102,15 +103,15 @@ class PruningSpace:
         """
         model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
         if model_type.removeprefix("atp_") not in FAMILIES:
-            raise ValueError(
+            raise UserError(
                 f"model_type is {model_type!r}, which has no pruning space; supported: {', '.join(FAMILIES)}"
             )
         wanted = tuple(kinds)
         for kind in wanted:
             if kind not in KINDS:
-                raise ValueError(f"prune.space holds {kind!r}; known kinds: {', '.join(KINDS)}")
+                raise UserError(f"prune.space holds {kind!r}; known kinds: {', '.join(KINDS)}")
         if hasattr(model, "peft_config"):
-            raise ValueError("the model is wrapped by PEFT already; describe its space before adding adapters")
+            raise UserError("the model is wrapped by PEFT already; describe its space before adding adapters")
         layers = list(model.get_submodule("model.layers").children())
         protected = _protected(protect, len(layers))
         builder = _Builder(wanted, model)
@@ -118,7 +119,7 @@ class PruningSpace:
             builder.add_layer(index, f"model.layers.{index}", layer, prunable=index not in protected)
         space = builder.space()
         if not space.num_units:
-            raise ValueError(f"prune.space is {list(wanted)}, which gives this {model_type} model no unit to prune")
+            raise UserError(f"prune.space is {list(wanted)}, which gives this {model_type} model no unit to prune")
         return space
 
     def split(self, flat_U: Tensor) -> dict[str, Tensor]:
@@ -290,7 +291,7 @@ def _protected(protect: Iterable[int], num_layers: int) -> set[int]:
     indices = list(protect)
     for index in indices:
         if not -num_layers <= index < num_layers:
-            raise ValueError(
+            raise UserError(
                 f"prune.protect_layers holds {index}, but the model has {num_layers} layers; "
                 f"give indices from {-num_layers} to {num_layers - 1}"
             )

@@ -32,6 +32,7 @@ from atp.aware import AwareModule
 from atp.callbacks import ProgressReport, QuietCollector, RunCheckpoint, Throughput
 from atp.compaction import expanded_state
 from atp.config import TrainConfig, WarmStartConfig
+from atp.errors import UserError
 from atp.evaluate.measure import count_parameters, peak_memory
 from atp.export.bundle import check_formats, verify_formats, windows_of, write_formats
 from atp.export.huggingface import export_hf
@@ -216,10 +217,10 @@ class Stages:
             ValueError: The run trained no mask and adapter to a checkpoint, or folded gates into merged weights.
         """
         if not self.directory.checkpoint("joint").is_file():
-            raise ValueError(f"{self.directory.path} holds no checkpoints/joint.ckpt, which has the adapter")
+            raise UserError(f"{self.directory.path} holds no checkpoints/joint.ckpt, which has the adapter")
         module, masks_U = self._trained()
         if module.gates is not None:
-            raise ValueError("this run folded soft gates into the merged weights, so no adapter can be taken apart")
+            raise UserError("this run folded soft gates into the merged weights, so no adapter can be taken apart")
         stored, adapter = self._unmerged(module, masks_U)
         self._export(stored, adapter, path, overwrite=overwrite)
         return max_logit_difference(self.pruned(), load_exported(path, device=self.device), self._check_batches())

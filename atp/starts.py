@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from atp.criteria import CRITERIA, RANKINGS, importances, rank
+from atp.errors import UserError
 from atp.lora import MaskedModel
 from atp.loss import causal_loss
 from atp.restoration import restore, shared_moments
@@ -79,9 +80,9 @@ def starting_scores(
     names = [name.strip() for name in criterion.split("|")]
     unknown = [one for name in names for one in name.split("+") if one not in CRITERIA]
     if unknown:
-        raise ValueError(f"prune.warm_start.criterion is {unknown[0]!r}; known: {', '.join(CRITERIA)}")
+        raise UserError(f"prune.warm_start.criterion is {unknown[0]!r}; known: {', '.join(CRITERIA)}")
     if ranking not in RANKINGS:
-        raise ValueError(f"prune.warm_start.ranking is {ranking!r}; known: {', '.join(RANKINGS)}")
+        raise UserError(f"prune.warm_start.ranking is {ranking!r}; known: {', '.join(RANKINGS)}")
     candidates(masked.space, {}, attention)  # refuses what it would refuse after minutes of measuring
     measured = importances(names, masked, batches, seed)
     ranked = {name: gain * rank(ranking, masked.space, measured[name].cpu()) for name in names}
@@ -107,7 +108,7 @@ def candidates(space: PruningSpace, scores: Mapping[str, Tensor], attention: Seq
         ValueError: Nothing to choose from.
     """
     if not attention:
-        raise ValueError("prune.warm_start.attention is empty; [0.0] adds nothing")
+        raise UserError("prune.warm_start.attention is empty; [0.0] adds nothing")
     return {
         f"{criterion}, attention {raised:+g}": with_attention(space, scores_U, raised)
         for criterion, scores_U in scores.items()
@@ -151,7 +152,7 @@ def repaired_losses(
         ValueError: No batch.
     """
     if not batches:
-        raise ValueError("prune.warm_start: no calibration batch to choose by; raise prune.warm_start.batches")
+        raise UserError("prune.warm_start: no calibration batch to choose by; raise prune.warm_start.batches")
     training, found, seen = masked.training, dict[str, float](), dict[bytes, float]()
     masked.eval()
     moments = shared_moments(masked, batches)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from atp.distillation import Distillation, distillation_loss, hidden_state_loss, real_tokens
+from atp.errors import UserError
 from atp.lora import language_model, trainable_parameters
 from atp.loss import causal_loss, hidden_states, loss_and_states
 
@@ -259,14 +260,14 @@ class TuningModule(LightningModule):
         meta = checkpoint.get("atp", {})
         for key, mine in (("base_id", self.base_id), ("total_steps", self.total_steps)):
             if meta.get(key) != mine:
-                raise ValueError(
+                raise UserError(
                     f"the checkpoint was made with {key} = {meta.get(key)!r}, this run has {mine!r}; resume with the "
                     "run's own "
                     "settings or start a new run"
                 )
         missing = self._own_state() - set(checkpoint["state_dict"])
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint lacks {sorted(missing)[:3]}; lora or prune settings differ from the run that wrote it"
             )
 

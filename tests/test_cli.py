@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from atp.cli import _with_resume, compose_config, main
+from atp.cli import _with_resume, compose_config, is_expected, main
 from atp.config import TrainConfig, config_dir
+from atp.errors import UserError
 from atp.rundir import CONFIG, RunDirectory, find_run
 
 ROOT = Path(config_dir())
@@ -175,3 +176,15 @@ def test_newest_run_is_the_last(tmp_path: Path) -> None:
         os.utime(path, (1000 - age, 1000 - age))
     assert find_run("last", "mine", tmp_path / "runs").name == "c"
     assert find_run("last", None, tmp_path / "runs").name == "c"
+
+
+def test_only_what_is_the_users_to_mend_loses_its_traceback() -> None:
+    def ours() -> None:
+        exec(compile("[1].index(2)", "atp/bug.py", "exec"), {"__name__": "atp.bug"})
+
+    with pytest.raises(ValueError) as bug:
+        ours()
+    with pytest.raises(UserError) as mistake:
+        compose_config(["prune.sparsty=0.5"])
+    assert not is_expected(bug.value)
+    assert is_expected(mistake.value)

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "atp"
 
 # From the bottom up; a module may import only from rows above its own, or from those named beside it.
 LEVELS: list[dict[str, tuple[str, ...]]] = [
+    {"errors": ()},
     {
         "config": (),
         "embedded": (),

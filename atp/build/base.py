@@ -16,6 +16,7 @@ from atp import embedded, modeling_atp
 from atp.architecture import family
 from atp.build.quantization import bitsandbytes_settings
 from atp.config import ModelConfig
+from atp.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,7 +28,7 @@ def model_source(config: ModelConfig) -> str:
         ValueError: ``model.path`` is not set, or is a path that does not exist.
     """
     if not config.path:
-        raise ValueError("model.path is not set; give a directory in Hugging Face layout, a hub id, or 'embedded'")
+        raise UserError("model.path is not set; give a directory in Hugging Face layout, a hub id, or 'embedded'")
     if config.path == "embedded":
         return str(embedded.base_dir())
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
@@ -35,7 +36,7 @@ def model_source(config: ModelConfig) -> str:
     if path.is_dir():
         return str(path)
     if looks_local:
-        raise ValueError(
+        raise UserError(
             f"model.path={config.path}: no such directory; give one that holds config.json and *.safetensors"
         )
     return config.path
@@ -54,7 +55,7 @@ def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.dev
     """
     source = model_source(config)
     if config.dtype not in DTYPES:
-        raise ValueError(f"model.dtype is {config.dtype!r}; known: {', '.join(DTYPES)}")
+        raise UserError(f"model.dtype is {config.dtype!r}; known: {', '.join(DTYPES)}")
     modeling_atp.register()
     packed: dict[str, Any] = {}
     if quantized and config.quantization is not None:
@@ -71,7 +72,7 @@ def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.dev
             **packed,
         )
     except OSError as error:
-        raise ValueError(_access_message("model.path", source, error)) from error
+        raise UserError(_access_message("model.path", source, error)) from error
     model.eval()
     return model
 
@@ -86,7 +87,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
     except (OSError, ValueError) as error:
-        raise ValueError(_access_message("model.path", source, error)) from error
+        raise UserError(_access_message("model.path", source, error)) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from atp.config import TrainConfig
+from atp.errors import UserError
 
 
 def component(place: str, node: Mapping[str, Any], **provided: Any) -> Any:
@@ -30,11 +31,11 @@ def component(place: str, node: Mapping[str, Any], **provided: Any) -> Any:
     """
     target = node.get("_target_")
     if not target:
-        raise ValueError(f"{place} has no _target_; choose one with {place.replace('.', '/')}=<name> (see --help)")
+        raise UserError(f"{place} has no _target_; choose one with {place.replace('.', '/')}=<name> (see --help)")
     try:
         factory = get_object(str(target))
     except Exception as error:
-        raise ValueError(f"{place}._target_ is {target!r}, which cannot be imported: {error}") from error
+        raise UserError(f"{place}._target_ is {target!r}, which cannot be imported: {error}") from error
     parameters = inspect.signature(factory).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in node:
@@ -45,13 +46,13 @@ def component(place: str, node: Mapping[str, Any], **provided: Any) -> Any:
                 if close
                 else f"it takes {', '.join(p for p in parameters if p != 'space')}"
             )
-            raise ValueError(f"{place}.{name}: {target} takes no such argument; {hint}")
+            raise UserError(f"{place}.{name}: {target} takes no such argument; {hint}")
     wanted = {name: value for name, value in provided.items() if name in parameters}
     try:
         return instantiate(dict(node), _convert_="all", **wanted)
     except InstantiationException as error:
         if isinstance(error.__cause__, ValueError):
-            raise ValueError(str(error.__cause__)) from error
+            raise UserError(str(error.__cause__)) from error
         raise
 
 
@@ -74,7 +75,7 @@ def make_trainer(
     settings = config.trainer
     for name in ("max_steps", "accumulate_grad_batches", "log_every_n_steps"):
         if getattr(settings, name) < 1:
-            raise ValueError(f"trainer.{name} is {getattr(settings, name)}; it must be at least 1")
+            raise UserError(f"trainer.{name} is {getattr(settings, name)}; it must be at least 1")
     own = [component(f"callbacks.{name}", node, run_dir=str(run_dir)) for name, node in config.callbacks.items()]
     validates = settings.val_checks > 0
     return Trainer(

@@ -26,6 +26,7 @@ from atp.data.records import Record, Splits, few_shot, limit
 from atp.data.sources import load_embedded, load_files
 from atp.data.streaming import StreamedRecords
 from atp.data.tasks import NORMALISATIONS, find_task, load_tasks, nearest
+from atp.errors import UserError
 from atp.evaluate import harness
 from atp.prompt import COLLABORATIVE, Prompt, from_text
 
@@ -46,7 +47,7 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
         splits = check_overlap(_only(splits, config.tasks or {}), config.near_duplicates)
     elif config.source == "files":
         if not config.path:
-            raise ValueError("data.path is not set; give your file or folder: data=files data.path=<file>")
+            raise UserError("data.path is not set; give your file or folder: data=files data.path=<file>")
         splits = load_files(
             config.path,
             seed=seed,
@@ -72,7 +73,7 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
             **shares,
         )
     else:
-        raise ValueError(f"data.source is {config.source!r}; known: embedded, files, tasks")
+        raise UserError(f"data.source is {config.source!r}; known: embedded, files, tasks")
     if config.stream and config.source != "files":
         log.warning("data.stream is ignored: only data=files can be streamed")
     return _limited(splits, config, seed)
@@ -95,7 +96,7 @@ def _only(splits: Splits, tasks: Mapping[str, Any]) -> Splits:
     there = list(dict.fromkeys(record.task for record in splits.train))
     for task in tasks:
         if task not in there:
-            raise ValueError(f"data.tasks: {splits.name} has no task {task!r}; {nearest(task, there)}")
+            raise UserError(f"data.tasks: {splits.name} has no task {task!r}; {nearest(task, there)}")
     train, validation, test = (
         [record for record in some if record.task in tasks] for some in (splits.train, splits.validation, splits.test)
     )
@@ -106,7 +107,7 @@ def _limited(splits: Splits, config: DataConfig, seed: int) -> Splits:
     train = splits.train
     if isinstance(train, StreamedRecords):
         if config.shots is not None:
-            raise ValueError("data.shots and data.stream exclude each other; leave one of them out")
+            raise UserError("data.shots and data.stream exclude each other; leave one of them out")
         train = train.limited(config.max_train)
     else:
         train = few_shot(limit(list(train), config.max_train, seed), config.shots, seed)
@@ -131,9 +132,9 @@ def load_prompt(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
         try:
             parts = from_text(path.read_text(encoding="utf-8"), f"prompt.path={path}")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"prompt.path={path}: cannot be read ({error})") from None
+            raise UserError(f"prompt.path={path}: cannot be read ({error})") from None
     elif settings.name == "file":
-        raise ValueError("prompt.path is not set; give your template: prompt=<file>")
+        raise UserError("prompt.path is not set; give your template: prompt=<file>")
     tasks = load_tasks(config.data.tasks_file)
     named = [find_task(name, tasks) for name in config.data.tasks or () if "/" in name]
     known = {task.name: task.instruction for task in (*tasks.values(), *named) if task.instruction}
@@ -145,10 +146,10 @@ def load_prompt(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
         inference=settings.inference,
     )
     if settings.chat not in ("auto", "always", "never"):
-        raise ValueError(f"prompt.chat is {settings.chat!r}; known: auto, always, never")
+        raise UserError(f"prompt.chat is {settings.chat!r}; known: auto, always, never")
     template = getattr(tokenizer, "chat_template", None)
     if settings.chat == "always" and not isinstance(template, str):
-        raise ValueError("prompt.chat=always, but the tokenizer has no chat template; use prompt.chat=auto or never")
+        raise UserError("prompt.chat=always, but the tokenizer has no chat template; use prompt.chat=auto or never")
     wanted = settings.chat == "always" or (settings.chat == "auto" and not prompt.is_empty)
     return replace(prompt, chat=template) if wanted and isinstance(template, str) else prompt
 
@@ -160,7 +161,7 @@ def _chosen_prompt(config: TrainConfig) -> PromptConfig:
         return config.prompt
     text = COLLABORATIVE if own.text is None else own.text
     if not text.strip():
-        raise ValueError(
+        raise UserError(
             "prune.prompt.text is empty; leave it out for the usual text, or switch train and inference off"
         )
     return replace(config.prompt, name="collaborative", system=text, train=own.train, inference=own.inference)
@@ -181,7 +182,7 @@ def load_beyond(config: TrainConfig) -> tuple[dict[str, list[Record]], dict[str,
     """
     settings = config.evaluate
     if settings.max_forgetting < 1 and settings.forgetting:
-        raise ValueError(
+        raise UserError(
             f"evaluate.max_forgetting is {settings.max_forgetting}; it must be at least 1. To measure none: "
             "evaluate.forgetting=[]"
         )
@@ -201,7 +202,7 @@ def normalisation(config: TrainConfig) -> dict[str, str] | str:
     if way == "task":
         return {name: task.normalise for name, task in load_tasks(config.data.tasks_file).items()}
     if way not in NORMALISATIONS:
-        raise ValueError(f"evaluate.normalise is {way!r}; known: task, {', '.join(NORMALISATIONS)}")
+        raise UserError(f"evaluate.normalise is {way!r}; known: task, {', '.join(NORMALISATIONS)}")
     return way
 
 
@@ -210,7 +211,7 @@ def data_module(
 ) -> PruningDataModule:
     """Batches for the whole run."""
     if config.data.packing and config.model.attn_implementation != "sdpa":
-        raise ValueError(
+        raise UserError(
             f"data.packing needs model.attn_implementation=sdpa, got {config.model.attn_implementation!r}: packed "
             "records are kept apart by a mask that only it reads"
         )

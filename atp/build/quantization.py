@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from atp.config import ModelConfig, TrainConfig
+from atp.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -34,25 +35,25 @@ def check_quantization(config: TrainConfig) -> None:
     if kind is None:
         return
     if kind not in QUANTIZATIONS:
-        raise ValueError(f"model.quantization is {kind!r}; known: {', '.join(QUANTIZATIONS)}, or null for none")
+        raise UserError(f"model.quantization is {kind!r}; known: {', '.join(QUANTIZATIONS)}, or null for none")
     if not is_installed():
-        raise ValueError(f"model.quantization={kind} needs bitsandbytes: pip install 'atp[quantization]'")
+        raise UserError(f"model.quantization={kind} needs bitsandbytes: pip install 'atp[quantization]'")
     own = f"model.quantization={kind}: while training there are no original weights"
     if prune.warm_start.batches > 0 and set(re.split(r"[+|]", prune.warm_start.criterion)) & set(_OF_WEIGHTS):
-        raise ValueError(
+        raise UserError(
             f"{own} for prune.warm_start.criterion={prune.warm_start.criterion}; set it to fisher, which needs the "
             "gradients of masks alone, or prune.warm_start.batches=0"
         )
     if prune.restore.batches > 0:
-        raise ValueError(f"{own} to restore into (prune.restore.batches={prune.restore.batches}); set it to 0")
+        raise UserError(f"{own} to restore into (prune.restore.batches={prune.restore.batches}); set it to 0")
     several = "|" in prune.warm_start.criterion or len(prune.warm_start.attention) > 1
     if prune.warm_start.batches > 0 and several:
-        raise ValueError(
+        raise UserError(
             f"{own} to repair cuts by which prune.warm_start.criterion={prune.warm_start.criterion} or one of "
             f"prune.warm_start.attention={list(prune.warm_start.attention)} is chosen; set them to fisher and [0.0]"
         )
     if prune.generator.get("_target_") in _OF_WEIGHTS_GENERATORS:
-        raise ValueError(f"{own} for the generator {prune.generator['_target_']}; choose prune/generator=free")
+        raise UserError(f"{own} for the generator {prune.generator['_target_']}; choose prune/generator=free")
     for name, asked in (("prune.compact", prune.compact), ("prune.progressive.cuts", prune.progressive.cuts > 0)):
         if asked:
             log.warning("%s is ignored: model.quantization=%s packs weights, which are not cut in place", name, kind)

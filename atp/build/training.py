@@ -21,6 +21,7 @@ from atp.build.components import component
 from atp.config import LassoConfig, PruneConfig, ScheduleConfig, TrainConfig, WarmStartConfig
 from atp.cost import make_cost
 from atp.distillation import Distillation
+from atp.errors import UserError
 from atp.generator import Generator
 from atp.lora import MaskedModel, add_lora
 from atp.module import PruningModule
@@ -52,7 +53,7 @@ def check_start(prune: PruneConfig) -> None:
     if measured and isinstance(generator, type) and issubclass(generator, Generator):
         generator.check_warm_start()
     if prune.restore.batches > 0 and prune.restore.at == "start" and not measured:
-        raise ValueError(
+        raise UserError(
             "prune.restore.at is start, but there are no scores to select by before the first step; set "
             "prune.warm_start.batches above 0, or prune.restore.at=freeze"
         )
@@ -72,7 +73,7 @@ def min_units(config: PruneConfig) -> dict[str, int]:
     """Units that every layer keeps."""
     for name, value in (("min_heads", config.min_heads), ("min_channels", config.min_channels)):
         if value < 0:
-            raise ValueError(f"prune.{name} is {value}; it is a number of units and cannot be negative")
+            raise UserError(f"prune.{name} is {value}; it is a number of units and cannot be negative")
     return {"heads": config.min_heads, "channels": config.min_channels}
 
 

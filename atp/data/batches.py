@@ -24,6 +24,7 @@ from atp.data.loading import Batch, BatchOrder, Collate, FixedBatches, Resumable
 from atp.data.packing import PackedExample, pack
 from atp.data.records import Record, Splits
 from atp.data.streaming import StreamedRecords, TokenStore
+from atp.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,19 +87,17 @@ class PruningDataModule(lightning.LightningDataModule):
         }
         for name, value in sizes.items():
             if value < 1:
-                raise ValueError(f"data.{name}={value} must be at least 1")
+                raise UserError(f"data.{name}={value} must be at least 1")
         if model_context is not None and max_length > model_context:
-            raise ValueError(
+            raise UserError(
                 f"data.max_length={max_length} exceeds the model's context of {model_context} tokens; "
                 f"set data.max_length={model_context} or less"
             )
         for name, records in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
             if not records:
-                raise ValueError(
-                    f"the {name} split of {splits.name!r} is empty; give more records or another data.path"
-                )
+                raise UserError(f"the {name} split of {splits.name!r} is empty; give more records or another data.path")
         if packing and isinstance(splits.train, StreamedRecords):
-            raise ValueError("data.packing and data.stream exclude each other; leave one of them out")
+            raise UserError("data.packing and data.stream exclude each other; leave one of them out")
         self.packing = packing
         self.cache = cache
         self.splits = splits
@@ -128,7 +127,7 @@ class PruningDataModule(lightning.LightningDataModule):
         validation = validation[: self.max_validation_examples]
         self._train = train
         if not self._train:
-            raise ValueError(f"no record of {self.splits.name!r} holds a token to learn: all are a single token long")
+            raise UserError(f"no record of {self.splits.name!r} holds a token to learn: all are a single token long")
         self._validation = sorted(
             (example for example in validation if example.loss_tokens > 0), key=lambda example: len(example.input_ids)
         )

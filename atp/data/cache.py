@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 
 from atp.data.encoding import Encoder, Example
 from atp.data.records import ChoiceRecord, CompletionRecord, Record
+from atp.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,7 +91,7 @@ class TokenCache:
                 metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in _ARRAYS}
             if _checksum(arrays) != int(metadata["checksum"]):
-                raise ValueError("its checksum does not match")
+                raise UserError("its checksum does not match")
             examples = _unpacked(arrays)
             stored = json.loads(metadata["counts"])
             counts = {name: int(stored[name]) for name in encoder.counts()}
@@ -177,13 +178,13 @@ def _packed(examples: Sequence[Example]) -> dict[str, np.ndarray]:
 def _unpacked(arrays: dict[str, np.ndarray]) -> list[Example]:
     for name, dtype in _ARRAYS.items():
         if arrays[name].dtype != dtype or arrays[name].ndim != 1:
-            raise ValueError(f"{name} is {arrays[name].dtype} of shape {arrays[name].shape}")
+            raise UserError(f"{name} is {arrays[name].dtype} of shape {arrays[name].shape}")
     ends = arrays["ends"].tolist()
     rows = zip([0, *ends], ends, arrays["contexts"].tolist(), arrays["text_bytes"].tolist(), strict=False)
     if not len(ends) == len(arrays["contexts"]) == len(arrays["text_bytes"]) or (
         ends and ends[-1] != len(arrays["input_ids"])
     ):
-        raise ValueError("its arrays do not fit together")
+        raise UserError("its arrays do not fit together")
     return [Example(arrays["input_ids"][start:end], context, size) for start, end, context, size in rows]
 
 

@@ -13,6 +13,7 @@ import jinja2
 
 from atp.data.records import SHAPES, Record, kind, parse_record
 from atp.data.tasks import ENVIRONMENT, label_of, nearest
+from atp.errors import UserError
 
 KEYS = ("text", "prompt", "completion", "choices", "label", "task")
 
@@ -30,7 +31,7 @@ def record_parser(fields: Mapping[str, Any] | None = None) -> Callable[[Any, str
     mapping = dict(fields or {})
     for key in mapping:
         if key not in KEYS:
-            raise ValueError(
+            raise UserError(
                 f"data.fields maps {key!r}, which no record has; {nearest(str(key), KEYS)}; valid shapes: {SHAPES}"
             )
     readers = {key: _reader(key, value) for key, value in mapping.items()}
@@ -51,28 +52,28 @@ def _reader(key: str, value: Any) -> Callable[[Mapping[str, Any], str], Any]:
         parts = [_reader(key, part) for part in value]
         return lambda row, where: [part(row, where) for part in parts]
     if not isinstance(value, str):
-        raise ValueError(f"data.fields.{key} must be a column or a template, got {kind(value)}")
+        raise UserError(f"data.fields.{key} must be a column or a template, got {kind(value)}")
     if "{{" not in value and "{%" not in value:
         return lambda row, where: _column(row, value, where)
     try:
         template = ENVIRONMENT.from_string(value)
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"data.fields.{key} is not valid Jinja ({error.message}): {value!r}") from None
+        raise UserError(f"data.fields.{key} is not valid Jinja ({error.message}): {value!r}") from None
 
     def render(row: Mapping[str, Any], where: str) -> str:
         try:
             return template.render(**row)
         except jinja2.UndefinedError as error:
-            raise ValueError(
+            raise UserError(
                 f"{where}: data.fields.{key}: {error.message}; the columns are {sorted(map(str, row))}"
             ) from None
         except (TypeError, ValueError, AttributeError, jinja2.TemplateError) as error:
-            raise ValueError(f"{where}: data.fields.{key} cannot be made of this record: {error}") from None
+            raise UserError(f"{where}: data.fields.{key} cannot be made of this record: {error}") from None
 
     return render
 
 
 def _column(row: Mapping[str, Any], column: str, where: str) -> Any:
     if column not in row:
-        raise ValueError(f"{where}: data.fields names the columns [{column!r}]; the record has {sorted(map(str, row))}")
+        raise UserError(f"{where}: data.fields names the columns [{column!r}]; the record has {sorted(map(str, row))}")
     return row[column]

@@ -20,6 +20,7 @@ from atp.data.overlap import check_overlap
 from atp.data.records import PathLike, Record, Splits, TextRecord, limit
 from atp.data.sources import HELD_OUT_SHARE, complete, load_embedded
 from atp.data.tasks import Task, find_task, load_tasks, nearest
+from atp.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +68,9 @@ def load_domain(
         ValueError: No task or an unknown one, or whatever a task's source complains of.
     """
     if not weights:
-        raise ValueError("data.tasks is empty; name at least one task, e.g. data.tasks={casehold: 1}")
+        raise UserError("data.tasks is empty; name at least one task, e.g. data.tasks={casehold: 1}")
     if any(weight is not None and weight < 0 for weight in weights.values()):
-        raise ValueError(f"data.tasks={dict(weights)}: a weight cannot be negative")
+        raise UserError(f"data.tasks={dict(weights)}: a weight cannot be negative")
     known = load_tasks(tasks_file)
     shares = {"validation": validation_fraction, "test": test_fraction}
     parts = {}
@@ -121,16 +122,16 @@ def scored_records(
         records = load_embedded(domain, train=1, validation=1, test=None if task else most).test
         there = sorted({record.task for record in records})
         if task and task not in there:
-            raise ValueError(f"{name}: the embedded domain {domain} has no task {task!r}; {nearest(task, there)}")
+            raise UserError(f"{name}: the embedded domain {domain} has no task {task!r}; {nearest(task, there)}")
         return [record for record in records if not task or record.task == task][:most]
     known = load_tasks(tasks_file)
     if name not in known and domain not in known:
-        raise ValueError(f"there is no task or embedded domain {name!r}; {nearest(name, [*embedded.DOMAINS, *known])}")
+        raise UserError(f"there is no task or embedded domain {name!r}; {nearest(name, [*embedded.DOMAINS, *known])}")
     splits = load_domain(
         {name: None}, seed=seed, path=path, tasks_file=tasks_file, max_test=most, near_duplicates="ignore"
     )
     if not splits.test:
-        raise ValueError(f"the test split of {name} is empty; give a file of test records")
+        raise UserError(f"the test split of {name} is empty; give a file of test records")
     return splits.test
 
 
@@ -149,7 +150,7 @@ def read_task(task: Task, path: Any = None, *, alone: bool = True) -> dict[str, 
     if found is None:
         if task.credentialed or not task.hub:
             why = "may be had only by agreement" if task.credentialed else "is not on the hub"
-            raise ValueError(
+            raise UserError(
                 f"{task.name} {why} (source: {task.source}); set data.path to your own copy: a folder with "
                 f"{' or '.join(_stems(task, 'train'))}.jsonl, or data.path={{{task.name}: <file>}}"
             )
@@ -185,7 +186,7 @@ def task_files(task: Task, path: Any, *, alone: bool = True) -> dict[str, list[P
     given = paths_of(path)
     if len(given) > 1 or not given[0].is_dir():
         if not alone:
-            raise ValueError(
+            raise UserError(
                 f"data.path={path} is a file, but there are several tasks; give a folder, or "
                 f"data.path={{{task.name}: <file>}}"
             )
@@ -201,7 +202,7 @@ def task_files(task: Task, path: Any, *, alone: bool = True) -> dict[str, list[P
                 break
     if not found:
         stems = [stem for split in SPLIT_NAMES for stem in _stems(task, split)]
-        raise ValueError(
+        raise UserError(
             f"data.path={path} holds no file of {task.name}; looked below it for {', '.join(dict.fromkeys(stems))} "
             f"with any known suffix; rename yours, or name it: data.path={{{task.name}: <file>}}"
         )
@@ -245,7 +246,7 @@ def _sizes(counts: Mapping[str, int], weights: Mapping[str, float | None], most:
     else:
         positive = {task: float(weight or 0) for task, weight in weights.items()}
         if not all(positive.values()):
-            raise ValueError(f"data.tasks={dict(weights)}: give every task a weight, or none of them")
+            raise UserError(f"data.tasks={dict(weights)}: give every task a weight, or none of them")
         share = {task: weight / sum(positive.values()) for task, weight in positive.items()}
         total = int(min(counts[task] / share[task] for task in counts))
     total = total if most is None else min(total, most)
@@ -280,13 +281,13 @@ def _read_hub(task: Task) -> dict[str, list[Record]]:
             if gated
             else "If it should be reachable, go online or log in"
         )
-        raise ValueError(
+        raise UserError(
             f"cannot fetch {where} from the Hugging Face hub: {type(error).__name__}: {error}. {hint}; otherwise use "
             f"local copies of the same columns with data.path=<folder or file>, your own file with data=files "
             "data.path=<file>, or data=embedded_legal, which needs no network"
         ) from error
     if not raw:
-        raise ValueError(f"{where} has the splits {sorted(found)} but none of {sorted(wanted.values())}")
+        raise UserError(f"{where} has the splits {sorted(found)} but none of {sorted(wanted.values())}")
     placed = {
         split: _filled(task, [(row, f"{task.hub}/{split} row {i}") for i, row in enumerate(some)])
         for split, some in raw.items()

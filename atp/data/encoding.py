@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from atp.data.records import ChoiceRecord, CompletionRecord, Record, TextRecord
+from atp.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,9 +105,9 @@ class Encoder:
         self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, close: bool = True, stride: int | None = None
     ) -> None:
         if max_length < 8:
-            raise ValueError(f"data.max_length={max_length} is too short to hold a prompt and a completion; use >= 8")
+            raise UserError(f"data.max_length={max_length} is too short to hold a prompt and a completion; use >= 8")
         if stride is not None and not 1 <= stride <= max_length - 2:
-            raise ValueError(
+            raise UserError(
                 f"evaluate.stride={stride} must lie between 1 and data.max_length - 2 = {max_length - 2}, or be null"
             )
         self.stride = stride
@@ -165,7 +166,7 @@ class Encoder:
             ValueError: ``loss_on`` is unknown, or is ``completion`` and a record is running text.
         """
         if loss_on not in LOSS_ON:
-            raise ValueError(f"data.loss_on={loss_on!r} is unknown; choose one of {LOSS_ON}")
+            raise UserError(f"data.loss_on={loss_on!r} is unknown; choose one of {LOSS_ON}")
         found: list[list[Example]] = []
         for start in range(0, len(records), _CHUNK):
             found.extend(self._encode_chunk(records[start : start + _CHUNK], loss_on))
@@ -191,7 +192,7 @@ class Encoder:
         """
         room = self.max_length - new_tokens - len(self._bos)
         if room < 1:
-            raise ValueError(
+            raise UserError(
                 f"evaluate.max_new_tokens={new_tokens} leaves no room for a prompt within "
                 f"data.max_length={self.max_length}; lower the one or raise the other"
             )
@@ -216,13 +217,13 @@ class Encoder:
             'Otherwise shorten them, or give them as running text ({"text": ...}), which is continued in windows'
         )
         if refuse and cut == self._answers:
-            raise ValueError(told)
+            raise UserError(told)
         log.warning("%s", told)
 
     def _encode_chunk(self, records: Sequence[Record], loss_on: str) -> Iterator[list[Example]]:
         texts = [record for record in records if isinstance(record, TextRecord)]
         if texts and loss_on == "completion":
-            raise ValueError(
+            raise UserError(
                 f"data.loss_on='completion', but {len(texts)} records are running text and have none, e.g. "
                 f"{texts[0].text[:40]!r}; use data.loss_on=auto"
             )

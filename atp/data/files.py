@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from atp.data.records import PathLike, kind
+from atp.errors import UserError
 
 Row = tuple[Any, str]
 """A row's value, a mapping in every format but a JSONL line that holds something else, and its ``file:line``."""
@@ -31,11 +32,11 @@ def paths_of(value: PathLike | Sequence[PathLike], field: str = "data.path") -> 
     """
     given = [value] if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
     if not given:
-        raise ValueError(f"{field} is an empty list; name at least one file or folder")
+        raise UserError(f"{field} is an empty list; name at least one file or folder")
     found = [Path(path).expanduser() for path in given]
     for path in found:
         if not path.exists():
-            raise ValueError(
+            raise UserError(
                 f"{path} does not exist (looked from {Path.cwd()}); set {field} to a file "
                 f"({', '.join(ROW_SUFFIXES)}) or a folder of {', '.join(TEXT_SUFFIXES)} files"
             )
@@ -68,7 +69,7 @@ def rows(path: Path, *, header: Sequence[str] | None = None) -> Iterator[Row]:
     elif suffix in TEXT_SUFFIXES:
         yield {"text": _text(path)}, f"{path}:1"
     else:
-        raise ValueError(f"{path}: unknown format {suffix!r}; use {', '.join((*ROW_SUFFIXES, *TEXT_SUFFIXES))}")
+        raise UserError(f"{path}: unknown format {suffix!r}; use {', '.join((*ROW_SUFFIXES, *TEXT_SUFFIXES))}")
 
 
 def _folder(path: Path) -> Iterator[Row]:
@@ -76,7 +77,7 @@ def _folder(path: Path) -> Iterator[Row]:
     texts = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
     tables = [file for file in files if file.suffix.lower() in ROW_SUFFIXES]
     if not texts and not tables:
-        raise ValueError(f"{path} is a directory without {', '.join((*TEXT_SUFFIXES, *ROW_SUFFIXES))} files below it")
+        raise UserError(f"{path} is a directory without {', '.join((*TEXT_SUFFIXES, *ROW_SUFFIXES))} files below it")
     for file in texts:
         yield {"text": _text(file)}, f"{file}:1"
     if not texts:
@@ -89,7 +90,7 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -104,9 +105,9 @@ def _decode(line: bytes, where: str, *, first: bool) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from None
+        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from None
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{where}: not valid JSON ({error.msg}, character {error.pos + 1}); a line must be one JSON object"
         ) from None
 
@@ -116,11 +117,11 @@ def _json(path: Path) -> Iterator[Row]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); one object a line is .jsonl") from None
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); one object a line is .jsonl") from None
     if not isinstance(content, list):
-        raise ValueError(f"{path}: a .json file must hold a list of objects, got {kind(content)}")
+        raise UserError(f"{path}: a .json file must hold a list of objects, got {kind(content)}")
     for number, row in enumerate(content, start=1):
         yield row, f"{path} item {number}"
 
@@ -138,13 +139,13 @@ def _csv(path: Path, delimiter: str, header: Sequence[str] | None) -> Iterator[R
                 if columns is None:
                     columns = cells
                 elif len(cells) != len(columns):
-                    raise ValueError(f"{where}: {len(cells)} cells, but the columns are {columns}; check the quoting")
+                    raise UserError(f"{where}: {len(cells)} cells, but the columns are {columns}; check the quoting")
                 else:
                     yield dict(zip(columns, cells, strict=True)), where
     except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: not valid {path.suffix[1:].upper()} ({error})") from None
+        raise UserError(f"{path}:{reader.line_num}: not valid {path.suffix[1:].upper()} ({error})") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     finally:
         csv.field_size_limit(limit)
 
@@ -156,7 +157,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         file = parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not a Parquet file ({error})") from None
+        raise UserError(f"{path}: not a Parquet file ({error})") from None
     number = 0
     with file:
         for batch in file.iter_batches(batch_size=_PARQUET_BATCH):

@@ -23,6 +23,7 @@ from atp.data.encoding import Example
 from atp.data.packing import PackedExample, block_mask
 from atp.data.padding import pad
 from atp.data.streaming import TokenStore
+from atp.errors import UserError
 
 Batch = dict[str, Tensor]
 
@@ -145,7 +146,7 @@ class ResumableLoader:
         changed = {key: (state.get(key), value) for key, value in self._identity().items() if state.get(key) != value}
         if changed:
             told = ", ".join(f"{key} was {before}, is {now}" for key, (before, now) in changed.items())
-            raise ValueError(
+            raise UserError(
                 f"cannot resume within this data: {told}; resume with the settings and data that the run began with, "
                 "or start a new run"
             )

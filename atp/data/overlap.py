@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from atp.data.records import ChoiceRecord, CompletionRecord, Record, Splits, TextRecord, content_key
+from atp.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def check_overlap(splits: Splits, near_duplicates: str = "drop") -> Splits:
         ValueError: ``near_duplicates`` is unknown.
     """
     if near_duplicates not in NEAR_DUPLICATES:
-        raise ValueError(f"data.near_duplicates={near_duplicates!r} is unknown; choose one of {NEAR_DUPLICATES}")
+        raise UserError(f"data.near_duplicates={near_duplicates!r} is unknown; choose one of {NEAR_DUPLICATES}")
     if near_duplicates == "ignore" or not splits.test:
         return splits
     found: dict[str, int] = {}

@@ -14,6 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from atp.errors import UserError
+
 log = logging.getLogger(__name__)
 
 SHAPES = '{"text"}, {"prompt", "completion"} or {"prompt", "choices", "label"}'
@@ -87,19 +89,19 @@ def parse_record(raw: object, where: str) -> Record:
         ValueError: No shape fits, a value has the wrong type or is empty, or the label names no choice.
     """
     if not isinstance(raw, Mapping):
-        raise ValueError(f"{where}: a record must be a JSON object, got {kind(raw)}; valid shapes: {SHAPES}")
+        raise UserError(f"{where}: a record must be a JSON object, got {kind(raw)}; valid shapes: {SHAPES}")
     named = {"task": text_of(raw, "task", where)} if raw.get("task") is not None else {}
     if {"prompt", "choices", "label"} <= raw.keys():
         prompt, choices = text_of(raw, "prompt", where), raw["choices"]
         if not isinstance(choices, Sequence) or isinstance(choices, str) or len(choices) < 2:
-            raise ValueError(f"{where}: choices must be a list of at least two strings, got {kind(choices)}")
+            raise UserError(f"{where}: choices must be a list of at least two strings, got {kind(choices)}")
         texts = tuple(text_of({f"choices[{i}]": text}, f"choices[{i}]", where) for i, text in enumerate(choices))
         return ChoiceRecord(prompt, texts, _label(raw["label"], len(texts), where), **named)
     if {"prompt", "completion"} <= raw.keys():
         return CompletionRecord(text_of(raw, "prompt", where), text_of(raw, "completion", where), **named)
     if "text" in raw:
         return TextRecord(text_of(raw, "text", where), **named)
-    raise ValueError(f"{where}: no valid record, got the keys {sorted(map(str, raw))}; valid shapes: {SHAPES}")
+    raise UserError(f"{where}: no valid record, got the keys {sorted(map(str, raw))}; valid shapes: {SHAPES}")
 
 
 def carve(
@@ -123,12 +125,12 @@ def carve(
         ValueError: A fraction is out of range, or there are no more distinct contents than parts.
     """
     if any(not 0 < share < 1 for share in fractions.values()) or sum(fractions.values()) >= 1:
-        raise ValueError(
+        raise UserError(
             f"{where}: the fractions to carve off are {dict(fractions)}; each must lie in (0, 1) and their sum below 1"
         )
     ranked = sorted({content_key(record) for record in records}, key=lambda key: _rank(key, seed))
     if len(ranked) <= len(fractions):
-        raise ValueError(
+        raise UserError(
             f"{where}: {len(ranked)} distinct records are too few to carve {sorted(fractions)} off; "
             "give more records, or files of their own (data.validation_path, data.test_path)"
         )
@@ -163,7 +165,7 @@ def separate(splits: Splits) -> Splits:
 def limit(records: Sequence[Record], most: int | None, seed: int) -> list[Record]:
     """Return at most ``most`` records, chosen by a seeded hash of their content, in the given order; None keeps all."""
     if most is not None and most < 1:
-        raise ValueError(f"a limit of {most} records leaves nothing; give at least 1, or null to keep all of them")
+        raise UserError(f"a limit of {most} records leaves nothing; give at least 1, or null to keep all of them")
     if most is None or len(records) <= most:
         return list(records)
     order = sorted(range(len(records)), key=lambda i: (_rank(content_key(records[i]), seed), i))
@@ -185,7 +187,7 @@ def few_shot(records: Sequence[Record], shots: int | None, seed: int) -> list[Re
     if shots is None:
         return list(records)
     if shots < 1:
-        raise ValueError(f"data.shots is {shots}; give at least 1, or null to keep all records")
+        raise UserError(f"data.shots is {shots}; give at least 1, or null to keep all records")
     ranked = sorted(range(len(records)), key=lambda i: (_rank(content_key(records[i]), seed), i))
     seen: dict[tuple[str, int], int] = {}
     turns = []
@@ -216,9 +218,9 @@ def text_of(raw: Mapping[str, Any], key: str, where: str) -> str:
     """Return ``raw[key]``, which must be a string with something in it; ValueError otherwise."""
     value = raw.get(key)
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {key} must be a string, got {kind(value)}")
+        raise UserError(f"{where}: {key} must be a string, got {kind(value)}")
     if not value.strip():
-        raise ValueError(f"{where}: {key} is empty; fill it in or leave the record out")
+        raise UserError(f"{where}: {key} is empty; fill it in or leave the record out")
     return value
 
 
@@ -230,9 +232,9 @@ def kind(value: object) -> str:
 
 def _label(value: object, choices: int, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{where}: label must be an integer, the position of the right choice, got {kind(value)}")
+        raise UserError(f"{where}: label must be an integer, the position of the right choice, got {kind(value)}")
     if not 0 <= value < choices:
-        raise ValueError(f"{where}: label {value} is out of range for {choices} choices (0 to {choices - 1})")
+        raise UserError(f"{where}: label {value} is out of range for {choices} choices (0 to {choices - 1})")
     return value
 
 

@@ -17,6 +17,7 @@ from atp.data.files import paths_of, rows
 from atp.data.overlap import check_overlap
 from atp.data.records import PathLike, Record, Splits, carve, parse_record, separate
 from atp.data.streaming import StreamedRecords, stream_splits
+from atp.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def load_embedded(
     from atp import embedded
 
     if domain not in embedded.DOMAINS:
-        raise ValueError(f"data.domain={domain!r} is not in the embedded corpus; choose one of {embedded.DOMAINS}")
+        raise UserError(f"data.domain={domain!r} is not in the embedded corpus; choose one of {embedded.DOMAINS}")
 
     def read(split: str, count: int | None) -> list[Record]:
         raw_records = embedded.records(domain, split, count)
@@ -133,5 +134,5 @@ def complete(
 def _read(files: Iterable[Path], parse: Any, most: int | None = None) -> list[Record]:
     found = [parse(row, where) for file in files for row, where in itertools.islice(rows(file), most)]
     if not found:
-        raise ValueError(f"{', '.join(map(str, files))} holds no records; see the README for the shapes of a record")
+        raise UserError(f"{', '.join(map(str, files))} holds no records; see the README for the shapes of a record")
     return found[:most]

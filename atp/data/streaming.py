@@ -26,6 +26,7 @@ from atp.data.encoding import Encoder, Example
 from atp.data.files import rows
 from atp.data.overlap import HeldOutIndex
 from atp.data.records import Record, Splits, content_key
+from atp.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -104,12 +105,12 @@ def stream_splits(
     """
     carved = {split: share for split, share in shares.items() if split not in held_out}
     if any(not 0 < share < 1 for share in carved.values()) or sum(carved.values()) >= 1:
-        raise ValueError(f"{name}: the fractions to carve off are {carved}; each must lie in (0, 1), their sum below 1")
+        raise UserError(f"{name}: the fractions to carve off are {carved}; each must lie in (0, 1), their sum below 1")
     split_of = functools.partial(_split_of, dict(zip(carved, itertools.accumulate(carved.values()), strict=True)), seed)
     parts = {**_carve(records, list(carved), split_of, seed), **held_out}
     for split, found in parts.items():
         if not found:
-            raise ValueError(
+            raise UserError(
                 f"the {split} split of {name!r} is empty; raise data.{split}_fraction or give a file of its own"
             )
     given = {content_key(record) for some in held_out.values() for record in some}
@@ -129,7 +130,7 @@ def stream_splits(
 
     train = StreamedRecords(records.files, records.parse, keep)
     if not len(train):
-        raise ValueError(f"the train split of {name!r} is empty; give more records or another data.path")
+        raise UserError(f"the train split of {name!r} is empty; give more records or another data.path")
     report = {
         "exact_dropped": {"train": counts["exact"], "validation": 0},
         "near": {"train_held_out": counts["near"]},

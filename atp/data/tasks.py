@@ -21,6 +21,7 @@ import jinja2.meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from atp.data.records import ChoiceRecord, CompletionRecord, PathLike, Record, TextRecord, kind
+from atp.errors import UserError
 
 METRICS = ("accuracy", "macro_f1", "rouge", "perplexity")
 NORMALISATIONS = ("tokens", "characters", "none")
@@ -45,7 +46,7 @@ def _number(text: str) -> int:
 
 def _filled(value: Any) -> Any:
     if value is None:
-        raise ValueError("a column that it uses is null")
+        raise UserError("a column that it uses is null")
     return value
 
 
@@ -92,7 +93,7 @@ class Task:
     def __post_init__(self) -> None:
         shapes = [self.text is not None, self.target is not None, self.label is not None]
         if sum(shapes) != 1 or (self.label is not None and self.choices is None and self.options is None):
-            raise ValueError(
+            raise UserError(
                 f"task {self.name}: give either text, or prompt and target, or prompt, label and choices (or options)"
             )
         for value, known, what in (
@@ -100,7 +101,7 @@ class Task:
             (self.normalise, NORMALISATIONS, "normalise"),
         ):
             if value not in known:
-                raise ValueError(f"task {self.name}: {what} {value!r} is unknown; {nearest(value, known)}")
+                raise UserError(f"task {self.name}: {what} {value!r} is unknown; {nearest(value, known)}")
 
     def record(self, row: Any, where: str) -> Record:
         """Make a record of a row.
@@ -113,7 +114,7 @@ class Task:
             ValueError: A column is missing, a template fails, a text is empty, or the label is none of the choices.
         """
         if not isinstance(row, Mapping):
-            raise ValueError(f"{where}: a row of {self.name} must be an object with columns, got {kind(row)}")
+            raise UserError(f"{where}: a row of {self.name} must be an object with columns, got {kind(row)}")
         if self.alternative and set(self.alternative["when"]) <= row.keys():
             return self._alternative.record(row, where)
         if self.text is not None:
@@ -123,10 +124,10 @@ class Task:
             return CompletionRecord(prompt, " " + self._render("target", row, where).strip(), self.name)
         found = self.options if self.options is not None else self._evaluate("choices", row, where)
         if isinstance(found, str) or not isinstance(found, Sequence) or len(found) < 2:
-            raise ValueError(f"{where}: {self.name} needs at least two choices, got {kind(found)}")
+            raise UserError(f"{where}: {self.name} needs at least two choices, got {kind(found)}")
         texts = ["" if choice is None else str(choice).strip() for choice in found]
         if not all(texts):
-            raise ValueError(f"{where}: choices[{texts.index('')}] is empty; fill it in or leave the record out")
+            raise UserError(f"{where}: choices[{texts.index('')}] is empty; fill it in or leave the record out")
         label = label_of(self._evaluate("label", row, where), texts, where)
         return ChoiceRecord(prompt, tuple(" " + text for text in texts), label, self.name)
 
@@ -143,7 +144,7 @@ class Task:
         column = self.options
         values = {str(row[column]).strip() for row in rows if isinstance(row, Mapping) and column in row}
         if len(values) < 2:
-            raise ValueError(f"{self.name}: column {column!r} holds {sorted(values)}; it needs at least two answers")
+            raise UserError(f"{self.name}: column {column!r} holds {sorted(values)}; it needs at least two answers")
         return replace(self, options=tuple(sorted(values)))
 
     @functools.cached_property
@@ -164,13 +165,13 @@ class Task:
                 else:
                     made[key] = ENVIRONMENT.from_string(source).render
             except jinja2.TemplateSyntaxError as error:
-                raise ValueError(f"task {self.name}: {key} is not valid Jinja ({error.message}): {source!r}") from None
+                raise UserError(f"task {self.name}: {key} is not valid Jinja ({error.message}): {source!r}") from None
         return made
 
     def _render(self, key: str, row: Mapping[str, Any], where: str) -> str:
         text = str(self._evaluate(key, row, where))
         if not text.strip():
-            raise ValueError(f"{where}: {key} is empty; fill it in or leave the record out")
+            raise UserError(f"{where}: {key} is empty; fill it in or leave the record out")
         return text
 
     def _evaluate(self, key: str, row: Mapping[str, Any], where: str) -> Any:
@@ -178,15 +179,15 @@ class Task:
         try:
             value = call(**row)
         except jinja2.UndefinedError as error:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {key} of {self.name}: {error.message}; the columns are {sorted(map(str, row))}"
             ) from None
         except (TypeError, ValueError, KeyError, AttributeError, jinja2.TemplateError) as error:
-            raise ValueError(f"{where}: {key} of {self.name} cannot be made of this row: {error}") from None
+            raise UserError(f"{where}: {key} of {self.name} cannot be made of this row: {error}") from None
         parts = value if isinstance(value, list) else [value]
         missing = next((part for part in parts if isinstance(part, jinja2.Undefined)), None)
         if missing is not None:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {key} of {self.name}: {missing._undefined_name!r} is undefined; the columns are "
                 f"{sorted(map(str, row))}"
             )
@@ -205,7 +206,7 @@ def label_of(value: Any, choices: Sequence[str], where: str) -> int:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(choices):
         shown = ", ".join(repr(choice[:40]) for choice in choices)
-        raise ValueError(f"{where}: label {value!r} is none of the {len(choices)} choices ({shown}), nor a position")
+        raise UserError(f"{where}: label {value!r} is none of the {len(choices)} choices ({shown}), nor a position")
     return value
 
 
@@ -240,7 +241,7 @@ def find_task(name: str, tasks: Mapping[str, Task]) -> Task:
     family, _, subset = name.partition("/")
     if subset and family in tasks:
         return replace(tasks[family], name=name, subset=subset)
-    raise ValueError(f"there is no task {name!r}; {nearest(name, tasks)}")
+    raise UserError(f"there is no task {name!r}; {nearest(name, tasks)}")
 
 
 def fill_prompt(name: str, text: str) -> str:
@@ -252,9 +253,7 @@ def fill_prompt(name: str, text: str) -> str:
     task = find_task(name, load_tasks())
     columns = sorted(jinja2.meta.find_undeclared_variables(ENVIRONMENT.parse(task.prompt)))
     if len(columns) != 1:
-        raise ValueError(
-            f"the prompt of task {name} is made of {columns or 'no column'}; give the whole prompt instead"
-        )
+        raise UserError(f"the prompt of task {name} is made of {columns or 'no column'}; give the whole prompt instead")
     return ENVIRONMENT.from_string(task.prompt).render({columns[0]: text})
 
 
@@ -262,21 +261,21 @@ def _tables(path: Path) -> dict[str, dict[str, Any]]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"data.tasks_file={path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"data.tasks_file={path}: cannot be read ({error.strerror})") from None
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"data.tasks_file={path}: not valid TOML ({error})") from None
+        raise UserError(f"data.tasks_file={path}: not valid TOML ({error})") from None
 
 
 def _task(name: str, tables: Mapping[str, Any]) -> Task:
     table = tables[name]
     if not isinstance(table, Mapping):
-        raise ValueError(f"data.tasks_file: {name!r} must be a table [{name}] that describes a task")
+        raise UserError(f"data.tasks_file: {name!r} must be a table [{name}] that describes a task")
     base = table.get("like")
     if base is not None and base not in tables:
-        raise ValueError(f"task {name}: like={base!r} is no task; {nearest(str(base), tables)}")
+        raise UserError(f"task {name}: like={base!r} is no task; {nearest(str(base), tables)}")
     described = {**(tables[base] if base else {}), **{key: value for key, value in table.items() if key != "like"}}
     unknown = set(described) - set(Task.__dataclass_fields__)
     if unknown:
         key = sorted(unknown)[0]
-        raise ValueError(f"task {name}: there is no key {key!r}; {nearest(key, Task.__dataclass_fields__)}")
+        raise UserError(f"task {name}: there is no key {key!r}; {nearest(key, Task.__dataclass_fields__)}")
     return Task(name=name, **described)

@@ -18,6 +18,7 @@ from itertools import islice
 
 from atp.embedded import finance, health, legal, narrative
 from atp.embedded.drawing import Draw, Record, Task
+from atp.errors import UserError
 
 DOMAINS = ("legal", "health", "finance", "narrative")
 DEFAULT_COUNTS = {"train": 6000, "validation": 200, "test": 400}
@@ -50,7 +51,7 @@ def tasks(domain: str) -> tuple[str, ...]:
         ValueError: the domain is not one of `DOMAINS`.
     """
     if domain not in _TASKS:
-        raise ValueError(f"domain={domain!r} is not an embedded domain; use one of {', '.join(DOMAINS)}")
+        raise UserError(f"domain={domain!r} is not an embedded domain; use one of {', '.join(DOMAINS)}")
     return tuple(_TASKS[domain])
 
 
@@ -68,7 +69,7 @@ def stream(domain: str, split: str) -> Iterator[Record]:
     """
     names = tasks(domain)
     if split not in DEFAULT_COUNTS:
-        raise ValueError(f"split={split!r} is not a split of the corpus; use one of {', '.join(DEFAULT_COUNTS)}")
+        raise UserError(f"split={split!r} is not a split of the corpus; use one of {', '.join(DEFAULT_COUNTS)}")
     return _endless(domain, split, names)
 
 
@@ -110,7 +111,7 @@ def records(domain: str, split: str, count: int | None = None) -> list[Record]:
         ValueError: the domain or the split does not exist, or the count is negative.
     """
     if count is not None and count < 0:
-        raise ValueError(f"count={count} of embedded records is negative; give 0 or more, or None for the default")
+        raise UserError(f"count={count} of embedded records is negative; give 0 or more, or None for the default")
     endless = stream(domain, split)
     return list(islice(endless, DEFAULT_COUNTS[split] if count is None else count))
 

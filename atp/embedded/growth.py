@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atp.embedded import base_dir
+from atp.errors import UserError
 
 LAYERS, HEADS, KV_HEADS, CHANNELS = 10, 8, 4, 768
 _WRITERS = ("o_proj", "down_proj")
@@ -33,7 +34,7 @@ def sibling(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """
     stored = PreTrainedTokenizerFast.from_pretrained(base_dir())
     if stored.get_vocab() != tokenizer.get_vocab():
-        raise ValueError("--larger: the base in atp/embedded/base has other tokens than this corpus; make it anew")
+        raise UserError("--larger: the base in atp/embedded/base has other tokens than this corpus; make it anew")
     base = LlamaForCausalLM.from_pretrained(base_dir(), dtype=torch.float32)
     return grow(base, larger_config(base.config))
 
@@ -102,16 +103,16 @@ def _place(name: str, old: Tensor, new: Tensor, base: LlamaConfig, config: Llama
 def _check(base: LlamaConfig, config: LlamaConfig) -> None:
     for name in ("hidden_size", "head_dim", "vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias"):
         if getattr(base, name) != getattr(config, name):
-            raise ValueError(f"{name}={getattr(config, name)} differs from the base's {getattr(base, name)}; keep it")
+            raise UserError(f"{name}={getattr(config, name)} differs from the base's {getattr(base, name)}; keep it")
     for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(config, name) < getattr(base, name):
             least = getattr(base, name)
-            raise ValueError(f"{name}={getattr(config, name)} is below the base's {least}; give at least that")
+            raise UserError(f"{name}={getattr(config, name)} is below the base's {least}; give at least that")
     (_, least), (_, group) = _groups(base), _groups(config)
     if group < least:
-        raise ValueError(
+        raise UserError(
             f"num_attention_heads={config.num_attention_heads} leaves {group} query heads per key-value head where "
             f"the base has {least}; give at least as many"
         )
     if base.attention_bias or base.mlp_bias:
-        raise ValueError("attention_bias or mlp_bias is set: weights only are grown; take a base without biases")
+        raise UserError("attention_bias or mlp_bias is set: weights only are grown; take a base without biases")

@@ -37,6 +37,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from atp.embedded import corpus, figures, growth
 from atp.embedded.drawing import Draw
 from atp.embedded.tokenizer import train_tokenizer
+from atp.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -74,13 +75,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"--steps={self.steps} leaves nothing to do; give 1 or more")
+            raise UserError(f"--steps={self.steps} leaves nothing to do; give 1 or more")
         if self.minutes is not None and self.minutes <= 0:
-            raise ValueError(f"--minutes={self.minutes} leaves no time; give more than 0, or leave it out")
+            raise UserError(f"--minutes={self.minutes} leaves no time; give more than 0, or leave it out")
         if self.batch_tokens < 2 * CONTEXT:
-            raise ValueError(
-                f"--batch-tokens={self.batch_tokens} does not hold two records; give {2 * CONTEXT} or more"
-            )
+            raise UserError(f"--batch-tokens={self.batch_tokens} does not hold two records; give {2 * CONTEXT} or more")
 
     def command(self) -> str:
         """Return the command that repeats the run."""
@@ -246,11 +245,11 @@ class Trainer:
             ValueError: there is no checkpoint, or it was written with other settings.
         """
         if not self.checkpoint.is_file():
-            raise ValueError(f"--resume: there is no checkpoint {self.checkpoint}; leave the flag out to start anew")
+            raise UserError(f"--resume: there is no checkpoint {self.checkpoint}; leave the flag out to start anew")
         with safe_open(self.checkpoint, framework="pt") as stored:
             note = stored.metadata()
             if json.loads(note["settings"]) != asdict(self.settings):
-                raise ValueError(
+                raise UserError(
                     f"--resume: {self.checkpoint} was written with {note['settings']}, not with "
                     f"{json.dumps(asdict(self.settings))}; repeat those settings or start anew"
                 )

@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from atp.errors import UserError
+
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCAB_SIZE = 2048
 
@@ -38,7 +40,7 @@ def train_tokenizer(
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 3:
-        raise ValueError(f"vocab_size={vocab_size} cannot hold {len(alphabet)} bytes and 3 special tokens; raise it")
+        raise UserError(f"vocab_size={vocab_size} cannot hold {len(alphabet)} bytes and 3 special tokens; raise it")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

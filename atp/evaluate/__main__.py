@@ -28,6 +28,7 @@ from atp.data.files import paths_of
 from atp.data.records import Record
 from atp.data.sources import read_records
 from atp.data.tasks import load_tasks
+from atp.errors import UserError
 from atp.evaluate import harness
 from atp.evaluate.intervals import paired
 from atp.evaluate.metrics import Metrics, recovery
@@ -95,7 +96,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     """Return the model and the options; ValueError for what cannot be read, with the nearest option."""
     models = [argument for argument in arguments if "=" not in argument]
     if len(models) != 1:
-        raise ValueError(f"give one model directory, got {models or 'none'}; the second one as against=<directory>")
+        raise UserError(f"give one model directory, got {models or 'none'}; the second one as against=<directory>")
     known = {item.name: item for item in fields(Options)}
     options = Options()
     for argument in arguments:
@@ -107,22 +108,22 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(f"there is no option {name!r}; {hint}(known: {', '.join(known)})")
+            raise UserError(f"there is no option {name!r}; {hint}(known: {', '.join(known)})")
         if isinstance(known[name].default, int):
             try:
                 setattr(options, name, int(value))
             except ValueError:
-                raise ValueError(f"{name}={value!r} must be a whole number") from None
+                raise UserError(f"{name}={value!r} must be a whole number") from None
         else:
             setattr(options, name, value)
     for name in ("max_items", "max_new_tokens", "batch_size"):
         if getattr(options, name) < 1:
-            raise ValueError(f"{name}={getattr(options, name)} must be at least 1")
+            raise UserError(f"{name}={getattr(options, name)} must be at least 1")
     for name in ("max_length", "max_generate", "stride", "bootstrap"):
         if getattr(options, name) < 0:
-            raise ValueError(f"{name}={getattr(options, name)} must not be negative")
+            raise UserError(f"{name}={getattr(options, name)} must not be negative")
     if not (options.task or options.records or options.harness):
-        raise ValueError("name what to score: task=casehold,billsum, records=<file> or harness=piqa")
+        raise UserError("name what to score: task=casehold,billsum, records=<file> or harness=piqa")
     return models[0], options
 
 
@@ -184,11 +185,11 @@ def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     """
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in dtypes:
-        raise ValueError(f"dtype={dtype!r} is unknown; choose one of {', '.join(dtypes)}")
+        raise UserError(f"dtype={dtype!r} is unknown; choose one of {', '.join(dtypes)}")
     source = str(embedded.base_dir()) if name == "embedded" else name
     looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
     if looks_local and not Path(source).expanduser().is_dir():
-        raise ValueError(f"{source}: no such directory; give one with config.json, tokenizer and *.safetensors")
+        raise UserError(f"{source}: no such directory; give one with config.json, tokenizer and *.safetensors")
     modeling_atp.register()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -197,7 +198,7 @@ def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"{source}: cannot be loaded ({reason})") from error
+        raise UserError(f"{source}: cannot be loaded ({reason})") from error
     return torch.nn.Module.to(model, device).eval(), tokenizer
 
 
@@ -207,7 +208,7 @@ def load_prompt(model_name: str, chosen: str) -> Prompt:
         return Prompt()
     if chosen != "auto":
         if not Path(chosen).exists():
-            raise ValueError(f"prompt={chosen}: no such file; give a prompt.json of a run or of a model, auto, or none")
+            raise UserError(f"prompt={chosen}: no such file; give a prompt.json of a run or of a model, auto, or none")
         return read_prompt(Path(chosen))
     folder = Path(model_name).expanduser()
     return read_prompt(folder) if folder.is_dir() else Prompt()

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atp.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -82,7 +84,7 @@ def prepare(tasks: Sequence[str], folder: str | None = None) -> Any:
 
     path = None if folder is None else Path(folder).expanduser()
     if path is not None and not path.is_dir():
-        raise ValueError(f"evaluate.harness_path={folder}: no such folder; give one that holds the harness' task files")
+        raise UserError(f"evaluate.harness_path={folder}: no such folder; give one that holds the harness' task files")
     manager = TaskManager(include_path=path, include_defaults=False) if path else TaskManager()
     if path and not set(tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=path)
@@ -90,12 +92,12 @@ def prepare(tasks: Sequence[str], folder: str | None = None) -> Any:
         if task not in manager.all_tasks:
             close = difflib.get_close_matches(task, manager.all_tasks, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise ValueError(f"evaluate.tasks: the harness has no task {task!r}{hint}")
+            raise UserError(f"evaluate.tasks: the harness has no task {task!r}{hint}")
         try:
             manager.load(task)
         # Whatever reading a task's files or its data raises, the way out is the same.
         except Exception as error:
-            raise ValueError(
+            raise UserError(
                 f"evaluate.tasks: the harness cannot load {task} ({type(error).__name__}: {error}); go online, or "
                 "describe it in a file of its own over local data: evaluate.harness_path=<folder>"
             ) from error
@@ -105,13 +107,13 @@ def prepare(tasks: Sequence[str], folder: str | None = None) -> Any:
 def require(tasks: Sequence[str]) -> None:
     """Raise ValueError if no task is named or the library is not installed, without importing it."""
     if not tasks:
-        raise ValueError("evaluate=harness scores evaluate.tasks, which is empty; e.g. evaluate.tasks=[piqa,arc_easy]")
+        raise UserError("evaluate=harness scores evaluate.tasks, which is empty; e.g. evaluate.tasks=[piqa,arc_easy]")
     try:
         found = importlib.util.find_spec("lm_eval") is not None
     except ValueError:  # it is there in name only
         found = False
     if not found:
-        raise ValueError("evaluate=harness needs lm-evaluation-harness; pip install 'atp[harness]'")
+        raise UserError("evaluate=harness needs lm-evaluation-harness; pip install 'atp[harness]'")
 
 
 def _figures(figures: dict[str, Any]) -> dict[str, float]:

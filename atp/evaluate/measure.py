@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from atp.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -200,7 +202,7 @@ def file_mib(path: str | os.PathLike[str]) -> float:
     place = Path(path)
     files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
     if not files or not all(file.is_file() for file in files):
-        raise ValueError(f"{place} is neither a file nor a directory with *.safetensors files; name an exported model")
+        raise UserError(f"{place} is neither a file nor a directory with *.safetensors files; name an exported model")
     return sum(file.stat().st_size for file in files) / _MIB
 
 
@@ -214,7 +216,7 @@ class _Sizes:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value < 1:
-                raise ValueError(f"speed measurement: {name}={value} must be at least 1")
+                raise UserError(f"speed measurement: {name}={value} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def _time_rounds(models: Sequence[PreTrainedModel], sizes: _Sizes, seed: int) ->
     for model in models:
         context = getattr(model.config, "max_position_embeddings", None)
         if context is not None and sizes.prompt_tokens + sizes.new_tokens > context:
-            raise ValueError(
+            raise UserError(
                 f"evaluate.speed_prompt_tokens={sizes.prompt_tokens} plus speed_new_tokens={sizes.new_tokens} exceed "
                 f"the model's context of {context} tokens; lower them"
             )

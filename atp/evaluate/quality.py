@@ -23,6 +23,7 @@ from torchmetrics.functional.text import rouge_score
 
 from atp.data.encoding import Encoder
 from atp.data.records import ChoiceRecord, CompletionRecord, Record, TextRecord
+from atp.errors import UserError
 from atp.evaluate.intervals import Items, score
 from atp.evaluate.metrics import ROUGE, Metrics, Tally
 from atp.evaluate.scoring import choice_nats, evaluating, greedy, sequence_nats
@@ -89,7 +90,7 @@ def evaluate(
             prompts.
     """
     if not records:
-        raise ValueError("there are no records to evaluate on; give more data, or a data.test_path")
+        raise UserError("there are no records to evaluate on; give more data, or a data.test_path")
     _check_context(model, max_length)
     encoder = Encoder(tokenizer, max_length, close=False, stride=stride)
     run = _Run(model, encoder, batch_size, _device(model, device), normalise)
@@ -196,7 +197,7 @@ class _Run:
             return [max(1, len(choice.strip())) for choice in record.choices]
         if way == "none":
             return [1 for _ in nats]
-        raise ValueError(f"evaluate.normalise={way!r} is unknown; choose tokens, characters or none")
+        raise UserError(f"evaluate.normalise={way!r} is unknown; choose tokens, characters or none")
 
     def complete(
         self, records: Sequence[Record], max_new_tokens: int, max_generate: int | None
@@ -287,7 +288,7 @@ def _spread(records: Sequence[_T], most: int | None) -> list[_T]:
 def _check_context(model: PreTrainedModel, max_length: int) -> None:
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and max_length > context:
-        raise ValueError(
+        raise UserError(
             f"data.max_length={max_length} exceeds the model's context of {context} tokens; "
             f"set data.max_length={context} or less"
         )

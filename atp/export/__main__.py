@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from atp.errors import UserError
 from atp.export.limits import QUANTISED
 
 FORMATS = ("hf", "adapter", "gguf", "onnx")
@@ -53,10 +54,10 @@ def model_directory(path: Path) -> Path:
         if (candidate / "config.json").is_file() and any(candidate.glob("*.safetensors*")):
             return candidate
     if (path / ".hydra").is_dir() or (path / "stages").is_dir():
-        raise ValueError(f"{path} is a run that has exported no model yet; go on with: python train.py resume={path}")
+        raise UserError(f"{path} is a run that has exported no model yet; go on with: python train.py resume={path}")
     if (path / "config.json").is_file():
         return path  # loading says what is wrong with its weights
-    raise ValueError(f"{path} holds no model: neither config.json nor pruned/config.json")
+    raise UserError(f"{path} holds no model: neither config.json nor pruned/config.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,14 +86,14 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     formats = [name for item in arguments.to for name in item.split(",") if name]
     arguments.to = formats
     if unknown := sorted(set(formats) - set(FORMATS)):
-        raise ValueError(f"--to {unknown[0]}: unknown format; known: {', '.join(FORMATS)}")
+        raise UserError(f"--to {unknown[0]}: unknown format; known: {', '.join(FORMATS)}")
     if {"hf", "adapter"} <= set(formats):
-        raise ValueError("--to hf adapter: each is a directory of its own; ask for one at a time")
+        raise UserError("--to hf adapter: each is a directory of its own; ask for one at a time")
     if not formats and not arguments.verify and not arguments.push_to_hub:
-        raise ValueError("nothing to do; give --to FORMAT, --verify or --push-to-hub REPO")
+        raise UserError("nothing to do; give --to FORMAT, --verify or --push-to-hub REPO")
     target = _new_directory(arguments)
     if arguments.verify and arguments.output and target is None:
-        raise ValueError("--verify looks at the formats below the model directory; leave --output out")
+        raise UserError("--verify looks at the formats below the model directory; leave --output out")
     directory = model_directory(arguments.directory)
     for name in sorted(set(formats), key=FORMATS.index):
         _WRITERS[name](directory, arguments, console)
@@ -111,7 +112,7 @@ def _to_hf(directory: Path, arguments: argparse.Namespace, console: Console) -> 
     from atp.prompt import PROMPT_FILE
 
     if arguments.output is None:
-        raise ValueError("--to hf needs --output DIRECTORY, as the model directory itself is one")
+        raise UserError("--to hf needs --output DIRECTORY, as the model directory itself is one")
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     model = load_exported(directory)
     has_tokenizer = (directory / "tokenizer.json").is_file()
@@ -164,7 +165,7 @@ def _to_adapter(directory: Path, arguments: argparse.Namespace, console: Console
     from atp.pipeline import export_adapter
 
     if (directory / "adapter" / "adapter_config.json").is_file():
-        raise ValueError(f"{directory} holds the pruned base and its adapter already, in {directory / 'adapter'}")
+        raise UserError(f"{directory} holds the pruned base and its adapter already, in {directory / 'adapter'}")
     output = _new_directory(arguments)
     assert output is not None
     difference = export_adapter(_run_of(arguments.directory), output, overwrite=arguments.overwrite)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from atp.errors import UserError
 from atp.export.extras import require
 from atp.export.gguf_file import check_types, export_gguf
 from atp.export.gguf_layout import FILLED_NOTE, UNIFORM, gguf_architecture
@@ -59,7 +60,7 @@ def check_formats(
         from huggingface_hub import get_token
 
         if get_token() is None:
-            raise ValueError(f"export.push_to_hub={push_to_hub}: not logged in; run `hf auth login`, or leave it out")
+            raise UserError(f"export.push_to_hub={push_to_hub}: not logged in; run `hf auth login`, or leave it out")
 
 
 def write_formats(directory: Path, *, gguf: Sequence[str] = (), onnx: bool = False) -> None:

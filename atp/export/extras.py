@@ -7,6 +7,8 @@ import importlib
 from types import ModuleType
 from typing import Any
 
+from atp.errors import UserError
+
 
 def require(package: str, *, extra: str) -> ModuleType:
     """Imports a package that an extra of atp brings.
@@ -21,7 +23,7 @@ def require(package: str, *, extra: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ValueError(f"{package} is not installed ({error}); get it with: pip install 'atp[{extra}]'") from error
+        raise UserError(f"{package} is not installed ({error}); get it with: pip install 'atp[{extra}]'") from error
 
 
 _SILENT: list[Any] = []  # llama.cpp calls its log function for as long as the process lives, so it must live as long

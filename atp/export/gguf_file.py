@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
+from atp.errors import UserError
 from atp.export.extras import require, silenced_llama_cpp
 from atp.export.gguf_layout import GgufLayout, GgufTensor, gguf_layout
 from atp.export.gguf_vocab import Vocabulary, gguf_vocabulary
@@ -65,7 +66,7 @@ def check_types(types: Sequence[str]) -> None:
     known = (*WRITTEN_TYPES, *QUANTISER_TYPES)
     for name in types:
         if name.lower() not in known:
-            raise ValueError(f"GGUF type {name!r} is not known; choose from {', '.join(known)}")
+            raise UserError(f"GGUF type {name!r} is not known; choose from {', '.join(known)}")
     require("gguf", extra="gguf")
     if any(name.lower() in QUANTISER_TYPES for name in types):
         require("llama_cpp", extra="llamacpp")
@@ -103,7 +104,7 @@ def export_gguf(
     folder = Path(output_dir) if output_dir is not None else stored.directory / "gguf"
     targets = {name.lower(): folder / f"model-{name.lower()}.gguf" for name in types}
     if blocked := [str(path) for path in targets.values() if path.exists() and not overwrite]:
-        raise ValueError(f"{blocked[0]} exists; overwrite it (--overwrite) or choose another directory")
+        raise UserError(f"{blocked[0]} exists; overwrite it (--overwrite) or choose another directory")
     vocabulary = _vocabulary(stored) if tokenizer else None
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -123,14 +124,14 @@ def export_gguf(
 
 def _vocabulary(stored: StoredModel) -> Vocabulary:
     if not any((stored.directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise ValueError(
+        raise UserError(
             f"{stored.directory} holds no tokenizer, which GGUF files carry; put the base model's tokenizer files "
             "there (tokenizer.json, tokenizer_config.json), or export without (--no-tokenizer)"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(stored.directory), local_files_only=True)
     except Exception as error:  # a broken tokenizer.json raises plain Exception
-        raise ValueError(f"the tokenizer in {stored.directory} cannot be read: {error}") from error
+        raise UserError(f"the tokenizer in {stored.directory} cannot be read: {error}") from error
     return gguf_vocabulary(tokenizer, stored.config.vocab_size)
 
 
@@ -242,4 +243,4 @@ def _quantise(stored: StoredModel, layout: GgufLayout, vocabulary: Vocabulary | 
     finally:
         full.unlink(missing_ok=True)
     if failed or not path.is_file():
-        raise ValueError(f"llama.cpp's quantiser could not make {kind} of this {layout.architecture} model")
+        raise UserError(f"llama.cpp's quantiser could not make {kind} of this {layout.architecture} model")

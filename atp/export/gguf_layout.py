@@ -27,6 +27,7 @@ from typing import Any, cast
 from transformers import PreTrainedConfig
 
 from atp.architecture import LayerWidths, family, layer_widths
+from atp.errors import UserError
 from atp.export.gguf_tensors import NEIGHBOURS, GgufTensor, layer_tensors
 
 UNIFORM = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -74,9 +75,9 @@ def gguf_architecture(config: PreTrainedConfig, *, uniform: bool) -> str:
     """
     name = family(config)
     if getattr(config, "hidden_act", "silu") != "silu":
-        raise ValueError(f"GGUF: hidden_act={config.hidden_act!r} has no llama.cpp architecture here; only silu has")
+        raise UserError(f"GGUF: hidden_act={config.hidden_act!r} has no llama.cpp architecture here; only silu has")
     if name == "qwen3" and getattr(config, "attention_bias", False):
-        raise ValueError("GGUF: llama.cpp's Qwen3 has no bias in its output projection; export without attention_bias")
+        raise UserError("GGUF: llama.cpp's Qwen3 has no bias in its output projection; export without attention_bias")
     if name == "qwen3" and not uniform and not _fits_openelm(config):
         return UNIFORM[name]
     return (UNIFORM if uniform else PER_LAYER)[name]
@@ -106,7 +107,7 @@ def gguf_layout(config: PreTrainedConfig, *, block: int = 1) -> GgufLayout:
         architecture = "llama"
     written, notes = _written(config, widths, architecture, head_dim, block)
     if architecture in ("qwen3", "openelm") and any(layer.rotary_pairs is not None for layer in widths):
-        raise ValueError(
+        raise UserError(
             "GGUF: Qwen3 normalises whole heads, so rotary pairs cannot be cut for llama.cpp; leave GGUF out"
         )
     factors, rope_fields = _rotary(config, architecture, head_dim)
@@ -156,7 +157,7 @@ def _one_head_dim(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> in
     dense = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     sizes = sorted({layer.head_dim for layer in widths if layer.has_attention}) or [dense]
     if len(sizes) > 1:
-        raise ValueError(f"GGUF: layers have head sizes {sizes}, and llama.cpp reads one for all; leave GGUF out")
+        raise UserError(f"GGUF: layers have head sizes {sizes}, and llama.cpp reads one for all; leave GGUF out")
     return sizes[0]
 
 
@@ -207,12 +208,12 @@ def _rotary(config: PreTrainedConfig, architecture: str, head_dim: int) -> tuple
     rope = _rope(config)
     kind = rope.get("rope_type", "default")
     if kind in ("dynamic", "longrope") or rope.get("partial_rotary_factor", 1.0) != 1.0 or "rope_theta" not in rope:
-        raise ValueError(f"GGUF: rotary parameters {rope} change with the length or are partial; not supported")
+        raise UserError(f"GGUF: rotary parameters {rope} change with the length or are partial; not supported")
     rotary: Any = LlamaRotaryEmbedding(cast(Any, config))
     actual = rotary.inv_freq.double()
     default = float(rope["rope_theta"]) ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     if actual.shape != default.shape:
-        raise ValueError(f"GGUF: {2 * len(actual)} rotary dimensions in heads of {head_dim} are not supported")
+        raise UserError(f"GGUF: {2 * len(actual)} rotary dimensions in heads of {head_dim} are not supported")
     ratios = default / actual
     fields: dict[str, Any] = {"rope.freq_base": float(rope["rope_theta"])}
     if kind == "default":
@@ -224,7 +225,7 @@ def _rotary(config: PreTrainedConfig, architecture: str, head_dim: int) -> tuple
         fields |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(rope["factor"])}
         return (), {**fields, "rope.scaling.original_context_length": int(original)}
     if architecture not in NEIGHBOURS:
-        raise ValueError(f"GGUF: llama.cpp's {architecture} takes no {kind!r} rotary scaling; leave GGUF out")
+        raise UserError(f"GGUF: llama.cpp's {architecture} takes no {kind!r} rotary scaling; leave GGUF out")
     fields |= {"rope.scaling.type": "none"} if kind == "yarn" else {}
     if rotary.attention_scaling != 1.0:
         fields["rope.scaling.attn_factor"] = float(rotary.attention_scaling)

@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from atp.errors import UserError
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Token types of GGUF."""
 
@@ -73,11 +75,11 @@ def gguf_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Voca
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(f"GGUF: {type(tokenizer).__name__} is not a fast tokenizer, so its rules cannot be read")
+        raise UserError(f"GGUF: {type(tokenizer).__name__} is not a fast tokenizer, so its rules cannot be read")
     rules = json.loads(backend.to_str())
     model = rules["model"]
     if model.get("type") != "BPE":
-        raise ValueError(f"GGUF: a {model.get('type')} tokenizer has no equal in llama.cpp here; export without it")
+        raise UserError(f"GGUF: a {model.get('type')} tokenizer has no equal in llama.cpp here; export without it")
     by_characters = bool(model.get("byte_fallback"))
     pre = "default" if by_characters else _pre_tokenizer(rules)
     tokens, types = _tokens(rules, vocab_size)
@@ -129,7 +131,7 @@ def _pre_tokenizer(rules: dict[str, Any]) -> str:
     name = _PRE_TOKENIZERS.get(tuple(signature))
     if name is None:
         known = ", ".join(sorted(_PRE_TOKENIZERS.values()))
-        raise ValueError(
+        raise UserError(
             f"GGUF: the tokenizer splits text by {signature or 'no rule'}, for which llama.cpp has no name known here "
             f"(known: {known}); export without tokenizer and pass token ids"
         )
@@ -142,7 +144,7 @@ def _tokens(rules: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int
     added = {entry["id"]: entry for entry in rules.get("added_tokens", [])}
     by_id |= {index: entry["content"] for index, entry in added.items()}
     if by_id and max(by_id) >= vocab_size:
-        raise ValueError(f"GGUF: the tokenizer has id {max(by_id)}, but the model only {vocab_size} embeddings")
+        raise UserError(f"GGUF: the tokenizer has id {max(by_id)}, but the model only {vocab_size} embeddings")
     tokens = [by_id.get(index, f"[PAD{index}]") for index in range(vocab_size)]
     types = []
     for index, token in enumerate(tokens):
@@ -158,7 +160,7 @@ def _mark_bytes(tokens: list[str], types: list[int], rules: dict[str, Any]) -> N
     ids = {token: index for index, token in enumerate(tokens)}
     missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in ids]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"GGUF: the tokenizer lacks {len(missing)} of the 256 byte tokens, without which llama.cpp aborts on other "
             "characters; export without tokenizer and pass token ids"
         )

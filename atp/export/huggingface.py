@@ -31,6 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from atp import modeling_atp
 from atp.adapter import Adapter
 from atp.architecture import family, is_stock, layer_widths
+from atp.errors import UserError
 from atp.export.card import CardFacts, load_lines, model_card
 from atp.export.loading import ADAPTER_FOLDER, INDEX_FILE, differences, expected_shapes
 
@@ -145,15 +146,15 @@ def check_target(target: Path, overwrite: bool, marker: str = "config.json") -> 
         ValueError: The target is a file, or holds something.
     """
     if target.exists() and not target.is_dir():
-        raise ValueError(f"output directory {target} is a file; choose another path")
+        raise UserError(f"output directory {target} is a file; choose another path")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise ValueError(
+        raise UserError(
             f"output directory {target} is not empty; pass overwrite=True (--overwrite) or choose another path"
         )
     if not (target / marker).is_file():
-        raise ValueError(
+        raise UserError(
             f"output directory {target} is not a model directory (no {marker}), so it will not be replaced; "
             "empty it yourself or choose another path"
         )
@@ -164,19 +165,19 @@ def _checked_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     family(model.config)
     tensors = dict(model.state_dict())
     if any(".lora_" in name or ".base_layer." in name for name in tensors):
-        raise ValueError("the model still carries LoRA adapters; merge them first (merge_and_unload)")
+        raise UserError("the model still carries LoRA adapters; merge them first (merge_and_unload)")
     if any(tensor.is_meta for tensor in tensors.values()):
-        raise ValueError("the model has tensors without data (meta device); load its weights first")
+        raise UserError("the model has tensors without data (meta device); load its weights first")
     if model.config.tie_word_embeddings:
         embeddings, head = tensors["model.embed_tokens.weight"], tensors.pop("lm_head.weight")
         if head.data_ptr() != embeddings.data_ptr() and not torch.equal(head, embeddings):
-            raise ValueError(
+            raise UserError(
                 "config.tie_word_embeddings is set, but lm_head and the embeddings differ, and only one would be "
                 "stored; set config.tie_word_embeddings=False to keep both"
             )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if problems := differences(expected_shapes(model.config), shapes):
-        raise ValueError(f"the model's tensors are not those of its config, so it could not be loaded: {problems}")
+        raise UserError(f"the model's tensors are not those of its config, so it could not be loaded: {problems}")
     return tensors
 
 
@@ -213,7 +214,7 @@ def _written_texts(
     try:
         texts = {PROVENANCE_FILE: json.dumps(facts, indent=2, allow_nan=False) + "\n"}
     except (TypeError, ValueError) as error:
-        raise ValueError(f"provenance must hold plain JSON values: {error}") from error
+        raise UserError(f"provenance must hold plain JSON values: {error}") from error
     own = CardFacts(title=title, architecture=_architecture(config), stock=stock, widths=widths)
     texts["README.md"] = card or model_card(own)
     if not stock:

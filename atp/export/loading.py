@@ -21,6 +21,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from atp import modeling_atp
 from atp.adapter import Adapter, read_adapter
 from atp.architecture import build_model, family
+from atp.errors import UserError
 
 ADAPTER_FOLDER = "adapter"
 WEIGHTS_FILE = "model.safetensors"
@@ -59,7 +60,7 @@ class StoredModel:
         if self.config.tie_word_embeddings:
             found.pop("lm_head.weight", None)
         if problems := differences(self.shapes, found):
-            raise ValueError(f"the weights in {self.directory} do not fit its config.json: {problems}")
+            raise UserError(f"the weights in {self.directory} do not fit its config.json: {problems}")
         folder = self.directory / ADAPTER_FOLDER
         self.adapter = read_adapter(folder) if (folder / "adapter_config.json").is_file() else None
         if self.adapter is not None:
@@ -93,7 +94,7 @@ def _check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], fold
     for module, (down_RI, up_OR) in adapter.factors.items():
         shape = shapes.get(f"{module}.weight")
         if shape != (up_OR.shape[0], down_RI.shape[1]) or down_RI.shape[0] != up_OR.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"the adapter in {folder} does not fit the weights: {module} is {shape}, its factors are "
                 f"{list(up_OR.shape)} and {list(down_RI.shape)}"
             )
@@ -159,12 +160,12 @@ def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tup
 
 def _read_config(directory: Path) -> PreTrainedConfig:
     if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory} is not a model directory: it has no config.json")
+        raise UserError(f"{directory} is not a model directory: it has no config.json")
     modeling_atp.register()
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"{directory / 'config.json'} cannot be read: {error}") from error
+        raise UserError(f"{directory / 'config.json'} cannot be read: {error}") from error
     family(config)
     return config
 
@@ -175,7 +176,7 @@ def _weight_files(directory: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{directory / INDEX_FILE} is not a valid index of weight files: {error!r}") from error
+            raise UserError(f"{directory / INDEX_FILE} is not a valid index of weight files: {error!r}") from error
         files = [directory / str(name) for name in names]
     else:
         files = [directory / WEIGHTS_FILE]
@@ -184,12 +185,12 @@ def _weight_files(directory: Path) -> list[Path]:
         return files
     pickles = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLE_SUFFIXES)
     if pickles and not any(directory.glob("*.safetensors")):
-        raise ValueError(
+        raise UserError(
             f"{directory} holds its weights as pickle ({', '.join(pickles[:3])}), which can run code when opened "
             "and is not loaded. If you trust the file, convert it once with "
             f"`AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained(NEW_DIRECTORY)`"
         )
-    raise ValueError(f"{directory} lacks weight files: {', '.join(missing[:4])}")
+    raise UserError(f"{directory} lacks weight files: {', '.join(missing[:4])}")
 
 
 @contextmanager
@@ -198,4 +199,4 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(str(file), framework="pt", device="cpu") as stored:
             yield stored
     except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file ({error}); copy or export it again") from error
+        raise UserError(f"{file} is truncated or not a safetensors file ({error}); copy or export it again") from error

@@ -27,6 +27,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from atp import modeling_atp
+from atp.errors import UserError
 from atp.export import probe
 from atp.export.huggingface import PROVENANCE_FILE, digest
 from atp.export.limits import QUANTISED, verdict
@@ -108,7 +109,7 @@ def verify(
     _check_code(stored.directory)
     for kind in quantised:
         if kind not in QUANTISED:
-            raise ValueError(f"quantisation {kind!r} is not known; choose from {', '.join(QUANTISED)}")
+            raise UserError(f"quantisation {kind!r} is not known; choose from {', '.join(QUANTISED)}")
     if ids_WT is None:
         ids_WT = token_windows(stored, text, tokens)
     spelling = spelled(stored, text)
@@ -129,7 +130,7 @@ def _check_code(directory: Path) -> None:
     names_code = "auto_map" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
     same = file.is_file() and file.read_bytes() == Path(modeling_atp.__file__).read_bytes()
     if names_code and not same:
-        raise ValueError(
+        raise UserError(
             f"{file} is missing or differs from this version of atp, and verifying would run it; export the directory "
             f"again (python -m atp.export {directory} --to hf --output NEW_DIRECTORY)"
         )

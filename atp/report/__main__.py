@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from atp.errors import UserError
 from atp.report.across import write_across
 from atp.report.page import write_report
 from atp.report.runs import data_differs, find_runs
@@ -39,7 +40,7 @@ def _report(paths: Sequence[Path], out: Path | None, metric: str) -> int:
     for path, reason in left_out:
         sys.stderr.write(f"left out: {path}: {reason}\n")
     if not found:
-        raise ValueError(f"there is no finished run in {', '.join(map(str, paths))}")
+        raise UserError(f"there is no finished run in {', '.join(map(str, paths))}")
     if len(found) == 1 and len(paths) == 1 and found[0].path == paths[0] and out is None:
         sys.stdout.write(f"report: {write_report(paths[0])}\n")
         return 0

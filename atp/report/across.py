@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atp.errors import UserError
 from atp.report import pareto, runs
 from atp.report.comparison import lower_is_better, metric_names
 from atp.report.html import render, replace_file
@@ -48,7 +49,7 @@ def write_across(
     """
     known = list(dict.fromkeys(name for run in found for name in metric_names(run.metrics)))
     if metric not in known:
-        raise ValueError(f"--metric {metric}: no run has it; there are {', '.join(known) or 'none'}")
+        raise UserError(f"--metric {metric}: no run has it; there are {', '.join(known) or 'none'}")
     groups = runs.group_runs(found)
     columns, rows = runs.table(groups, [metric])
     panels = across_panels(groups, metric)

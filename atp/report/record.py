@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atp.errors import UserError
+
 METRICS_FORMAT = 1
 PHASES = ("warm-up", "pruning", "frozen")
 
@@ -136,11 +138,11 @@ def check_metrics(metrics: Any, source: str) -> None:
             source and the key.
     """
     if not isinstance(metrics, Mapping):
-        raise ValueError(
+        raise UserError(
             f"{source}: expected a JSON object, got {_shown(metrics)}; write it again by evaluating the run"
         )
     if metrics.get("format") != METRICS_FORMAT or isinstance(metrics["format"], bool):
-        raise ValueError(
+        raise UserError(
             f"{source}: key 'format' is {_shown(metrics.get('format'))}, this version of atp reads format "
             f"{METRICS_FORMAT}; evaluate the run again or use the version that wrote it"
         )
@@ -190,7 +192,7 @@ def _check(value: Any, schema: Any, key: str, source: str) -> None:
         shape, wanted = (list, "a list") if isinstance(schema, list) else (Mapping, "an object")
         fits = isinstance(value, shape)
     if not fits:
-        raise ValueError(
+        raise UserError(
             f"{source}: key '{key}' must be {wanted}, got {_shown(value)}; correct it or evaluate the run again"
         )
     if isinstance(schema, dict):
@@ -221,9 +223,9 @@ def read_metrics(path: Path) -> dict[str, Any]:
     try:
         metrics = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; is this the directory of a run that reached its evaluation?") from None
+        raise UserError(f"{path}: no such file; is this the directory of a run that reached its evaluation?") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); evaluate the run again") from None
+        raise UserError(f"{path}: not valid JSON ({error}); evaluate the run again") from None
     check_metrics(metrics, str(path))
     return clean(metrics)
 
@@ -233,7 +235,7 @@ def _masks(text: str) -> dict[str, Any]:
     axes = _by_layer(content["axes"])
     for kind, rows in axes.items():
         if not {bit for row in rows for bit in row} <= {0, 1}:
-            raise ValueError(f"axes of {kind} hold values other than 0 and 1")
+            raise UserError(f"axes of {kind} hold values other than 0 and 1")
     masks = {kind: [[int(bit) for bit in row] for row in rows] for kind, rows in axes.items()}
     scores = {
         kind: [[float(s) for s in row] for row in rows] for kind, rows in _by_layer(content.get("scores") or {}).items()
@@ -256,7 +258,7 @@ def _training(text: str) -> dict[str, Any]:
     columns: dict[str, dict[float, str]] = {}
     lines = csv.DictReader(text.replace("\0", "").splitlines())
     if "step" not in (lines.fieldnames or []):
-        raise ValueError(f"no column 'step' among {lines.fieldnames or []}")
+        raise UserError(f"no column 'step' among {lines.fieldnames or []}")
     for row in lines:
         step = _float(row["step"] or "")
         if step is not None and math.isfinite(step):
@@ -299,7 +301,7 @@ def _samples(text: str) -> dict[str, Any]:
     for item in json.loads(text):
         fields: dict[str, Any] = {key: item.get(key) for key in ("prompt", "reference", "dense", "pruned")}
         if not isinstance(fields["prompt"], str):
-            raise ValueError(f"a sample has no prompt text: {_shown(item)}")
+            raise UserError(f"a sample has no prompt text: {_shown(item)}")
         texts: dict[str, Any] = {key: None if value is None else clean(str(value)) for key, value in fields.items()}
         samples.append(Sample(**texts))
     return {"samples": tuple(samples)}

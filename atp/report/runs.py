@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atp.errors import UserError
 from atp.report.comparison import lower_is_better
 from atp.report.record import number, read_metrics
 
@@ -103,7 +104,7 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[tuple[Path, str]]]
     runs, left_out, seen = [], [], set()
     for path in paths:
         if not path.is_dir():
-            raise ValueError(f"{path}: no such directory; give run directories or folders that hold some")
+            raise UserError(f"{path}: no such directory; give run directories or folders that hold some")
         for found in _run_dirs(path):
             if found.resolve() in seen:
                 continue
