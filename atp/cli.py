@@ -282,7 +282,7 @@ def _key(override: str) -> str:
 
 
 def _with_resume(arguments: list[str]) -> list[str]:
-    """Replace ``resume=last`` by its directory; the run's own overrides are added where at most later stages change."""
+    """Replace ``resume=last`` by its directory; a ``resume=`` with at most exports changed gets the run's overrides."""
     resume = next((a for a in arguments if a.startswith("resume=") and a not in ("resume=null", "resume=")), None)
     if resume is None:
         return arguments

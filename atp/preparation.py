@@ -7,7 +7,9 @@ batches set aside for calibration. It knows nothing of Hydra, of checkpoints or 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from atp.config import TrainConfig, WarmStartConfig
 from atp.data.batches import PruningDataModule
 from atp.errors import UserError
 from atp.generator import FixedScores
-from atp.lora import merged_tensors
+from atp.lora import base_tensors, merged_tensors
 from atp.module import PruningModule
 from atp.reconstruction import repair
 from atp.removal import remove
@@ -106,3 +108,22 @@ def to_device(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> 
     """The batches, moved one at a time."""
     for batch in batches:
         yield {key: value.to(device) for key, value in batch.items()}
+
+
+def write_cut(file: Path, model: PreTrainedModel, module: PruningModule) -> None:
+    """Keep a two-stage cut whole or not at all, with the place in the random numbers that its tuning starts from."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    state = {"masks_U": module.final_masks_U.cpu(), "model": model.state_dict(), "random": torch.get_rng_state()}
+    torch.save(state, temporary)
+    os.replace(temporary, file)
+
+
+def read_cut(file: Path, module: PruningModule, base_config: PreTrainedConfig) -> PreTrainedModel:
+    """The cut that :func:`write_cut` kept, of the same module before its start."""
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    model = remove(base_tensors(module.masked.peft_model), base_config, module.space, state["masks_U"])
+    model.load_state_dict(state["model"])
+    torch.set_rng_state(state["random"])
+    log.info("the cut was made before, taken from %s", file)
+    return model

@@ -31,7 +31,7 @@ from atp.assessment import PROMPTS_COUNTED, Assessor
 from atp.aware import AwareModule
 from atp.callbacks import ProgressReport, QuietCollector, RunCheckpoint, Throughput
 from atp.compaction import expanded_state
-from atp.config import TrainConfig, WarmStartConfig
+from atp.config import TrainConfig
 from atp.errors import UserError
 from atp.evaluate.measure import count_parameters, peak_memory
 from atp.export.bundle import check_formats, verify_formats, windows_of, write_formats
@@ -43,7 +43,7 @@ from atp.loggers import close_loggers, csv_logger, log_figures, log_folder, log_
 from atp.lora import base_tensors, merge_in_place, merged_tensors
 from atp.module import PruningModule
 from atp.monitoring import MaskMonitor, TrainingHealth
-from atp.preparation import Preparation, to_device
+from atp.preparation import Preparation, read_cut, to_device, write_cut
 from atp.prompt import PROMPT_FILE
 from atp.removal import max_logit_difference, remove, slice_adapter, widths_after
 from atp.rundir import RunDirectory, write_json
@@ -144,7 +144,7 @@ class Stages:
         before = self.directory.path / "preparation.json"
         if not self.directory.checkpoint("joint").is_file():
             with peak_memory(self.device) as peak:
-                self._warm_start(module, self.config.prune.warm_start)
+                self._warm_start(module)
                 if restores and self.config.prune.restore.at == "start":
                     self.preparation.repair_start(module)
             write_json(before, {"peak_mib": peak.mib})
@@ -155,9 +155,9 @@ class Stages:
         prepared = json.loads(before.read_text(encoding="utf-8"))["peak_mib"] if before.is_file() else 0.0
         return {"train_peak_mib": max(prepared, peak.mib), "steps_peak_mib": peak.mib, "train_peak_kind": peak.kind}
 
-    def _warm_start(self, module: PruningModule, settings: WarmStartConfig) -> None:
+    def _warm_start(self, module: PruningModule) -> None:
         """Let the generator begin with the importance of the dense model's units."""
-        start = self.preparation.warm_start(module, settings)
+        start = self.preparation.warm_start(module, self.config.prune.warm_start)
         if start and start.losses:
             plain = {"format": 1, "chosen": start.name, "repaired_loss": start.losses}
             write_json(self.directory.path / "start.json", plain)
@@ -277,14 +277,21 @@ class Stages:
     def tune_baseline(self, name: str) -> dict[str, Any]:
         """Prune at once by the named rule, then tune and evaluate."""
         teacher = self.assessor.place(self.dense()) if build.is_distilled(self.config) else None
-        return self.tune(name, self._cut_at_once(name), teacher)
+        kept = self.directory.checkpoint(f"{name}_cut")
+        result = self.tune(name, self._cut_at_once(name, kept), teacher)
+        kept.unlink(missing_ok=True)
+        return result
 
-    def _cut_at_once(self, name: str) -> PreTrainedModel:
-        """The dense model pruned to the same budget before any training, restored as the run's own model is."""
+    def _cut_at_once(self, name: str, kept: Path) -> PreTrainedModel:
+        """The dense model pruned before any training, repaired as the run's own is; in ``kept`` until it is tuned."""
         config = build.two_stage(self.config, name)
         module = build.pruning_module(config, self.dense())
-        self._warm_start(module, config.prune.warm_start)
-        return self.preparation.cut(module, self.base_config)
+        if kept.is_file():
+            return read_cut(kept, module, self.base_config)
+        self.preparation.warm_start(module, config.prune.warm_start)
+        cut = self.preparation.cut(module, self.base_config)
+        write_cut(kept, cut, module)
+        return cut
 
     def evaluate_model(self, model: PreTrainedModel) -> dict[str, Any]:
         """Quality on the test records, on further tasks, and on what is not the target domain."""

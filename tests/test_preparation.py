@@ -1,0 +1,52 @@
+"""Two-stage baselines: a tuning that was interrupted goes on with the cut it began with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from atp.cli import compose_config
+from atp.rundir import RunDirectory
+from atp.stages import Stages
+from atp.tuning import TuningModule
+
+
+def make_stages(folder: Path) -> Stages:
+    overrides = ["experiment=smoke", "trainer.checkpoint_every_n_steps=2", "evaluate.forgetting=[]"]
+    config: Any = OmegaConf.to_object(compose_config([*overrides, "evaluate.max_generate=0"]))
+    return Stages(config, RunDirectory(folder, {}, [], resume=True), {}, {})
+
+
+@pytest.mark.parametrize("failing", [1, 4], ids=["before a checkpoint", "after one"])
+def test_a_resumed_baseline_is_not_repaired_again(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning import seed_everything
+
+    from atp import preparation
+
+    repaired: list[int] = []
+    real_repair, real_step = preparation.repair, TuningModule.training_step
+    monkeypatch.setattr(preparation, "repair", lambda *a: repaired.append(1) or real_repair(*a))
+
+    def begin(folder: Path) -> dict[str, Any]:
+        seed_everything(0, verbose=False)
+        return make_stages(folder).tune_baseline("uniform")
+
+    whole = begin(tmp_path / "whole")
+
+    def fails(module: TuningModule, batch: Any, index: int) -> Any:
+        if index == failing:
+            raise RuntimeError("killed")
+        return real_step(module, batch, index)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(TuningModule, "training_step", fails)
+        begin(tmp_path / "part")
+    assert len(repaired) == 2
+    resumed = begin(tmp_path / "part")
+    assert len(repaired) == 2 and resumed["values"] == whole["values"] and resumed["sparsity"] == whole["sparsity"]
+    assert not list((tmp_path / "part" / "checkpoints").glob("*_cut*"))
