@@ -80,7 +80,7 @@ class AwareModule(PruningModule):
         self.masked.aware = self.lora_aware
         if learnt is None:
             mask_loss = self._apply_masks()
-            self.log_figures({"train/budget_loss": mask_loss})
+            self.log_losses({"train/budget_loss": mask_loss})
         else:
             mask_loss, masks_U = learnt
             self.masked.set_masks(masks_U)
@@ -89,7 +89,7 @@ class AwareModule(PruningModule):
         loss = task_loss + mask_loss + self.lasso_factor(self.global_step) * (lasso - lasso.detach()) + lasso.detach()
         self.masked.aware = False
         self._check_finite(loss)
-        self.log_figures({"train/loss": loss, "train/task_loss": task_loss, "train/group_lasso": lasso})
+        self.log_losses({"train/loss": loss, "train/task_loss": task_loss, "train/group_lasso": lasso})
         return loss
 
     def lasso_factor(self, step: int) -> float:
@@ -128,7 +128,7 @@ class AwareModule(PruningModule):
         calibration_loss = causal_loss(self.masked, batch)
         self.masked.train(training)
         self._log_masks(expected, target)
-        self.log_figures({"train/calibration_loss": calibration_loss, "train/budget_loss": budget_loss})
+        self.log_losses({"train/calibration_loss": calibration_loss, "train/budget_loss": budget_loss})
         return self._carrier(calibration_loss + budget_loss), masks_U.detach()
 
     def _carrier(self, loss: Tensor) -> Tensor:

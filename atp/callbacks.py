@@ -6,6 +6,7 @@ modules' public state and nothing of Hydra or of the stages around training.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import logging
@@ -26,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from atp.errors import UserError
 from atp.module import PruningModule
 from atp.objective import Phase
-from atp.rundir import write_json
+from atp.rundir import CONFIG, write_json
 from atp.tuning import TrainingDiverged, TuningModule
 
 log = logging.getLogger(__name__)
@@ -284,8 +285,8 @@ class StopBadTrial(Callback):
     """Stops a run that does worse than the median of the sweep's other runs had done by the same step.
 
     The median rule of Vizier (Golovin et al. 2017, section 3.2.2) in the form Optuna uses: this run's value against the
-    others' values at the same step. Only runs with equal steps and an equal target are comparable, and only once their
-    masks are fixed. Each run writes its values to ``trial.json``, so it works with any sweeper and launcher.
+    others' values at the same step. Compared are runs whose ``config.json`` names the same target, steps, base, data,
+    prompt and metric, once masks are fixed; from then on each writes its values to ``trial.json``, for any sweeper.
 
     Args:
         run_dir: The run directory; the others lie beside it.
@@ -308,10 +309,14 @@ class StopBadTrial(Callback):
         if self.metric not in trainer.callback_metrics:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
             raise UserError(f"callbacks.stop_bad_trials.metric is {self.metric!r}, of what is logged: {known}")
+        if not pl_module.frozen:
+            return
         value, step = float(trainer.callback_metrics[self.metric]), str(trainer.global_step)
         own = self.run_dir / "trial.json"
         write_json(own, {**_trial_values(own), step: value})
-        others = [_trial_values(path) for path in self.run_dir.parent.glob("*/trial.json") if path != own]
+        trials = [path for path in self.run_dir.parent.glob("*/trial.json") if path != own]
+        mine = _compared(self.run_dir)
+        others = [_trial_values(path) for path in trials if _compared(path.parent) == mine]
         there = [values[step] for values in others if step in values]
         if trainer.global_step < self.after * int(trainer.max_steps) or len(there) < self.min_trials:
             return
@@ -323,8 +328,24 @@ class StopBadTrial(Callback):
             )
 
 
-def _trial_values(path: Path) -> dict[str, float]:
+def _trial_values(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
+
+
+_COMPARED = (
+    *("prune.sparsity", "prune.budget_of", "prune.budget_context", "trainer.max_steps"),
+    *("model.path", "model.revision", "model.dtype", "prompt"),
+)
+_HOW_DATA_ARE_READ = ("batch_size", "num_workers", "cache", "stream", "packing")
+
+
+def _compared(run_dir: Path) -> list[Any]:
+    """What must be equal for two runs' values to be compared; nothing of it for a run that recorded no settings."""
+    config = _trial_values(run_dir / CONFIG).get("config") or {}
+    found = [functools.reduce(lambda node, key: (node or {}).get(key), n.split("."), config) for n in _COMPARED]
+    data = {key: value for key, value in (config.get("data") or {}).items() if key not in _HOW_DATA_ARE_READ}
+    rules = [n for n in (config.get("callbacks") or {}).values() if str(n.get("_target_")).endswith("StopBadTrial")]
+    return [*found, data, [node.get("metric", "val/perplexity") for node in rules]]

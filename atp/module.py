@@ -263,7 +263,7 @@ class PruningModule(TuningModule):
         task_loss = self.task_loss(batch)
         loss = task_loss + budget_loss
         self._check_finite(loss)
-        self.log_figures({"train/loss": loss, "train/task_loss": task_loss, "train/budget_loss": budget_loss})
+        self.log_losses({"train/loss": loss, "train/task_loss": task_loss, "train/budget_loss": budget_loss})
         return loss
 
     @contextmanager

@@ -82,6 +82,7 @@ class TuningModule(LightningModule):
         self.val_loss = MeanMetric()
         self.is_logged_step = False  # the first, every ``trainer.log_every_n_steps``-th, the last
         self.figures: dict[str, Tensor | float] = {}  # of the step at hand, where they are wanted
+        self._losses: dict[str, list[Tensor]] = {}  # of the step's micro-batches so far
         self._learnt: int | None = None  # labels of the batch at hand, counted before it went to a device
         self._sum: Tensor | None = None  # of the losses whose being finite was not looked at yet
 
@@ -106,6 +107,8 @@ class TuningModule(LightningModule):
         if self._trainer is not None:
             number, every = self.global_step + 1, self._trainer.log_every_n_steps  # type: ignore[attr-defined]
             self.is_logged_step = number == 1 or number % every == 0 or number == self.total_steps
+        if self._trainer is None or batch_idx % self._trainer.accumulate_grad_batches == 0:
+            self._losses = {}
         self.figures = {}
         torch.manual_seed((self.seed * 1_000_003 + batch_idx) % 2**63)
 
@@ -113,7 +116,7 @@ class TuningModule(LightningModule):
         """One forward pass; returns the loss to descend."""
         loss = self.task_loss(batch)
         self._check_finite(loss)
-        self.log_figures({"train/loss": loss})
+        self.log_losses({"train/loss": loss})
         return loss
 
     def _take_learnt(self) -> int | None:
@@ -125,6 +128,15 @@ class TuningModule(LightningModule):
         """Note figures of the step at hand, if they are wanted."""
         if self.is_logged_step:
             self.figures |= {name: v.detach() if isinstance(v, Tensor) else v for name, v in figures.items()}
+
+    def log_losses(self, losses: Mapping[str, Tensor]) -> None:
+        """Note losses of the step at hand as means over its micro-batches, which weigh the same in its gradient."""
+        if not self.is_logged_step:
+            return
+        for name, value in losses.items():
+            seen = self._losses.setdefault(name, [])
+            seen.append(value.detach())
+            self.figures[name] = seen[0] if len(seen) == 1 else torch.stack(seen).mean()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Hand what step and callbacks have noted to the loggers, all at once.
@@ -158,7 +170,7 @@ class TuningModule(LightningModule):
         with torch.no_grad(), self.teaching() as teacher:
             taught: Any = teacher(**inputs, output_hidden_states=weight > 0.0)
         divergence = distillation_loss(output.logits, taught.logits, batch["labels"])
-        self.log_figures({"train/distillation_loss": divergence, "train/data_loss": output.loss})
+        self.log_losses({"train/distillation_loss": divergence, "train/data_loss": output.loss})
         loss = (1.0 - self.distill.logits) * output.loss + self.distill.logits * divergence
         if weight > 0.0:
             loss = loss + self._hidden_loss(output.hidden_states[1:], taught.hidden_states[1:], batch, weight)
@@ -175,7 +187,8 @@ class TuningModule(LightningModule):
             self.distill = replace(self.distill, hidden=0.0)
             return 0.0
         distance = hidden_state_loss(states, wanted, real_tokens(batch["attention_mask"]))
-        self.log_figures({"train/hidden_loss": distance, "train/hidden_weight": weight})
+        self.log_losses({"train/hidden_loss": distance})
+        self.log_figures({"train/hidden_weight": weight})
         return weight * distance
 
     @contextmanager

@@ -145,6 +145,32 @@ def test_resume_equals_uninterrupted_to_the_last_bit(make: Any, method: str, sto
     assert_same(trained_state(whole), trained_state(resumed))
 
 
+class Losses(Callback):
+    """Collects what every forward pass loses, and what is logged of it at the end of a step."""
+
+    def __init__(self) -> None:
+        self.micro: list[float] = []
+        self.steps: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        every = trainer.accumulate_grad_batches
+        self.micro.append(float(outputs["loss"]) * every)  # Lightning divides it
+        if (batch_idx + 1) % every == 0:
+            self.steps.append({name: float(value) for name, value in pl_module.figures.items()})
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_logged_loss_is_that_of_all_micro_batches(accumulate: int, tmp_path: Path) -> None:
+    losses = Losses()
+    fit(make_module(), tmp_path / "a.ckpt", losses, accumulate=accumulate)
+    logged = [(step, figures) for step, figures in enumerate(losses.steps) if "train/loss" in figures]
+    assert [step for step, _ in logged] == [0, STEPS - 1]
+    for step, figures in logged:
+        own = losses.micro[step * accumulate : (step + 1) * accumulate]
+        assert figures["train/loss"] == (own[0] if accumulate == 1 else pytest.approx(sum(own) / accumulate))
+        assert figures["train/task_loss"] + figures["train/budget_loss"] == pytest.approx(figures["train/loss"])
+
+
 def test_resume_with_accumulation_and_from_a_kill(tmp_path: Path) -> None:
     """A killed process leaves the last periodic checkpoint; going on from it reaches the same end."""
     whole = make_module()

@@ -16,6 +16,7 @@ from atp.cli import compose_config
 from atp.config import folder_name
 from atp.module import PruningModule
 from atp.results import _run
+from atp.rundir import write_json
 from atp.sweep import SharedResults, clear_mark, lease_gpu, mark_job, read_job, read_jobs, start_sweep, summary_lines
 
 CONFIG: dict[str, Any] = {
@@ -141,11 +142,13 @@ def test_one_gpu_needs_no_lease(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def validate(folder: Path, name: str, step: int, value: float, **settings: Any) -> None:
+def validate(folder: Path, name: str, step: int, value: float, *, frozen: bool = True, **settings: Any) -> None:
     (folder / name).mkdir(exist_ok=True)
     metrics = {"val/perplexity": torch.tensor(value)}
     trainer: Any = SimpleNamespace(sanity_checking=False, callback_metrics=metrics, global_step=step, max_steps=10)
-    StopBadTrial(str(folder / name), **settings).on_validation_end(trainer, PruningModule.__new__(PruningModule))
+    module = PruningModule.__new__(PruningModule)
+    module.frozen = frozen
+    StopBadTrial(str(folder / name), **settings).on_validation_end(trainer, module)
 
 
 def test_a_trial_worse_than_the_median_is_stopped(tmp_path: Path) -> None:
@@ -159,6 +162,38 @@ def test_a_trial_worse_than_the_median_is_stopped(tmp_path: Path) -> None:
     validate(tmp_path, "f", 5, 9.0, min_trials=9)
     with pytest.raises(TrialStopped):
         validate(tmp_path, "g", 5, float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("prune.sparsity", 0.6), ("model.path", "other"), ("data.domain", "health"), ("trainer.max_steps", 20)],
+)
+def test_a_trial_is_held_against_trials_of_its_own_target_base_and_data(
+    tmp_path: Path, setting: str, value: Any
+) -> None:
+    def record(name: str, *overrides: str) -> None:
+        config = OmegaConf.to_container(compose_config(["experiment=smoke", "callbacks=stop_bad_trials", *overrides]))
+        write_json(tmp_path / name / "config.json", {"config": config})
+
+    for name in "abc":
+        record(name)
+        validate(tmp_path, name, 5, 2.0)
+    record("d", f"{setting}={value}")
+    validate(tmp_path, "d", 5, 9.0)
+    record("e", "optim.lr=0.1", "data.batch_size=1")
+    with pytest.raises(TrialStopped, match="of 3 others"):
+        validate(tmp_path, "e", 5, 9.0)
+
+
+def test_a_trial_is_neither_stopped_nor_held_against_others_before_its_masks_are_fixed(tmp_path: Path) -> None:
+    for name in "abc":
+        validate(tmp_path, name, 5, 2.0, frozen=False)
+    validate(tmp_path, "d", 5, 9.0)
+    for name in "efg":
+        validate(tmp_path, name, 5, 2.0)
+    validate(tmp_path, "h", 5, 9.5, frozen=False)
+    with pytest.raises(TrialStopped):
+        validate(tmp_path, "h", 5, 9.5)
 
 
 @pytest.mark.parametrize(

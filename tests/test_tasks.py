@@ -17,7 +17,7 @@ from atp.data.files import rows
 from atp.data.overlap import check_overlap
 from atp.data.records import ChoiceRecord, CompletionRecord, Record, Splits, TextRecord, content_key, few_shot
 from atp.data.sources import load_files, read_records
-from atp.data.streaming import StreamedRecords
+from atp.data.streaming import MAX_HELD_OUT, StreamedRecords, _fraction
 from atp.data.tasks import Task, find_task, load_tasks
 
 TASKS = load_tasks()
@@ -313,6 +313,17 @@ def test_a_stream_gives_the_splits_and_batches_of_a_list(tmp_path: Path) -> None
     assert streamed.describe()["tokens"] == listed.describe()["tokens"]
     with pytest.raises(ValueError, match="exclude each other"):
         PruningDataModule(splits, tokenizer, packing=True, **sizes)
+
+
+def test_of_a_large_stream_the_records_of_the_lowest_hashes_are_held_out(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "big.jsonl", [{"text": f"r{i}"} for i in [*range(9000), *range(500)]])
+    splits = load_files(file, seed=3, stream=True, validation_fraction=0.6, test_fraction=0.1, near_duplicates="ignore")
+    places = {record: _fraction(record, 3) for record in (TextRecord(f"r{i}") for i in range(9000))}
+    lowest = sorted((record for record in places if places[record] < 0.6), key=places.__getitem__)[:MAX_HELD_OUT]
+    assert len(lowest) == MAX_HELD_OUT and set(splits.validation) == set(lowest)
+    assert len(splits.validation) == MAX_HELD_OUT and len(splits.test) == sum(
+        0.6 <= place < 0.7 for place in places.values()
+    )
 
 
 def test_windows_with_a_stride_score_every_token_once_with_more_context() -> None:

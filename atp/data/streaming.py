@@ -149,15 +149,19 @@ def _split_of(bounds: Mapping[str, float], seed: int, record: Record) -> str:
 def _carve(
     records: StreamedRecords, splits: Sequence[str], split_of: Callable[[Record], str], seed: int
 ) -> dict[str, list[Record]]:
-    """One pass: the records of the splits to carve off, of each at most :data:`MAX_HELD_OUT`."""
-    heaps: dict[str, dict[str, tuple[float, Record]]] = {split: {} for split in splits}
+    """One pass: the records of the splits to carve off, of each those of the lowest hashes, in the stream's order."""
+    found: dict[str, dict[str, Record]] = {split: {} for split in splits}
+    highest: dict[str, list[tuple[float, str]]] = {split: [] for split in splits}  # negated: the highest hash on top
     for record in records:
-        split = split_of(record)
-        if split in heaps:
-            heaps[split][content_key(record)] = (_fraction(record, seed), record)
-            if len(heaps[split]) > 2 * MAX_HELD_OUT:
-                heaps[split] = dict(heapq.nsmallest(MAX_HELD_OUT, heaps[split].items(), key=lambda item: item[1][0]))
-    return {split: [record for _, record in list(found.values())[:MAX_HELD_OUT]] for split, found in heaps.items()}
+        split, key = split_of(record), content_key(record)
+        if split not in found:
+            continue
+        if key not in found[split]:
+            heapq.heappush(highest[split], (-_fraction(record, seed), key))
+        found[split][key] = record
+        if len(found[split]) > MAX_HELD_OUT:
+            del found[split][heapq.heappop(highest[split])[1]]
+    return {split: list(kept.values()) for split, kept in found.items()}
 
 
 class TokenStore(Sequence[Example]):
