@@ -257,7 +257,7 @@ def merge_csv(folder: Path, target: Path) -> None:
     columns: list[str] = []
     for part in sorted(folder.glob("part_*/metrics.csv"), key=lambda p: int(p.parent.name.removeprefix("part_"))):
         with part.open(newline="", encoding="utf-8") as file:
-            new = list(csv.DictReader(file))
+            new = [row for row in csv.DictReader(file) if (row["step"] or "").isdecimal()]  # a kill cuts rows short
         if new:
             first = min(int(row["step"]) for row in new)
             rows = [row for row in rows if int(row["step"]) < first] + new

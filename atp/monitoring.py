@@ -87,7 +87,7 @@ class MaskMonitor(Callback):
 
     Args:
         folder: The run directory.
-        history: JSON-lines file for the pictures' data; a resumed run goes on in it.
+        history: JSON-lines file for the pictures' data; a resumed run goes on in it from its checkpoint's step.
         pictures: Most pictures between start and freeze.
     """
 
@@ -106,8 +106,19 @@ class MaskMonitor(Callback):
             masks_U, sure_U = pl_module.mask_state()
             self._decided_U, self._decided_at = masks_U > 0.5, trainer.global_step
             self._frozen_pictured = trainer.global_step > 0 and pl_module.frozen
-            if not self._frozen_pictured:
+            if not self._forget_after(trainer) and not self._frozen_pictured:
                 self._picture(trainer, pl_module, sure_U)
+
+    def _forget_after(self, trainer: Trainer) -> bool:
+        """Drop the history of steps that are about to be repeated; returns whether there is one up to here."""
+        if not trainer.is_global_zero or not self.history.is_file():
+            return False
+        lines = self.history.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if 0 <= _step_of(line) <= trainer.global_step] if trainer.global_step else []
+        temporary = self.history.with_name(self.history.name + ".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.history)
+        return bool(kept)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -174,6 +185,14 @@ class MaskMonitor(Callback):
         self.history.parent.mkdir(parents=True, exist_ok=True)
         with self.history.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def _step_of(line: str) -> int:
+    """Step of a line of the history; -1 for one that a kill has cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 def unit_rows(axes: Sequence[Any], values: Mapping[str, Tensor]) -> dict[str, list[list[float]]]:

@@ -122,6 +122,15 @@ def test_login_is_looked_up_without_asking(tmp_path: Path) -> None:
     assert not is_logged_in({"NETRC": str(tmp_path / "absent")})
 
 
+def test_a_row_that_a_kill_cut_short_is_left_out_of_the_joined_log(tmp_path: Path) -> None:
+    for part, text in enumerate(("epoch,step,train/loss\n0,0,a\n0,1,b\n0", "epoch,step,train/loss\n0,1,B\n0,2,C\n")):
+        (tmp_path / f"part_{part}").mkdir()
+        (tmp_path / f"part_{part}" / "metrics.csv").write_text(text)
+    merge_csv(tmp_path, tmp_path / "train.csv")
+    with (tmp_path / "train.csv").open(newline="") as file:
+        assert [row["train/loss"] for row in csv.DictReader(file)] == ["a", "B", "C"]
+
+
 def test_resumed_parts_of_a_log_join_without_doubles(tmp_path: Path) -> None:
     for part, rows in enumerate(([(0, "a"), (1, "b"), (2, "c")], [(1, "B"), (2, "C"), (3, "D")])):
         folder = tmp_path / f"part_{part}"

@@ -13,6 +13,7 @@ from conftest import tiny_batch, tiny_model
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
+from test_module import fit, make_module
 from torch.utils.data import DataLoader
 
 from atp import loggers
@@ -131,6 +132,27 @@ def test_a_logged_step_is_one_call_with_all_its_figures() -> None:
         assert {"train/loss", "mask/sparsity", "lr/lora", "grad_norm/lora", "train/tokens_per_second"} <= figures.keys()
         assert all(isinstance(value, (int, float)) for value in figures.values())
     assert float(trainer.callback_metrics["train/loss"]) == float(module.figures["train/loss"])
+
+
+@pytest.mark.parametrize("last", [2, 9], ids=["before the first checkpoint", "after the freeze"])
+def test_a_resumed_run_writes_the_history_of_an_uninterrupted_one(last: int, tmp_path: Path) -> None:
+    class Die(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == last:
+                raise RuntimeError("killed")
+
+    def history(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+
+    fit(make_module(), tmp_path / "whole.ckpt", MaskMonitor(tmp_path, tmp_path / "whole.jsonl"))
+    path, file = tmp_path / "part.ckpt", tmp_path / "part.jsonl"
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(make_module(), path, MaskMonitor(tmp_path, file), Die())
+    with file.open("a") as torn:
+        torn.write('{"step": 8, "pha')
+    fit(make_module(), path, MaskMonitor(tmp_path, file), resume=path.is_file())
+    assert path.is_file() and history("part.jsonl") == history("whole.jsonl")
+    assert [line["step"] for line in history("whole.jsonl")] == [0, 7]
 
 
 @pytest.mark.parametrize("end", ["on_train_end", "on_exception"])
