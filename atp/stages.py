@@ -45,7 +45,7 @@ from atp.monitoring import MaskMonitor, TrainingHealth
 from atp.preparation import Preparation, to_device
 from atp.prompt import PROMPT_FILE
 from atp.removal import max_logit_difference, remove, slice_adapter, widths_after
-from atp.rundir import RunDirectory, write_json
+from atp.rundir import RunDirectory, saved_overrides, write_json
 from atp.space import block_parameters
 from atp.tuning import TuningModule
 
@@ -136,6 +136,7 @@ class Stages:
         """Train masks and adapters together; leaves ``checkpoints/joint.ckpt``."""
         base = build.load_base(self.config.model, quantized=True, device=self.device)
         module = build.pruning_module(self.config, base)
+        build.tell_ignored(self.config, module, saved_overrides(self.directory.path))
         restores = self.config.prune.restore.batches > 0
         if restores:
             module.calibration = self.preparation.calibration
