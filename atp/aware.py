@@ -68,8 +68,9 @@ class AwareModule(PruningModule):
                 "negative and final_from lies between 0 and 1"
             )
         self.update, self.lora_aware = update, lora_aware
-        if lora_aware or lasso or final_lasso:  # rows of pruned units go on training towards zero
-            self.compaction = False
+        if lora_aware or lasso or final_lasso:
+            cause = "prune.lora_aware is true" if lora_aware else "prune.lasso is on"
+            self.compaction, self.uncut = False, f"{cause}, so that adapters of pruned units go on training"
         self.lasso, self.final_lasso, self.final_from = lasso, final_lasso, final_from
         self.calibration_batch: Callable[[int], Batch] | None = None
 

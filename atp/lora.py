@@ -1,8 +1,8 @@
 """PEFT LoRA with masks: the model that trains.
 
 Sits between the loaded base model and the training module: wraps the seven linears with LoRA adapters, multiplies masks
-into the forward pass at the pruning space's sites, and merges adapters back for removal. This is the only file that
-knows PEFT's internals. It knows masks as tensors and nothing of how they come about.
+into the forward pass at the pruning space's sites, and merges adapters back for removal. PEFT's modules are
+known here and in :mod:`atp.adapter`. It knows masks as tensors and nothing of how they come about.
 
 A site's mask multiplies the *input* of an output projection, before base weight and adapter alike, or the *output* of a
 projection or embedding, after both, so a zero removes the unit's part in both branches. What the other projections

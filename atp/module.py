@@ -61,6 +61,9 @@ class PruningModule(TuningModule):
             channels, widths that need not be rounded and no restoration, and is ignored with a warning otherwise.
         gates: ``binary``, or what kept units are scaled by after the freeze, see :class:`atp.gates.Gates`.
         **tuning: Arguments of :class:`TuningModule`.
+
+    Attributes:
+        uncut: Why the live model cannot be cut at the freeze, whatever ``compaction`` says; empty where it can.
     """
 
     final_masks_U: Tensor
@@ -98,9 +101,12 @@ class PruningModule(TuningModule):
         taught = dense is None and not self.distill.is_over(schedule.freeze_step, self.total_steps)
         if compaction and taught:
             log.warning("prune.compact is ignored: distillation needs the dense base as its teacher")
-        if compaction and not can_compact(self.space):
-            log.info("the live model is not cut at the freeze: only heads and channels can be, not the whole space")
-        self.compaction = compaction and not taught and can_compact(self.space) and gates == "binary"
+        self.uncut = "distillation needs the dense base as its teacher" if taught else ""
+        if not can_compact(self.space):
+            self.uncut = "of prune.space only heads, query_heads and channels can be cut while training"
+        elif gates != "binary":
+            self.uncut = f"prune.gates is {gates}, which scales what is kept until the end"
+        self.compaction = compaction and not self.uncut
         if restore_at not in RESTORE_AT:
             raise UserError(f"prune.restore.at is {restore_at!r}; known: {', '.join(RESTORE_AT)}")
         self.restoration, self.restore_at = restoration or Restoration(), restore_at
@@ -118,16 +124,25 @@ class PruningModule(TuningModule):
         self.progressive = progressive
 
     def on_fit_start(self) -> None:
-        """See that early cuts are possible."""
+        """Compile the decoder; switch early cuts off, with a warning, where they are impossible."""
         super().on_fit_start()
-        plain = {axis.kind for axis in self.space.axes} <= {"heads", "channels"} and self.round_to == 1
-        scored = isinstance(self.generator, GradientScores)
-        if self.progressive and not (self.compaction and plain and not scored and self.calibration is None):
-            log.warning(
-                "prune.progressive is ignored: it needs prune.compact=true, a space of heads and channels, "
-                "prune.round_to=1, prune.restore.batches=0 and scores that need no gradients of what is cut"
-            )
+        if self.progressive and (why := self._why_not_early()):
+            log.warning("prune.progressive is ignored: %s", why)
             self.progressive = None
+
+    def _why_not_early(self) -> str:
+        """Why units cannot be cut before the freeze; empty where they can."""
+        if not self.compaction:
+            return self.uncut or "prune.compact is false"
+        if not {axis.kind for axis in self.space.axes} <= {"heads", "channels"}:
+            return "prune.space must be heads and channels alone"
+        if self.round_to != 1:
+            return f"prune.round_to is {self.round_to}, not 1"
+        if self.calibration is not None:
+            return "the cut is restored (prune.restore.batches), which needs the dense layers"
+        if isinstance(self.generator, GradientScores):
+            return "the generator scores by gradients of what would be cut"
+        return ""
 
     def _read_flag(self) -> None:
         self.frozen = bool(self.is_frozen)

@@ -46,7 +46,7 @@ from atp.monitoring import MaskMonitor, TrainingHealth
 from atp.preparation import Preparation, read_cut, to_device, write_cut
 from atp.prompt import PROMPT_FILE
 from atp.removal import max_logit_difference, remove, slice_adapter, widths_after
-from atp.rundir import RunDirectory, write_json
+from atp.rundir import RunDirectory, saved_overrides, write_json
 from atp.space import block_parameters
 from atp.tuning import TuningModule
 
@@ -138,6 +138,7 @@ class Stages:
         """Train masks and adapters together; leaves ``checkpoints/joint.ckpt``."""
         base = build.load_base(self.config.model, quantized=True, device=self.device)
         module = build.pruning_module(self.config, base)
+        build.tell_ignored(self.config, module, saved_overrides(self.directory.path))
         restores = self.config.prune.restore.batches > 0
         if restores:
             module.calibration = self.preparation.calibration

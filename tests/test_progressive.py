@@ -120,3 +120,13 @@ def test_where_it_cannot_work_it_says_so(tmp_path: Path, caplog: pytest.LogCaptu
     assert module.progressive is None
     assert "prune.progressive is ignored" in caplog.text
     fit(make_progressive(round_to=2), tmp_path / "a.ckpt", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [({"gates": "soft"}, "prune.gates is soft"), ({"round_to": 2}, "prune.round_to is 2")]
+)
+def test_the_warning_names_what_stands_against_early_cuts(
+    options: dict[str, Any], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(make_progressive(**options), tmp_path / "a.ckpt")
+    assert f"prune.progressive is ignored: {reason}" in caplog.text

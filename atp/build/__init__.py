@@ -15,6 +15,7 @@ from atp.build.data import (
     load_splits,
     normalisation,
 )
+from atp.build.ignored import tell_ignored
 from atp.build.quantization import check_quantization
 from atp.build.training import (
     check_start,
@@ -52,6 +53,7 @@ __all__ = [
     "pruning_module",
     "pruning_space",
     "restoration",
+    "tell_ignored",
     "tuning_module",
     "two_stage",
 ]

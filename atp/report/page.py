@@ -1,7 +1,7 @@
 """What a finished run has to show: `report.html` and pictures in its directory, and the table on the terminal.
 
 Last station of the flow. A run directory is the only input, so a report can be made again at any time, on any machine:
-`run_record` reads the directory, `comparison` lays out the figures, `figures` makes the charts, and this file brings
+`record` reads the directory, `comparison` lays out the figures, `figures` makes the charts, and this file brings
 them together on one self-contained page.
 
 It does not know models, data sets, configuration classes or how any figure was measured.

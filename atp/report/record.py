@@ -1,8 +1,8 @@
 """A finished run read back from its directory: figures, masks, training curves, samples, configuration.
 
-The only place that knows the file formats of a run directory for reading; `comparison` and `report` work on the
-`RunReport` made here. Everything but `metrics.json` is optional: what is missing or unreadable is left out and named in
-a note, so that one damaged file does not cost the rest of the report.
+Pages of one run read its directory through this file; `comparison` and `page` work on the
+`RunReport` made here. Everything but `metrics.json` is optional: what is missing or unreadable is left out and
+named in a note, so that one damaged file does not cost the rest of the report.
 
 It does not know how the figures were measured, nor how they are shown.
 """

@@ -1,0 +1,86 @@
+"""Settings without effect: which are told, and which presets stay quiet."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from test_build import config, names
+
+from atp import build
+from atp.build.ignored import ignored
+
+
+def told(caplog: pytest.LogCaptureFixture, *overrides: str, level: int = logging.WARNING) -> list[str]:
+    """What is told of a run with these overrides."""
+    made = config(*overrides)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        module = build.pruning_module(made, build.load_base(made.model))
+        build.tell_ignored(made, module, list(overrides))
+    return [record.getMessage() for record in caplog.records if record.levelno == level and "is ignored" in record.msg]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["prune=compresso"], "prune.space"),
+        (["prune=l0", "prune.gates=soft"], "prune.gates is soft"),
+        (["prune=l0", "prune.lora_aware=true"], "prune.lora_aware is true"),
+        (["prune=l0", "prune.lasso.weight=0.3"], "prune.lasso is on"),
+    ],
+)
+def test_why_the_live_model_is_not_cut_is_told_and_a_warning_where_it_was_asked_for(
+    overrides: list[str], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (line,) = told(caplog, *overrides, level=logging.INFO)
+    assert line.startswith("prune.compact is ignored") and reason in line
+    assert not told(caplog, *overrides)
+    (warning,) = told(caplog, *overrides, "prune.compact=true")
+    assert warning == line
+    assert not told(caplog, *overrides, "prune.compact=false", level=logging.INFO)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["prune=exact", "prune.multiplier_lr=2.0"], "Projection has no Lagrange multipliers"),
+        (["prune=taylor", "prune.generator_lr=0.2"], "FixedScores has nothing to train"),
+        (["prune=l0", "prune.space=[channels]", "prune.min_heads=2"], "prune.space has no heads"),
+        (
+            ["prune=l0", "prune.space=[heads]", "prune.sparsity=0.1", "prune.min_channels=2"],
+            "prune.space has no channels",
+        ),
+        (["prune=l0", "prune.space=[heads]", "prune.sparsity=0.1", "prune.round_to=8"], "neither channels nor hidden"),
+        (["prune=l0", "prune.restore.at=start"], "prune.restore.batches is 0"),
+        (["prune=exact", "prune.restore.epochs=0", "prune.restore.lr=0.1"], "prune.restore.epochs is 0"),
+        (["prune=l0", "prune.warm_start.criterion=wanda"], "prune.warm_start.batches is 0"),
+        (["prune=l0", "prune.progressive.below=0.1"], "prune.progressive.cuts is 0"),
+        (["prune=l0", "prune.lasso.final_from=0.9"], "prune.lasso.final_weight is 0"),
+        (["prune=taylor", "prune.schedule.shape=linear"], "prune.schedule.ramp is 0"),
+        (["prune=l0", "prune.distill.until=0.1"], "prune.distill.hidden is 0"),
+        (["prune=l0", "prune.budget_context=64"], "prune.budget_of is parameters"),
+        (["prune=l0", "prune.latency_table=t.json"], "prune.budget_of is parameters"),
+    ],
+)
+def test_a_named_setting_without_effect_is_told(
+    overrides: list[str], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (warning,) = told(caplog, *overrides)
+    assert warning.startswith(f"{overrides[-1]} is ignored: ") and reason in warning
+
+
+@pytest.mark.parametrize("preset", names("prune"))
+def test_presets_give_no_warning(preset: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert not told(caplog, f"prune={preset}")
+
+
+def test_every_name_told_is_one_of_the_schema() -> None:
+    made = config("prune=taylor", "prune.space=[heads]", "prune.sparsity=0.1", "prune.warm_start.batches=0")
+    module = build.pruning_module(made, build.load_base(made.model))
+    for name, _ in ignored(made, module):
+        *groups, last = name.split(".")
+        node = made.prune
+        for group in groups:
+            node = getattr(node, group)
+        assert hasattr(node, last), name
