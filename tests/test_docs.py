@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from atp.cli import compose_config
 
@@ -28,6 +30,69 @@ def test_shown_commands_compose(command: str) -> None:
     if words and not any(word.isupper() for word in words):
         first = [re.sub(r"^([\w.]+=)([^,\[{]+),.*$", r"\1\2", word) for word in words]
         compose_config(first)
+
+
+def test_shown_modules_exist() -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
+    names = sorted(set(re.findall(r"python -m\s+((?:atp|benchmarks)\.[\w.]*\w)", text)))
+    assert names
+    assert [name for name in names if importlib.util.find_spec(name) is None] == []
+
+
+def test_named_options_exist() -> None:
+    known = compose_config([])
+    option = re.compile(
+        r"`(?:[^`\n]* )?((?:data|evaluate|export|lora|model|optim|prompt|prune|trainer)(?:\.[a-z_]+)+)(?=[=` ])"
+    )
+    missing = []
+    for page in PAGES:
+        for name in option.findall(page.read_text(encoding="utf-8")):
+            group, *keys = name.split(".")
+            node = known[group]
+            while keys and keys[0] in node:
+                node = node[keys.pop(0)]
+            if keys and keys != ["json"]:  # prompt.json is a file
+                missing.append((page.name, name))
+    assert missing == []
+
+
+def test_readme_is_short_and_shows_the_rooms_of_the_architecture() -> None:
+    readme, architecture = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/architecture.md"))
+    assert len(readme.split()) <= 900
+    pictures = [
+        re.findall(r"^```\n(config -> .*?)```", text, re.DOTALL | re.MULTILINE) for text in (readme, architecture)
+    ]
+    assert pictures[0]
+    assert pictures[0] == pictures[1]
+
+
+def test_readme_names_every_preset() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    presets = {path.stem for path in (ROOT / "conf" / "prune").glob("*.yaml")}
+    assert {name for name in presets if f"`{name}`" not in readme} == set()
+
+
+def test_every_page_has_a_place_in_the_site() -> None:
+    def pages(node: object) -> list[str]:
+        if isinstance(node, str):
+            return [node]
+        inner = node.values() if isinstance(node, dict) else node
+        return [page for part in inner for page in pages(part)]  # type: ignore[attr-defined]
+
+    listed = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    there = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(listed) == sorted(there)
+
+
+def test_links_to_headings_resolve() -> None:
+    for page in PAGES:
+        for target, heading in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+            text = (page.parent / target if target else page).read_text(encoding="utf-8")
+            titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, (
+                page,
+                heading,
+            )
 
 
 @pytest.mark.slow
