@@ -65,6 +65,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
     {"stages": ()},
     {"pipeline": ()},
     {"cli": ()},
+    {"__main__": ()},
 ]
 OWNERS = {
     "peft": {"lora", "adapter", "export"},  # export: only to load an adapter as a user does, in verification
