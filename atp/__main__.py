@@ -5,7 +5,7 @@ Above everything else. It knows the commands' names; what a command does and its
 
 from __future__ import annotations
 
-import runpy
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -38,13 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         sys.stderr.write(f"error: there is no command {name!r}; there are {', '.join(COMMANDS)}\n")
         raise SystemExit(2)
-    sys.argv = [f"atp {name}", *rest]
-    if name == "train":
-        from atp.cli import main as train
-
-        train()
-    else:
-        runpy.run_module(f"atp.{name}", run_name="__main__", alter_sys=False)
+    modules = {"train": "atp.cli"} | {
+        package: f"atp.{package}.__main__" for package in ("evaluate", "export", "report")
+    }
+    raise SystemExit(importlib.import_module(modules.get(name, f"atp.{name}")).main(rest))
 
 
 if __name__ == "__main__":

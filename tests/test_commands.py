@@ -11,10 +11,9 @@ OWN = {name: f"atp.{name}" for name in COMMANDS} | {"train": "python train.py"}
 
 @pytest.mark.parametrize(("name", "says"), OWN.items())
 def test_a_command_answers_by_its_name(name: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
+    with pytest.raises(SystemExit) as end:
         main([name, "--help"])
-    except SystemExit as end:
-        assert not end.code
+    assert not end.value.code
     assert says in capsys.readouterr().out
 
 
