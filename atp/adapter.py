@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from atp.errors import UserError
 from atp.space import PruningSpace, Side, Weight
 
+ADAPTER_FOLDER = "adapter"
 _PREFIX = "base_model.model."
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -126,6 +127,39 @@ def read_adapter(directory: str | Path) -> Adapter:
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
         raise UserError(f"{folder} holds no plain LoRA adapter; merge it with PEFT (merge_and_unload) and save that")
     return Adapter(config, _paired(tensors, folder))
+
+
+def has_adapter(directory: str | Path) -> bool:
+    """Whether an adapter lies beside the weights of a directory, as in an unmerged export."""
+    return (Path(directory) / ADAPTER_FOLDER / _CONFIG_FILE).is_file()
+
+
+def merge_beside(model: nn.Module, directory: str | Path) -> bool:
+    """Merge the adapter of an unmerged export into the model loaded from its directory.
+
+    Args:
+        model: The model, with weights of the directory.
+        directory: The exported directory; one without ``adapter/`` changes nothing.
+
+    Returns:
+        Whether an adapter was there.
+
+    Raises:
+        UserError: The adapter is broken or does not fit the model.
+    """
+    if not has_adapter(directory):
+        return False
+    folder = Path(directory) / ADAPTER_FOLDER
+    adapter = read_adapter(folder)
+    weights = dict(model.named_parameters())
+    for module, (down_RI, up_OR) in adapter.factors.items():
+        name, shape = f"{module}.weight", (up_OR.shape[0], down_RI.shape[1])
+        if name not in weights or tuple(weights[name].shape) != shape:
+            there = list(weights[name].shape) if name in weights else "absent"
+            raise UserError(f"the adapter in {folder} does not fit the weights: {module} is {there}, it is of {shape}")
+        with torch.no_grad():
+            weights[name].copy_(adapter.added_to(name, weights[name].detach()))
+    return True
 
 
 def _paired(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -28,7 +28,7 @@ from rich.console import Console
 from atp import build
 from atp.architecture import layer_widths
 from atp.baselines import check_baselines
-from atp.config import TrainConfig
+from atp.config import ExportConfig, TrainConfig
 from atp.data import check
 from atp.errors import UserError
 from atp.export.bundle import upload
@@ -191,19 +191,20 @@ def _execute(stages: Stages, config: TrainConfig, directory: RunDirectory, origi
     )
     write_card(directory.path / "pruned", metrics)
     stages.publish(final_figures(metrics), comparison_cells(metrics))
-    _upload(config.export.push_to_hub, directory.path / "pruned", metrics)
+    _upload(config.export, directory.path / "pruned", metrics)
     directory.write_metrics(metrics)
 
 
-def _upload(repository: str | None, folder: Path, metrics: dict[str, Any]) -> None:
+def _upload(settings: ExportConfig, folder: Path, metrics: dict[str, Any]) -> None:
     """Upload the export where the user asked for it and every format matches the model."""
+    repository = settings.push_to_hub
     if repository is None:
         return
     failed = [check["format"] for check in metrics["export"]["formats"] if check["ok"] is False]
     if failed:
         log.error("export.push_to_hub=%s: not uploaded, as %s does not match the model", repository, ", ".join(failed))
     else:
-        log.info("uploaded to %s", upload(folder, repository))
+        log.info("uploaded to %s", upload(folder, repository, public=settings.public))
 
 
 def _shared_results(config: TrainConfig, directory: RunDirectory, plain: dict[str, Any]) -> SharedResults | None:

@@ -43,7 +43,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
         "selection": (),
         "gates": (),
         "lasso": ("lora",),
-        "evaluate": (),
+        "evaluate": ("adapter",),  # its command line, for exports that carry one
         "report": (),
     },
     {

@@ -6,6 +6,7 @@ adapters.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import embedded, modeling_atp
+from atp.adapter import has_adapter, merge_beside
 from atp.architecture import family
 from atp.build.quantization import bitsandbytes_settings
 from atp.config import ModelConfig
 from atp.errors import UserError
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,6 +62,11 @@ def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.dev
         raise UserError(f"model.dtype is {config.dtype!r}; known: {', '.join(DTYPES)}")
     modeling_atp.register()
     packed: dict[str, Any] = {}
+    if quantized and config.quantization is not None and has_adapter(source):
+        raise UserError(
+            f"model.path={source} carries an adapter, which cannot be merged into packed weights; "
+            "export it merged, or leave model.quantization out"
+        )
     if quantized and config.quantization is not None:
         settings = bitsandbytes_settings(config, DTYPES[config.dtype])
         packed = {"quantization_config": settings, "device_map": {"": device}}
@@ -73,6 +82,8 @@ def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.dev
         )
     except OSError as error:
         raise UserError(_access_message("model.path", source, error)) from error
+    if not packed and merge_beside(model, source):
+        log.info("%s: the adapter beside the weights is merged into them", source)
     model.eval()
     return model
 

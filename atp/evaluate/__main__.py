@@ -23,6 +23,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import embedded, modeling_atp
+from atp.adapter import merge_beside
 from atp.data.domains import scored_records
 from atp.data.files import paths_of
 from atp.data.records import Record
@@ -35,6 +36,8 @@ from atp.evaluate.metrics import Metrics, recovery
 from atp.evaluate.quality import evaluate
 from atp.prompt import Prompt, read_prompt
 from atp.rundir import write_json
+
+log = logging.getLogger(__name__)
 
 USAGE = """\
 python -m atp.evaluate <model or run directory, hub id, or 'embedded'> [name=value ...]
@@ -199,6 +202,8 @@ def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{source}: cannot be loaded ({reason})") from error
+    if merge_beside(model, path):
+        log.warning("%s: the adapter beside the weights is merged into them", path)
     return torch.nn.Module.to(model, device).eval(), tokenizer
 
 

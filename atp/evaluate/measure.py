@@ -12,7 +12,6 @@ import inspect
 import logging
 import os
 import re
-import resource
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -183,6 +183,11 @@ def peak_memory_mib(device: torch.device | str = "cpu") -> float:
         found = re.search(r"^VmHWM:\s+(\d+) kB", _PROCESS_STATUS.read_text(), re.MULTILINE)
         if found:
             return int(found.group(1)) / 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        memory = psutil.Process().memory_info()
+        return float(getattr(memory, "peak_wset", memory.rss)) / _MIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (_MIB if sys.platform == "darwin" else 1024)
 

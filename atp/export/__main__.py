@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tokens", type=int, default=2048, help="verify: tokens to compare on (2048)")
     made.add_argument("--text", type=Path, help="verify: text to compare on; by default the embedded legal corpus")
     made.add_argument("--quantised", nargs="+", default=[], help="verify: also load quantised: " + ", ".join(QUANTISED))
+    made.add_argument("--public", action="store_true", help="a repository made by --push-to-hub is public, not private")
     made.add_argument("--push-to-hub", metavar="REPO", help="upload the directory there, once it matches if verified")
     return made
 
@@ -99,7 +100,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         _WRITERS[name](directory, arguments, console)
     code = _verify(target or directory, arguments, console) if arguments.verify else 0
     if arguments.push_to_hub and code == 0:
-        _push(target or directory, arguments.push_to_hub, console)
+        _push(target or directory, arguments.push_to_hub, console, public=arguments.public)
     return code
 
 
@@ -240,10 +241,10 @@ def embedded_text(records: int = 60) -> str:
     return "\n\n".join(text for pair in zip(texts[::2], texts[1::2], strict=False) for text in pair)
 
 
-def _push(directory: Path, repository: str, console: Console) -> None:
+def _push(directory: Path, repository: str, console: Console, *, public: bool) -> None:
     from atp.export.bundle import upload
 
-    console.print(f"hub: {upload(directory, repository)}")
+    console.print(f"hub: {upload(directory, repository, public=public)}")
 
 
 if __name__ == "__main__":

@@ -114,10 +114,16 @@ def windows_of(batches: Sequence[Any], tokens: int, length: int) -> np.ndarray:
     return ids[: count * length].astype(np.int64).reshape(count, length)
 
 
-def upload(directory: Path, repository: str) -> str:
-    """Uploads a directory to a hub repository, making it if need be; returns the address."""
+def upload(directory: Path, repository: str, *, public: bool = False) -> str:
+    """Uploads a directory to a hub repository; returns the address.
+
+    Args:
+        directory: What to upload.
+        repository: Where to; made if it is not there.
+        public: Whether a repository made now is for everybody; one that is there stays as it is.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(repository, exist_ok=True)
+    api.create_repo(repository, exist_ok=True, private=not public)
     return str(api.upload_folder(repo_id=repository, folder_path=str(directory)).commit_url)

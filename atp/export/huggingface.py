@@ -29,11 +29,11 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import modeling_atp
-from atp.adapter import Adapter
+from atp.adapter import ADAPTER_FOLDER, Adapter
 from atp.architecture import family, is_stock, layer_widths
 from atp.errors import UserError
 from atp.export.card import CardFacts, load_lines, model_card
-from atp.export.loading import ADAPTER_FOLDER, INDEX_FILE, differences, expected_shapes
+from atp.export.loading import INDEX_FILE, differences, expected_shapes
 
 logger = logging.getLogger(__name__)
 

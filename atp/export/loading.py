@@ -19,11 +19,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from atp import modeling_atp
-from atp.adapter import Adapter, read_adapter
+from atp.adapter import ADAPTER_FOLDER, Adapter, read_adapter
 from atp.architecture import build_model, family
 from atp.errors import UserError
 
-ADAPTER_FOLDER = "adapter"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")

@@ -1,0 +1,69 @@
+"""What the package imports is declared, and what a system lacks is not needed."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from atp.export.bundle import upload
+
+ROOT = Path(__file__).parent.parent
+
+
+def _name(requirement: str) -> str:
+    """A distribution's normalised name."""
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+
+
+def test_every_import_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *(r for rows in project["optional-dependencies"].values() for r in rows)]
+    declared = {_name(line) for line in asked}
+    imported = set()
+    for path in (ROOT / "atp").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.split(".")[0])
+    packages = metadata.packages_distributions()
+    ours = {"atp", *sys.stdlib_module_names}
+    missing = {
+        name
+        for name in imported - ours
+        if name in packages and not {_name(package) for package in packages[name]} & declared
+    }
+    assert not missing
+
+
+def test_memory_is_measured_without_the_resource_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = importlib.import_module("atp.evaluate.measure")
+    monkeypatch.setitem(sys.modules, "resource", None)
+    measure = importlib.reload(measure)
+    monkeypatch.setattr(measure, "_PROCESS_STATUS", tmp_path / "absent")
+    assert measure.peak_memory_mib() > 1
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_repository_is_private_unless_asked_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, public: bool
+) -> None:
+    asked = {}
+
+    class Hub:
+        def create_repo(self, name: str, **options: object) -> None:
+            asked.update(options)
+
+        def upload_folder(self, **_: object) -> object:
+            return type("Commit", (), {"commit_url": "there"})
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert upload(tmp_path, "me/model", public=public) == "there"
+    assert asked["private"] is not public
