@@ -45,7 +45,7 @@ def test_every_import_is_declared() -> None:
 
 def test_memory_is_measured_without_the_resource_module() -> None:
     lines = [
-        "import sys, pathlib",
+        "import sys, pathlib, psutil",  # psutil itself needs the module, save on Windows
         "sys.modules['resource'] = None",
         "from atp.evaluate import measure",
         "measure._PROCESS_STATUS = pathlib.Path('absent')",

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -186,6 +185,8 @@ def peak_memory_mib(device: torch.device | str = "cpu") -> float:
     try:
         import resource
     except ImportError:  # Windows
+        import psutil
+
         memory = psutil.Process().memory_info()
         return float(getattr(memory, "peak_wset", memory.rss)) / _MIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
