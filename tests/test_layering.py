@@ -42,7 +42,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
         "selection": (),
         "gates": (),
         "lasso": ("lora",),
-        "evaluate": (),
+        "evaluate": ("export",),  # its command line, to load what a run exported as the run itself does
         "report": (),
     },
     {

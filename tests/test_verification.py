@@ -75,6 +75,23 @@ def test_pruned_base_and_adapter_add_up_to_the_merged_model(tmp_path, empty_laye
     assert config["base_model_name_or_path"] is None and str(tmp_path) not in json.dumps(config)
 
 
+def test_every_door_takes_the_adapter_beside_the_weights_along(tmp_path):
+    from atp import build
+    from atp.config import ModelConfig
+    from atp.evaluate.__main__ import load
+    from atp.evaluate.measure import file_mib
+
+    directory, merged = unmerged(tmp_path)
+    for file in embedded.base_dir().glob("tokenizer*"):
+        shutil.copy(file, directory)
+    scored, _ = load(str(directory), "float32")
+    assert max_logit_difference(scored, merged, [tiny_batch()]) < 1e-4
+    parts = [directory / "model.safetensors", directory / "adapter" / "adapter_model.safetensors"]
+    assert file_mib(directory) == pytest.approx(sum(file.stat().st_size for file in parts) / 2**20)
+    with pytest.raises(ValueError, match=r"model.path=.* adapter beside it.*--to hf --output"):
+        build.load_base(ModelConfig(path=str(directory)))
+
+
 def test_damaged_adapter_is_refused(tmp_path):
     directory, _ = unmerged(tmp_path)
     file = directory / "adapter" / "adapter_model.safetensors"

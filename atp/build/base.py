@@ -50,9 +50,15 @@ def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.dev
         device: Where a quantised model is put; others stay on the CPU, their weights mapped from the files.
 
     Raises:
-        ValueError: Unknown dtype or family, nothing to load, or no access; each says the way out.
+        ValueError: Unknown dtype or family, nothing to load, an adapter that is not merged, or no access; each says the
+            way out.
     """
     source = model_source(config)
+    if (Path(source) / "adapter" / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model.path={source} holds a pruned base with its adapter beside it, which would be left out; merge them "
+            f"first: python -m atp.export {source} --to hf --output NEW_DIRECTORY"
+        )
     if config.dtype not in DTYPES:
         raise ValueError(f"model.dtype is {config.dtype!r}; known: {', '.join(DTYPES)}")
     modeling_atp.register()

@@ -32,6 +32,7 @@ from atp.evaluate import harness
 from atp.evaluate.intervals import paired
 from atp.evaluate.metrics import Metrics, recovery
 from atp.evaluate.quality import evaluate
+from atp.export.loading import ADAPTER_FOLDER, load_exported
 from atp.prompt import Prompt, read_prompt
 from atp.rundir import write_json
 
@@ -179,6 +180,8 @@ def _model_folder(name: str) -> str:
 def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer from a directory or the hub; from safetensors and without remote code.
 
+    An adapter beside the weights, of a run with ``export.merge=false``, is added to them.
+
     Raises:
         ValueError: There is no such model, or the dtype is unknown.
     """
@@ -192,8 +195,12 @@ def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     modeling_atp.register()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        path = str(Path(source).expanduser()) if looks_local else source
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtypes[dtype], use_safetensors=True)
+        path = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
+        model: PreTrainedModel
+        if (Path(path) / ADAPTER_FOLDER / "adapter_config.json").is_file():  # transformers would leave the adapter out
+            model = load_exported(path, dtype=dtypes[dtype])
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtypes[dtype], use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
