@@ -21,6 +21,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
         "fused": (),
         "distillation": (),
         "imports": (),
+        "loading_lines": (),
         "progressive": (),
     },
     {

@@ -1,3 +1,4 @@
+import html
 import io
 import json
 import math
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from atp.architecture import LayerWidths
+from atp.export.card import CardFacts, model_card
+from atp.loading_lines import load_lines
 from atp.report.page import RunReport, comparison_table, report_panels, write_report
 from atp.report.panel import inline_svg
 
@@ -245,6 +249,22 @@ def test_page_tells_the_run(page):
         assert part in text
     assert "from_pretrained(" in text and "trust_remote_code=True" in text
     assert "Not in this report" not in text
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("stock", [False, True])
+def test_page_card_and_terminal_load_the_model_alike(tmp_path, stock, adapter):
+    run_dir = make_run(tmp_path / "run")
+    write_json(run_dir / "pruned" / "config.json", {} if stock else {"auto_map": {"AutoModelForCausalLM": "m.M"}})
+    if adapter:
+        (run_dir / "pruned" / "adapter").mkdir()
+        write_json(run_dir / "pruned" / "adapter" / "adapter_config.json", {})
+    shown = html.unescape(write_report(run_dir).read_text())
+    assert load_lines(run_dir / "pruned", stock, adapter=adapter) in shown
+    assert ("PeftModel" in shown) == adapter and shown.count("trust_remote_code=True") == (0 if stock else 2)
+    files = ["adapter/adapter_config.json"] * adapter
+    card = model_card(CardFacts(title="A", architecture="M", stock=stock, widths=[LayerWidths(2, 1, 8, 6)], files=files))
+    assert load_lines("path/to/this/directory", stock, adapter=adapter) in card
 
 
 def test_page_gives_the_widths_as_a_table_too(page):

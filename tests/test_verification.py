@@ -82,6 +82,7 @@ def test_every_door_takes_the_adapter_beside_the_weights_along(tmp_path):
     from atp.evaluate.measure import file_mib
 
     directory, merged = unmerged(tmp_path)
+    assert "PeftModel.from_pretrained" in (directory / "README.md").read_text(encoding="utf-8")
     for file in embedded.base_dir().glob("tokenizer*"):
         shutil.copy(file, directory)
     scored, _ = load(str(directory), "float32")

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from atp.loading_lines import load_lines
 from atp.report import figures, mask_panels, panel
 from atp.report.comparison import (
     comparison_rows,
@@ -277,9 +278,5 @@ def _load_lines(run_dir: Path) -> str:
         own_code = "auto_map" in json.loads((pruned / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return ""
-    flag = ", trust_remote_code=True" if own_code else ""
-    where = json.dumps(os.path.relpath(pruned) if pruned.resolve().is_relative_to(Path.cwd()) else pruned.as_posix())
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += [f"model = AutoModelForCausalLM.from_pretrained({where}{flag})"]
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained({where})"]
-    return "\n".join(lines)
+    where = Path(os.path.relpath(pruned)) if pruned.resolve().is_relative_to(Path.cwd()) else pruned
+    return load_lines(where.as_posix(), not own_code, adapter=(pruned / "adapter" / "adapter_config.json").is_file())
