@@ -402,6 +402,40 @@ def test_formats_a_run_asks_for_are_refused_before_it_trains(monkeypatch):
         check_formats(config, tokenizer, uniform=False, onnx=True)
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32, "rope_theta": 10000.0}
+REFUSED = [
+    ("qwen3", {}, {"gguf": ["f16"], "axes": ["qk_pairs", "channels"]}, r"qk_pairs out of prune\.space=.*export\.gguf"),
+    ("llama", {"rope_parameters": DYNAMIC}, {"gguf": ["f16"]}, r"rope_parameters=.*'dynamic'.*export\.gguf"),
+    ("llama", {"rope_parameters": DYNAMIC}, {"onnx": True}, r"'dynamic'.*export\.onnx=false"),
+    ("qwen3", {"rope_parameters": LLAMA3}, {"gguf": ["f16"]}, r"qwen3 takes no 'llama3' rotary scaling"),
+    ("llama", {}, {"dtype": "float8"}, r"export\.dtype is 'float8'"),
+    ("llama", {}, {"max_shard_size": "5 giga"}, r"export\.max_shard_size is '5 giga'"),
+]
+
+
+@pytest.mark.parametrize(("family", "settings", "wanted", "message"), REFUSED)
+def test_what_export_would_refuse_is_refused_before_training(family, settings, wanted, message):
+    from transformers import AutoTokenizer
+
+    pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'atp[gguf]'")
+    config = type(tiny_model(family).config)(**{**tiny_model(family, vocabulary=4096).config.to_dict(), **settings})
+    tokenizer = AutoTokenizer.from_pretrained(embedded.base_dir())
+    check_formats(config, tokenizer, uniform=False, axes=["heads", "channels"])
+    with pytest.raises(ValueError, match=message):
+        check_formats(config, tokenizer, uniform=False, **{"axes": ["heads", "channels"], **wanted})
+
+
+def test_a_scaled_qwen2_of_equal_widths_is_laid_out_as_llama():
+    from atp.export.gguf_layout import check_layout, gguf_layout
+
+    config = tiny_model("qwen2").config
+    config.rope_parameters = LLAMA3
+    check_layout(config, uniform=True)
+    assert gguf_layout(config).architecture == "llama"
+
+
 def test_windows_hold_the_real_tokens_in_order():
     batch = {"input_ids": torch.tensor([[1, 2, 0], [3, 4, 5]]), "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
     assert windows_of([batch], tokens=4, length=2).tolist() == [[1, 2], [3, 4]]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from atp.architecture import LayerWidths, layer_widths
 from atp.export.extras import require
@@ -96,6 +96,20 @@ class CachedGraph(nn.Module):
         return {"full_attention": full, "sliding_attention": sliding} if self.kinds else sliding
 
 
+def check_graph(config: PreTrainedConfig) -> None:
+    """Refuses a config whose rotary frequencies are chosen anew by the length, which tracing cannot follow.
+
+    Raises:
+        ValueError: It is one.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        raise ValueError(
+            f"ONNX: rope_parameters of the model's config are of type {rope['rope_type']!r}, which changes with the "
+            "length, and a graph has one set of frequencies; leave ONNX out (export.onnx=false)"
+        )
+
+
 def export_onnx(
     model_dir: str | Path, output_dir: str | Path | None = None, *, cache: bool = True, overwrite: bool = False
 ) -> Path:
@@ -111,7 +125,7 @@ def export_onnx(
         The graph file; weights beyond 2 GiB lie beside it.
 
     Raises:
-        ValueError: The model is damaged, the target is in use, or a package is missing.
+        ValueError: The model is damaged or its frequencies change with the length, the target is in use, or a package is missing.
         OSError: If the disk is full.
     """
     for package in ("onnx", "onnxruntime"):
@@ -119,6 +133,7 @@ def export_onnx(
     target = Path(output_dir) if output_dir is not None else Path(model_dir) / "onnx"
     check_target(target.resolve(), overwrite, marker=GRAPH_FILE)
     model: Any = load_exported(model_dir, dtype=torch.float32)
+    check_graph(model.config)
     model.set_attn_implementation("eager")
     graph = CachedGraph(model, cache=cache).eval()
     widths = layer_widths(model.config)
