@@ -190,11 +190,11 @@ def _execute(stages: Stages, config: TrainConfig, directory: RunDirectory, origi
     )
     write_card(directory.path / "pruned", metrics)
     stages.publish(final_figures(metrics), comparison_cells(metrics))
-    _upload(config.export.push_to_hub, directory.path / "pruned", metrics)
+    _upload(config.export.push_to_hub, directory.path / "pruned", metrics, public=config.export.public)
     directory.write_metrics(metrics)
 
 
-def _upload(repository: str | None, folder: Path, metrics: dict[str, Any]) -> None:
+def _upload(repository: str | None, folder: Path, metrics: dict[str, Any], *, public: bool) -> None:
     """Upload the export where the user asked for it and every format matches the model."""
     if repository is None:
         return
@@ -202,7 +202,7 @@ def _upload(repository: str | None, folder: Path, metrics: dict[str, Any]) -> No
     if failed:
         log.error("export.push_to_hub=%s: not uploaded, as %s does not match the model", repository, ", ".join(failed))
     else:
-        log.info("uploaded to %s", upload(folder, repository))
+        log.info("uploaded to %s", upload(folder, repository, public=public))
 
 
 def _shared_results(config: TrainConfig, directory: RunDirectory, plain: dict[str, Any]) -> SharedResults | None:

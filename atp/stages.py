@@ -90,7 +90,7 @@ class Stages:
         self.preparation = Preparation(config, self.data, self.device)
         self.space = build.pruning_space(config.prune, dense)
         self.dense_parameters = count_parameters(dense)
-        asked = ("gguf", "onnx", "push_to_hub", "dtype", "max_shard_size")
+        asked = ("gguf", "onnx", "push_to_hub", "public", "dtype", "max_shard_size")
         wanted: dict[str, Any] = {name: getattr(config.export, name) for name in asked}
         uniform = config.prune.shape == "uniform"
         check_formats(dense.config, self.tokenizer, uniform=uniform, axes=config.prune.space, **wanted)

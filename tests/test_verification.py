@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -405,10 +406,12 @@ def test_formats_a_run_asks_for_are_refused_before_it_trains(monkeypatch):
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32, "rope_theta": 10000.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 10000.0}
+LONGROPE |= {"factor": 2.0, "original_max_position_embeddings": 32}
 REFUSED = [
     ("qwen3", {}, {"gguf": ["f16"], "axes": ["qk_pairs", "channels"]}, r"qk_pairs out of prune\.space=.*export\.gguf"),
     ("llama", {"rope_parameters": DYNAMIC}, {"gguf": ["f16"]}, r"rope_parameters=.*'dynamic'.*export\.gguf"),
-    ("llama", {"rope_parameters": DYNAMIC}, {"onnx": True}, r"'dynamic'.*export\.onnx=false"),
+    ("llama", {"rope_parameters": LONGROPE}, {"onnx": True}, r"'longrope'.*export\.onnx=false"),
     ("qwen3", {"rope_parameters": LLAMA3}, {"gguf": ["f16"]}, r"qwen3 takes no 'llama3' rotary scaling"),
     ("llama", {}, {"dtype": "float8"}, r"export\.dtype is 'float8'"),
     ("llama", {}, {"max_shard_size": "5 giga"}, r"export\.max_shard_size is '5 giga'"),
@@ -427,6 +430,17 @@ def test_what_export_would_refuse_is_refused_before_training(family, settings, w
         check_formats(config, tokenizer, uniform=False, **{"axes": ["heads", "channels"], **wanted})
 
 
+def test_a_graph_of_dynamic_scaling_says_how_far_it_goes(caplog):
+    from atp.export.onnx_graph import check_graph
+
+    config = tiny_model().config
+    check_graph(config)
+    assert not caplog.records
+    config.rope_parameters = DYNAMIC
+    check_graph(config)
+    assert "up to 64 tokens only" in caplog.text
+
+
 def test_a_scaled_qwen2_of_equal_widths_is_laid_out_as_llama():
     from atp.export.gguf_layout import check_layout, gguf_layout
 
@@ -434,6 +448,55 @@ def test_a_scaled_qwen2_of_equal_widths_is_laid_out_as_llama():
     config.rope_parameters = LLAMA3
     check_layout(config, uniform=True)
     assert gguf_layout(config).architecture == "llama"
+
+
+class FakeHub:
+    """What the hub is asked; a repository that exists has a visibility of its own."""
+
+    def __init__(self, private=None):
+        self.private, self.made = private, None
+
+    def __call__(self):
+        return self
+
+    def repo_exists(self, name):
+        return self.private is not None
+
+    def create_repo(self, name, *, private=None, exist_ok=False):
+        self.made = private
+        self.private = private if self.private is None else self.private
+
+    def repo_info(self, name):
+        return SimpleNamespace(private=self.private)
+
+    def upload_folder(self, *, repo_id, folder_path):
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}")
+
+
+def test_uploads_are_private_unless_asked_otherwise(tmp_path, model_dir, monkeypatch, caplog, capsys):
+    from atp.export.bundle import upload
+
+    for options, private in (([], True), (["--public"], False)):
+        hub = FakeHub()
+        monkeypatch.setattr("huggingface_hub.HfApi", hub)
+        assert main([str(model_dir), "--push-to-hub", "me/model", *options]) == 0
+        assert hub.made is private and "https://hub/me/model" in capsys.readouterr().out
+    assert not caplog.records
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub(private=False))
+    upload(model_dir, "me/model")
+    assert "me/model exists and stays public" in caplog.text
+    assert main([str(model_dir), "--verify", "--public"]) == 2
+    assert "--push-to-hub REPO" in capsys.readouterr().err
+
+
+def test_a_run_uploads_as_its_configuration_says(tmp_path, monkeypatch):
+    from atp import pipeline
+
+    hub = FakeHub()
+    monkeypatch.setattr("huggingface_hub.HfApi", hub)
+    for public in (False, True):
+        pipeline._upload("me/model", tmp_path, {"export": {"formats": []}}, public=public)
+        assert hub.made is not public
 
 
 def test_windows_hold_the_real_tokens_in_order():

@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--text", type=Path, help="verify: text to compare on; by default the embedded legal corpus")
     made.add_argument("--quantised", nargs="+", default=[], help="verify: also load quantised: " + ", ".join(QUANTISED))
     made.add_argument("--push-to-hub", metavar="REPO", help="upload the directory there, once it matches if verified")
+    made.add_argument("--public", action="store_true", help="push-to-hub: make a new repository public, not private")
     return made
 
 
@@ -90,6 +91,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         raise ValueError("--to hf adapter: each is a directory of its own; ask for one at a time")
     if not formats and not arguments.verify and not arguments.push_to_hub:
         raise ValueError("nothing to do; give --to FORMAT, --verify or --push-to-hub REPO")
+    if arguments.public and not arguments.push_to_hub:
+        raise ValueError("--public says who sees an upload; give --push-to-hub REPO too, or leave it out")
     target = _new_directory(arguments)
     if arguments.verify and arguments.output and target is None:
         raise ValueError("--verify looks at the formats below the model directory; leave --output out")
@@ -98,7 +101,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         _WRITERS[name](directory, arguments, console)
     code = _verify(target or directory, arguments, console) if arguments.verify else 0
     if arguments.push_to_hub and code == 0:
-        _push(target or directory, arguments.push_to_hub, console)
+        _push(target or directory, arguments.push_to_hub, console, public=arguments.public)
     return code
 
 
@@ -239,10 +242,10 @@ def embedded_text(records: int = 60) -> str:
     return "\n\n".join(text for pair in zip(texts[::2], texts[1::2], strict=False) for text in pair)
 
 
-def _push(directory: Path, repository: str, console: Console) -> None:
+def _push(directory: Path, repository: str, console: Console, *, public: bool) -> None:
     from atp.export.bundle import upload
 
-    console.print(f"hub: {upload(directory, repository)}")
+    console.print(f"hub: {upload(directory, repository, public=public)}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def check_formats(
     gguf: Sequence[str] = (),
     onnx: bool = False,
     push_to_hub: str | None = None,
+    public: bool = False,
     axes: Sequence[str] = (),
     dtype: str | None = None,
     max_shard_size: str = "5GB",
@@ -49,6 +50,7 @@ def check_formats(
         gguf: GGUF types wanted.
         onnx: Whether a graph is wanted.
         push_to_hub: Repository to upload to.
+        public: Whether everyone shall see that repository.
         axes: Kinds of units that pruning may remove (``prune.space``).
         dtype: Type to store the weights in; None for the model's own.
         max_shard_size: Largest weight file, as text.
@@ -69,6 +71,8 @@ def check_formats(
         check_graph(config)
         for package in ("onnx", "onnxruntime"):
             require(package, extra="onnx")
+    if public and not push_to_hub:
+        log.warning("export.public=true has no effect: export.push_to_hub names no repository")
     if push_to_hub:
         from huggingface_hub import get_token
 
@@ -127,10 +131,20 @@ def windows_of(batches: Sequence[Any], tokens: int, length: int) -> np.ndarray:
     return ids[: count * length].astype(np.int64).reshape(count, length)
 
 
-def upload(directory: Path, repository: str) -> str:
-    """Uploads a directory to a hub repository, making it if need be; returns the address."""
+def upload(directory: Path, repository: str, *, public: bool = False) -> str:
+    """Uploads a directory to a hub repository, making it if need be; returns the address.
+
+    Args:
+        directory: What to upload.
+        repository: Its name; one that exists keeps its visibility.
+        public: Make a new repository for everyone to see. The hub's own default is that; here it has to be asked for,
+            as a model may repeat what it was tuned on.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(repository, exist_ok=True)
+    existed = api.repo_exists(repository)
+    api.create_repo(repository, private=not public, exist_ok=True)
+    if existed and (hidden := bool(api.repo_info(repository).private)) == public:
+        log.warning("%s exists and stays %s; change that on its page", repository, "private" if hidden else "public")
     return str(api.upload_folder(repo_id=repository, folder_path=str(directory)).commit_url)

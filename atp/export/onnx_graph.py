@@ -28,6 +28,8 @@ from atp.export.extras import require
 from atp.export.huggingface import appearing_whole, check_target
 from atp.export.loading import load_exported
 
+log = logging.getLogger(__name__)
+
 GRAPH_FILE = "model.onnx"
 OPSET = 18
 _HIDDEN = -1e9
@@ -97,17 +99,20 @@ class CachedGraph(nn.Module):
 
 
 def check_graph(config: PreTrainedConfig) -> None:
-    """Refuses a config whose rotary frequencies are chosen anew by the length, which tracing cannot follow.
+    """Refuses a config whose rotary frequencies tracing cannot follow, and warns where a graph holds one set of them.
 
     Raises:
-        ValueError: It is one.
+        ValueError: The frequencies are chosen anew by the length (longrope).
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
+    if rope.get("rope_type") == "longrope":
         raise ValueError(
-            f"ONNX: rope_parameters of the model's config are of type {rope['rope_type']!r}, which changes with the "
-            "length, and a graph has one set of frequencies; leave ONNX out (export.onnx=false)"
+            "ONNX: rope_parameters of the model's config are of type 'longrope', which chooses among two sets of "
+            "frequencies by the length, and a graph has one; leave ONNX out (export.onnx=false)"
         )
+    if rope.get("rope_type") == "dynamic":
+        within = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        log.warning("ONNX: rotary scaling is dynamic, so the graph is the model's equal up to %d tokens only", within)
 
 
 def export_onnx(
@@ -125,7 +130,7 @@ def export_onnx(
         The graph file; weights beyond 2 GiB lie beside it.
 
     Raises:
-        ValueError: The model is damaged or its frequencies change with the length, the target is in use, or a package is missing.
+        ValueError: The model is damaged or of a kind that no graph holds, the target is in use, or a package is missing.
         OSError: If the disk is full.
     """
     for package in ("onnx", "onnxruntime"):
