@@ -65,14 +65,18 @@ def make_metrics():
             "pruned": {"prefill_tokens_per_s": 30112.9, "prefill_latency_ms": 17.0, "decode_latency_ms": 2.05},
             "prefill_ratio": 1.653,
             "decode_ratio": 1.668,
+            "prompt_tokens": 128,
+            "new_tokens": 32,
+            "batch_size": 1,
+            "repeats": 5,
+            "threads": 2,
+            "device": "cpu",
         },
         "macs": {"dense_per_token": 2510000, "pruned_per_token": 1270000},
         "memory": {
             "train_peak_mib": 1203.4,
             "dense_weights_mib": 11.5,
             "pruned_weights_mib": 6.8,
-            "dense_inference_peak_mib": 402.1,
-            "pruned_inference_peak_mib": 371.2,
         },
         "files": {"dense_mib": 11.6, "pruned_mib": 6.9},
         "widths": widths,
@@ -198,6 +202,14 @@ def test_table_holds_the_figures_of_every_model():
     assert line_of(text, "file size (MiB)").split()[-3:] == ["11.6", "6.9", "-40.5%"]
 
 
+def test_table_and_page_say_how_speed_was_measured(page):
+    told = "speed: 128 prompt tokens, 32 decoded, batch 1, median of 5, on cpu"
+    assert told in " ".join(printed(make_metrics()).split()) and told in words(page)
+    metrics = make_metrics()
+    del metrics["speed"]["repeats"]
+    assert "speed: " not in printed(metrics)
+
+
 def test_table_leaves_out_models_and_rows_without_figures():
     metrics = make_metrics()
     metrics["eval"] = {name: metrics["eval"][name] for name in ("dense", "pruned")}
@@ -319,7 +331,7 @@ def test_hostile_text_is_shown_not_run(tmp_path):
     metrics = make_metrics()
     metrics["run"] |= {"name": HOSTILE, "command": HOSTILE, "base": HOSTILE, "data": {HOSTILE: HOSTILE}}
     metrics["eval"]["pruned"][f"{HOSTILE}/accuracy"] = 0.5
-    metrics["speed"]["note"] = HOSTILE
+    metrics["speed"]["device"] = HOSTILE
     run_dir = make_run(tmp_path / "run", metrics)
     (run_dir / ".hydra" / "config.yaml").write_text("a: </code></pre><script>1</script>\n")
     (run_dir / "metrics" / "train.csv").unlink()

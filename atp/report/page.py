@@ -24,6 +24,7 @@ from atp.report.comparison import (
     lower_is_better,
     metric_names,
     model_label,
+    speed_note,
 )
 from atp.report.evidence import evidence
 from atp.report.headlines import headlines
@@ -46,7 +47,6 @@ _COSTS = (
         "{:,.2f} ms/token",
     ),
     ("Weights in memory", ("memory", "dense_weights_mib"), ("memory", "pruned_weights_mib"), "{:,.1f} MiB"),
-    ("Inference peak", ("memory", "dense_inference_peak_mib"), ("memory", "pruned_inference_peak_mib"), "{:,.1f} MiB"),
     ("Files", ("files", "dense_mib"), ("files", "pruned_mib"), "{:,.1f} MiB"),
 )
 
@@ -83,6 +83,7 @@ def write_report(run_dir: Path | str) -> Path:
         layers=_layer_rows(report.metrics),
         certainty=_certainty(report),
         load_lines=_load_lines(report.run_dir),
+        speed_note="".join(speed_note(report.metrics)),
     )
     path = report.run_dir / "report.html"
     replace_file(path, page.encode("utf-8"))
