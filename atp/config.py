@@ -293,7 +293,7 @@ class ExportConfig:
     verify: bool = option(True, "load every exported format in a fresh process and compare its logits")
     verify_tokens: int = option(1024, "tokens of the test data that formats are compared on")
     push_to_hub: str | None = option(None, "hub repository to upload the export to; never without being asked")
-    public: bool = option(False, "make a repository that push_to_hub creates public; otherwise it is private")
+    public: bool = option(False, "make a new hub repository public; by default only its owner sees it")
     artifact: bool = option(False, "also hand the exported model to the loggers that keep artifacts (wandb, mlflow)")
 
 

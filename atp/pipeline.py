@@ -32,8 +32,8 @@ from atp.config import ExportConfig, TrainConfig
 from atp.data import check
 from atp.errors import UserError
 from atp.export.bundle import upload
-from atp.export.card import load_lines
 from atp.export.huggingface import PROVENANCE_FILE
+from atp.loading_lines import load_lines
 from atp.report.comparison import comparison_cells, comparison_table
 from atp.report.evidence import evidence_tables
 from atp.results import assemble, final_figures, metric, write_card

@@ -92,14 +92,10 @@ class Stages:
         self.preparation = Preparation(config, self.data, self.device)
         self.space = build.pruning_space(config.prune, dense)
         self.dense_parameters = count_parameters(dense)
-        check_formats(
-            dense.config,
-            self.tokenizer,
-            uniform=config.prune.shape == "uniform",
-            gguf=config.export.gguf,
-            onnx=config.export.onnx,
-            push_to_hub=config.export.push_to_hub,
-        )
+        asked = ("gguf", "onnx", "push_to_hub", "public", "dtype", "max_shard_size")
+        wanted: dict[str, Any] = {name: getattr(config.export, name) for name in asked}
+        uniform = config.prune.shape == "uniform"
+        check_formats(dense.config, self.tokenizer, uniform=uniform, axes=config.prune.space, **wanted)
         self._loggers: list[Logger] | None = None
 
     @property

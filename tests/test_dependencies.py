@@ -10,10 +10,6 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
-import pytest
-
-from atp.export.bundle import upload
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -53,21 +49,3 @@ def test_memory_is_measured_without_the_resource_module() -> None:
     ]
     ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-
-
-@pytest.mark.parametrize("public", [False, True])
-def test_a_repository_is_private_unless_asked_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, public: bool
-) -> None:
-    asked = {}
-
-    class Hub:
-        def create_repo(self, name: str, **options: object) -> None:
-            asked.update(options)
-
-        def upload_folder(self, **_: object) -> object:
-            return type("Commit", (), {"commit_url": "there"})
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    assert upload(tmp_path, "me/model", public=public) == "there"
-    assert asked["private"] is not public

@@ -31,9 +31,10 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from atp import modeling_atp
 from atp.architecture import LayerWidths, layer_widths
 from atp.export import huggingface
-from atp.export.card import CardFacts, base_license, load_lines, model_card
+from atp.export.card import CardFacts, base_license, model_card
 from atp.export.huggingface import export_hf
 from atp.export.loading import load_exported
+from atp.loading_lines import load_lines
 
 modeling_atp.register()
 

@@ -22,6 +22,7 @@ LEVELS: list[dict[str, tuple[str, ...]]] = [
         "fused": (),
         "distillation": (),
         "imports": (),
+        "loading_lines": (),
         "progressive": (),
     },
     {

@@ -1,3 +1,4 @@
+import html
 import io
 import json
 import math
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from atp.architecture import LayerWidths
+from atp.export.card import CardFacts, model_card
+from atp.loading_lines import load_lines
 from atp.report.page import RunReport, comparison_table, report_panels, write_report
 from atp.report.panel import inline_svg
 
@@ -61,14 +65,18 @@ def make_metrics():
             "pruned": {"prefill_tokens_per_s": 30112.9, "prefill_latency_ms": 17.0, "decode_latency_ms": 2.05},
             "prefill_ratio": 1.653,
             "decode_ratio": 1.668,
+            "prompt_tokens": 128,
+            "new_tokens": 32,
+            "batch_size": 1,
+            "repeats": 5,
+            "threads": 2,
+            "device": "cpu",
         },
         "macs": {"dense_per_token": 2510000, "pruned_per_token": 1270000},
         "memory": {
             "train_peak_mib": 1203.4,
             "dense_weights_mib": 11.5,
             "pruned_weights_mib": 6.8,
-            "dense_inference_peak_mib": 402.1,
-            "pruned_inference_peak_mib": 371.2,
         },
         "files": {"dense_mib": 11.6, "pruned_mib": 6.9},
         "widths": widths,
@@ -194,6 +202,14 @@ def test_table_holds_the_figures_of_every_model():
     assert line_of(text, "file size (MiB)").split()[-3:] == ["11.6", "6.9", "-40.5%"]
 
 
+def test_table_and_page_say_how_speed_was_measured(page):
+    told = "speed: 128 prompt tokens, 32 decoded, batch 1, median of 5, on cpu"
+    assert told in " ".join(printed(make_metrics()).split()) and told in words(page)
+    metrics = make_metrics()
+    del metrics["speed"]["repeats"]
+    assert "speed: " not in printed(metrics)
+
+
 def test_table_leaves_out_models_and_rows_without_figures():
     metrics = make_metrics()
     metrics["eval"] = {name: metrics["eval"][name] for name in ("dense", "pruned")}
@@ -245,6 +261,24 @@ def test_page_tells_the_run(page):
         assert part in text
     assert "from_pretrained(" in text and "trust_remote_code=True" in text
     assert "Not in this report" not in text
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("stock", [False, True])
+def test_page_card_and_terminal_load_the_model_alike(tmp_path, stock, adapter):
+    run_dir = make_run(tmp_path / "run")
+    write_json(run_dir / "pruned" / "config.json", {} if stock else {"auto_map": {"AutoModelForCausalLM": "m.M"}})
+    if adapter:
+        (run_dir / "pruned" / "adapter").mkdir()
+        write_json(run_dir / "pruned" / "adapter" / "adapter_config.json", {})
+    shown = html.unescape(write_report(run_dir).read_text())
+    assert load_lines(run_dir / "pruned", stock, adapter=adapter) in shown
+    assert ("PeftModel" in shown) == adapter and shown.count("trust_remote_code=True") == (0 if stock else 2)
+    files = ["adapter/adapter_config.json"] * adapter
+    card = model_card(
+        CardFacts(title="A", architecture="M", stock=stock, widths=[LayerWidths(2, 1, 8, 6)], files=files)
+    )
+    assert load_lines("path/to/this/directory", stock, adapter=adapter) in card
 
 
 def test_page_gives_the_widths_as_a_table_too(page):
@@ -299,7 +333,7 @@ def test_hostile_text_is_shown_not_run(tmp_path):
     metrics = make_metrics()
     metrics["run"] |= {"name": HOSTILE, "command": HOSTILE, "base": HOSTILE, "data": {HOSTILE: HOSTILE}}
     metrics["eval"]["pruned"][f"{HOSTILE}/accuracy"] = 0.5
-    metrics["speed"]["note"] = HOSTILE
+    metrics["speed"]["device"] = HOSTILE
     run_dir = make_run(tmp_path / "run", metrics)
     (run_dir / ".hydra" / "config.yaml").write_text("a: </code></pre><script>1</script>\n")
     (run_dir / "metrics" / "train.csv").unlink()

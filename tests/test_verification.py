@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,6 +74,24 @@ def test_pruned_base_and_adapter_add_up_to_the_merged_model(tmp_path, empty_laye
     assert max_logit_difference(adapted, merged, [batch]) < 1e-4
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] is None and str(tmp_path) not in json.dumps(config)
+
+
+def test_every_door_takes_the_adapter_beside_the_weights_along(tmp_path):
+    from atp import build
+    from atp.config import ModelConfig
+    from atp.evaluate.__main__ import load
+    from atp.evaluate.measure import file_mib
+
+    directory, merged = unmerged(tmp_path)
+    assert "PeftModel.from_pretrained" in (directory / "README.md").read_text(encoding="utf-8")
+    for file in embedded.base_dir().glob("tokenizer*"):
+        shutil.copy(file, directory)
+    scored, _ = load(str(directory), "float32")
+    assert max_logit_difference(scored, merged, [tiny_batch()]) < 1e-4
+    parts = [directory / "model.safetensors", directory / "adapter" / "adapter_model.safetensors"]
+    assert file_mib(directory) == pytest.approx(sum(file.stat().st_size for file in parts) / 2**20)
+    base = build.load_base(ModelConfig(path=str(directory)))
+    assert max_logit_difference(base, merged, [tiny_batch()]) < 1e-4
 
 
 def test_damaged_adapter_is_refused(tmp_path):
@@ -382,6 +401,104 @@ def test_formats_a_run_asks_for_are_refused_before_it_trains(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ValueError, match=r"pip install 'atp\[onnx\]'"):
         check_formats(config, tokenizer, uniform=False, onnx=True)
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32, "rope_theta": 10000.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 10000.0}
+LONGROPE |= {"factor": 2.0, "original_max_position_embeddings": 32}
+REFUSED = [
+    ("qwen3", {}, {"gguf": ["f16"], "axes": ["qk_pairs", "channels"]}, r"qk_pairs out of prune\.space=.*export\.gguf"),
+    ("llama", {"rope_parameters": DYNAMIC}, {"gguf": ["f16"]}, r"rope_parameters=.*'dynamic'.*export\.gguf"),
+    ("llama", {"rope_parameters": LONGROPE}, {"onnx": True}, r"'longrope'.*export\.onnx=false"),
+    ("qwen3", {"rope_parameters": LLAMA3}, {"gguf": ["f16"]}, r"qwen3 takes no 'llama3' rotary scaling"),
+    ("llama", {}, {"dtype": "float8"}, r"export\.dtype is 'float8'"),
+    ("llama", {}, {"max_shard_size": "5 giga"}, r"export\.max_shard_size is '5 giga'"),
+]
+
+
+@pytest.mark.parametrize(("family", "settings", "wanted", "message"), REFUSED)
+def test_what_export_would_refuse_is_refused_before_training(family, settings, wanted, message):
+    from transformers import AutoTokenizer
+
+    pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'atp[gguf]'")
+    config = type(tiny_model(family).config)(**{**tiny_model(family, vocabulary=4096).config.to_dict(), **settings})
+    tokenizer = AutoTokenizer.from_pretrained(embedded.base_dir())
+    check_formats(config, tokenizer, uniform=False, axes=["heads", "channels"])
+    with pytest.raises(ValueError, match=message):
+        check_formats(config, tokenizer, uniform=False, **{"axes": ["heads", "channels"], **wanted})
+
+
+def test_a_graph_of_dynamic_scaling_says_how_far_it_goes(caplog):
+    from atp.export.onnx_graph import check_graph
+
+    config = tiny_model().config
+    check_graph(config)
+    assert not caplog.records
+    config.rope_parameters = DYNAMIC
+    check_graph(config)
+    assert "up to 64 tokens only" in caplog.text
+
+
+def test_a_scaled_qwen2_of_equal_widths_is_laid_out_as_llama():
+    from atp.export.gguf_layout import check_layout, gguf_layout
+
+    config = tiny_model("qwen2").config
+    config.rope_parameters = LLAMA3
+    check_layout(config, uniform=True)
+    assert gguf_layout(config).architecture == "llama"
+
+
+class FakeHub:
+    """What the hub is asked; a repository that exists has a visibility of its own."""
+
+    def __init__(self, private=None):
+        self.private, self.made = private, None
+
+    def __call__(self):
+        return self
+
+    def repo_exists(self, name):
+        return self.private is not None
+
+    def create_repo(self, name, *, private=None, exist_ok=False):
+        self.made = private
+        self.private = private if self.private is None else self.private
+
+    def repo_info(self, name):
+        return SimpleNamespace(private=self.private)
+
+    def upload_folder(self, *, repo_id, folder_path):
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}")
+
+
+def test_uploads_are_private_unless_asked_otherwise(tmp_path, model_dir, monkeypatch, caplog, capsys):
+    from atp.export.bundle import upload
+
+    for options, private in (([], True), (["--public"], False)):
+        hub = FakeHub()
+        monkeypatch.setattr("huggingface_hub.HfApi", hub)
+        assert main([str(model_dir), "--push-to-hub", "me/model", *options]) == 0
+        assert hub.made is private and "https://hub/me/model" in capsys.readouterr().out
+    assert not caplog.records
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub(private=False))
+    upload(model_dir, "me/model")
+    assert "me/model exists and stays public" in caplog.text
+    assert main([str(model_dir), "--verify", "--public"]) == 2
+    assert "--push-to-hub REPO" in capsys.readouterr().err
+
+
+def test_a_run_uploads_as_its_configuration_says(tmp_path, monkeypatch):
+    from atp import pipeline
+    from atp.config import ExportConfig
+
+    hub = FakeHub()
+    monkeypatch.setattr("huggingface_hub.HfApi", hub)
+    for public in (False, True):
+        settings = ExportConfig(push_to_hub="me/model", public=public)
+        pipeline._upload(settings, tmp_path, {"export": {"formats": []}})
+        assert hub.made is not public
 
 
 def test_windows_hold_the_real_tokens_in_order():

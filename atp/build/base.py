@@ -55,7 +55,8 @@ def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.dev
         device: Where a quantised model is put; others stay on the CPU, their weights mapped from the files.
 
     Raises:
-        ValueError: Unknown dtype or family, nothing to load, or no access; each says the way out.
+        ValueError: Unknown dtype or family, nothing to load, an adapter that does not fit, or no access; each says the
+            way out.
     """
     source = model_source(config)
     if config.dtype not in DTYPES:

@@ -183,6 +183,8 @@ def _model_folder(name: str) -> str:
 def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer from a directory or the hub; from safetensors and without remote code.
 
+    An adapter beside the weights, of a run with ``export.merge=false``, is added to them.
+
     Raises:
         ValueError: There is no such model, or the dtype is unknown.
     """
@@ -196,7 +198,7 @@ def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     modeling_atp.register()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        path = str(Path(source).expanduser()) if looks_local else source
+        path = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtypes[dtype], use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -200,7 +200,7 @@ def weights_mib(model: nn.Module) -> float:
 
 
 def file_mib(path: str | os.PathLike[str]) -> float:
-    """Return the size in MiB of a file, or of the safetensors files in a directory.
+    """Return the size in MiB of a file, or of the safetensors files in a directory and of an adapter beside them.
 
     Raises:
         ValueError: There is no such file, or no safetensors file in the directory.
@@ -209,7 +209,8 @@ def file_mib(path: str | os.PathLike[str]) -> float:
     files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
     if not files or not all(file.is_file() for file in files):
         raise UserError(f"{place} is neither a file nor a directory with *.safetensors files; name an exported model")
-    return sum(file.stat().st_size for file in files) / _MIB
+    adapter = place.glob("adapter/*.safetensors")
+    return sum(file.stat().st_size for file in (*files, *adapter)) / _MIB
 
 
 @dataclass(frozen=True)

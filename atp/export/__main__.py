@@ -40,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tokens", type=int, default=2048, help="verify: tokens to compare on (2048)")
     made.add_argument("--text", type=Path, help="verify: text to compare on; by default the embedded legal corpus")
     made.add_argument("--quantised", nargs="+", default=[], help="verify: also load quantised: " + ", ".join(QUANTISED))
-    made.add_argument("--public", action="store_true", help="a repository made by --push-to-hub is public, not private")
     made.add_argument("--push-to-hub", metavar="REPO", help="upload the directory there, once it matches if verified")
+    made.add_argument("--public", action="store_true", help="push-to-hub: make a new repository public, not private")
     return made
 
 
@@ -92,6 +92,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         raise UserError("--to hf adapter: each is a directory of its own; ask for one at a time")
     if not formats and not arguments.verify and not arguments.push_to_hub:
         raise UserError("nothing to do; give --to FORMAT, --verify or --push-to-hub REPO")
+    if arguments.public and not arguments.push_to_hub:
+        raise UserError("--public says who sees an upload; give --push-to-hub REPO too, or leave it out")
     target = _new_directory(arguments)
     if arguments.verify and arguments.output and target is None:
         raise UserError("--verify looks at the formats below the model directory; leave --output out")

@@ -8,6 +8,7 @@ verified in the end. Knows no configuration, only plain arguments.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from atp.errors import UserError
 from atp.export.extras import require
 from atp.export.gguf_file import check_types, export_gguf
-from atp.export.gguf_layout import FILLED_NOTE, UNIFORM, gguf_architecture
+from atp.export.gguf_layout import FILLED_NOTE, UNIFORM, check_layout
 from atp.export.gguf_vocab import gguf_vocabulary
-from atp.export.onnx_graph import export_onnx
+from atp.export.onnx_graph import check_graph, export_onnx
 from atp.export.verification import Check, mismatches, verify
 
 log = logging.getLogger(__name__)
+
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_formats(
@@ -34,6 +37,10 @@ def check_formats(
     gguf: Sequence[str] = (),
     onnx: bool = False,
     push_to_hub: str | None = None,
+    public: bool = False,
+    axes: Sequence[str] = (),
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
 ) -> None:
     """Refuses, before any work is lost, what could not be written in the end.
 
@@ -44,18 +51,29 @@ def check_formats(
         gguf: GGUF types wanted.
         onnx: Whether a graph is wanted.
         push_to_hub: Repository to upload to.
+        public: Whether everyone shall see that repository.
+        axes: Kinds of units that pruning may remove (``prune.space``).
+        dtype: Type to store the weights in; None for the model's own.
+        max_shard_size: Largest weight file, as text.
 
     Raises:
         ValueError: A format cannot hold this model, its package is missing, or the hub is not logged in to.
     """
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        raise UserError(f"export.dtype is {dtype!r}; known: {', '.join(WEIGHT_DTYPES)}, or null for the base model's")
+    if not re.fullmatch(r"\d+(\.\d+)? *[KMGT]B", max_shard_size.strip().upper()):
+        raise UserError(f"export.max_shard_size is {max_shard_size!r}; give a number and KB, MB, GB or TB, such as 5GB")
     if gguf:
         check_types(gguf)
-        if gguf_architecture(config, uniform=uniform) in UNIFORM.values() and not uniform:
+        if check_layout(config, uniform=uniform, axes=axes) in UNIFORM.values() and not uniform:
             log.warning("export.gguf: %s", FILLED_NOTE)
         gguf_vocabulary(tokenizer, config.vocab_size)
     if onnx:
+        check_graph(config)
         for package in ("onnx", "onnxruntime"):
             require(package, extra="onnx")
+    if public and not push_to_hub:
+        log.warning("export.public=true has no effect: export.push_to_hub names no repository")
     if push_to_hub:
         from huggingface_hub import get_token
 
@@ -115,15 +133,19 @@ def windows_of(batches: Sequence[Any], tokens: int, length: int) -> np.ndarray:
 
 
 def upload(directory: Path, repository: str, *, public: bool = False) -> str:
-    """Uploads a directory to a hub repository; returns the address.
+    """Uploads a directory to a hub repository, making it if need be; returns the address.
 
     Args:
         directory: What to upload.
-        repository: Where to; made if it is not there.
-        public: Whether a repository made now is for everybody; one that is there stays as it is.
+        repository: Its name; one that exists keeps its visibility.
+        public: Make a new repository for everyone to see. The hub's own default is that; here it has to be asked for,
+            as a model may repeat what it was tuned on.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(repository, exist_ok=True, private=not public)
+    existed = api.repo_exists(repository)
+    api.create_repo(repository, private=not public, exist_ok=True)
+    if existed and (hidden := bool(api.repo_info(repository).private)) == public:
+        log.warning("%s exists and stays %s; change that on its page", repository, "private" if hidden else "public")
     return str(api.upload_folder(repo_id=repository, folder_path=str(directory)).commit_url)

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 
 from atp.architecture import LayerWidths
+from atp.loading_lines import load_lines
 
 BAR_LENGTH = 12
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -228,25 +229,16 @@ def _loading(architecture: str, stock: bool, files: Sequence[str]) -> str:
             "layer from transformers' own `per_layer_config` (transformers 5.15 or newer). `trust_remote_code=True` "
             "runs that file; with the `atp` package imported the flag is not needed."
         )
-    arguments = '"path/to/this/directory"' + ("" if stock else ", trust_remote_code=True")
-    lines = [
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"model = AutoModelForCausalLM.from_pretrained({arguments})",
-        f"tokenizer = AutoTokenizer.from_pretrained({arguments})",
-        "```",
-    ]
+    adapter = any(file.startswith("adapter/") for file in files)
+    if adapter:
+        why += " The weights are the pruned base; the tuned adapter lies beside them."
+    lines = ["```python", load_lines("path/to/this/directory", stock, adapter=adapter), "```"]
     return "\n".join(["## How to load", "", why, "", *lines, *_other_engines(files)])
 
 
 def _other_engines(files: Sequence[str]) -> list[str]:
     """How the further formats are opened."""
     lines: list[str] = []
-    if any(file.startswith("adapter/") for file in files):
-        lines += ["", "The weights are the pruned base; the tuned adapter lies beside them:", "", "```python"]
-        lines += ["from peft import PeftModel", ""]
-        lines += ['model = PeftModel.from_pretrained(model, "path/to/this/directory/adapter")', "```"]
     if gguf := [file for file in files if file.endswith(".gguf")]:
         lines += ["", "llama.cpp:", "", "```bash", *(f'llama-cli -m {file} -p "..."' for file in gguf), "```"]
     if graphs := [file for file in files if file.endswith(".onnx")]:
@@ -278,24 +270,3 @@ def _prompt(prompt: str | None) -> str:
         "The figures above were measured with this around each prompt (a Jinja template; `prompt.json` holds it all):"
     )
     return f"## Prompt\n\n{told}\n\n{fence}\n{prompt}\n{fence}"
-
-
-def load_lines(path: str | Path, stock: bool, *, adapter: bool = False) -> str:
-    """The two lines of Python that load a pruned model and its tokenizer.
-
-    Args:
-        path: The exported directory.
-        stock: Whether a stock class holds the model; otherwise the code beside the weights must be trusted.
-        adapter: Whether an adapter lies beside the weights; two more lines then add it.
-
-    Returns:
-        Lines to be run as they are, in an environment that has transformers (and peft, for an adapter).
-    """
-    arguments = repr(str(path)) + ("" if stock else ", trust_remote_code=True")
-    classes = ("AutoModelForCausalLM", "AutoTokenizer")
-    loaded = ", ".join(f"{name}.from_pretrained({arguments})" for name in classes)
-    lines = f"from transformers import {', '.join(classes)}\nmodel, tokenizer = {loaded}"
-    if adapter:
-        folder = repr(str(Path(path) / "adapter"))
-        lines += f"\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(model, {folder})"
-    return lines

@@ -83,6 +83,36 @@ def gguf_architecture(config: PreTrainedConfig, *, uniform: bool) -> str:
     return (UNIFORM if uniform else PER_LAYER)[name]
 
 
+def check_layout(config: PreTrainedConfig, *, uniform: bool, axes: Sequence[str] = ()) -> str:
+    """Refuses, before the widths are known, what :func:`gguf_layout` would refuse of the pruned model.
+
+    Args:
+        config: Config of the dense model.
+        uniform: As in :func:`gguf_architecture`.
+        axes: Kinds of units that pruning may remove (``prune.space``).
+
+    Returns:
+        Name of the architecture.
+
+    Raises:
+        ValueError: llama.cpp could not compute the pruned model; the message says why and what can be done.
+    """
+    architecture = gguf_architecture(config, uniform=uniform)
+    if "qk_pairs" in axes and architecture in ("qwen3", "openelm"):
+        raise UserError(
+            "GGUF: Qwen3 normalises whole heads, which llama.cpp cannot do without some rotary pairs; take qk_pairs "
+            f"out of prune.space={list(axes)}, or leave export.gguf out"
+        )
+    _rotary(config, _roped(config, architecture), _one_head_dim(config, layer_widths(config)))
+    return architecture
+
+
+def _roped(config: PreTrainedConfig, architecture: str) -> str:
+    """The architecture that reads this kind of rotary scaling: llama computes Qwen2 too and takes every static one."""
+    plain = _rope(config).get("rope_type", "default") in ("default", "linear", "yarn")
+    return "llama" if architecture == "qwen2" and not plain else architecture
+
+
 def _fits_openelm(config: PreTrainedConfig) -> bool:
     """Whether llama.cpp's openelm computes a Qwen3: it ties the output head and scales no rotary frequencies."""
     return config.tie_word_embeddings and _rope(config).get("rope_type", "default") in ("default", "linear")
@@ -101,7 +131,7 @@ def gguf_layout(config: PreTrainedConfig, *, block: int = 1) -> GgufLayout:
     """
     widths = layer_widths(config)
     uniform = widths[0].has_attention and widths[0].has_mlp and len(set(widths)) == 1
-    architecture = gguf_architecture(config, uniform=uniform)
+    architecture = _roped(config, gguf_architecture(config, uniform=uniform))
     head_dim = _one_head_dim(config, widths)
     if architecture == "qwen2" and widths[0].num_attention_heads * head_dim != config.hidden_size:
         architecture = "llama"
@@ -208,7 +238,10 @@ def _rotary(config: PreTrainedConfig, architecture: str, head_dim: int) -> tuple
     rope = _rope(config)
     kind = rope.get("rope_type", "default")
     if kind in ("dynamic", "longrope") or rope.get("partial_rotary_factor", 1.0) != 1.0 or "rope_theta" not in rope:
-        raise UserError(f"GGUF: rotary parameters {rope} change with the length or are partial; not supported")
+        raise UserError(
+            f"GGUF: rope_parameters={rope} of the model's config change with the length or are partial, for which "
+            "files have no field; leave GGUF out (export.gguf)"
+        )
     rotary: Any = LlamaRotaryEmbedding(cast(Any, config))
     actual = rotary.inv_freq.double()
     default = float(rope["rope_theta"]) ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)

@@ -32,8 +32,9 @@ from atp import modeling_atp
 from atp.adapter import ADAPTER_FOLDER, Adapter
 from atp.architecture import family, is_stock, layer_widths
 from atp.errors import UserError
-from atp.export.card import CardFacts, load_lines, model_card
+from atp.export.card import CardFacts, model_card
 from atp.export.loading import INDEX_FILE, differences, expected_shapes
+from atp.loading_lines import load_lines
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def export_hf(
     tensors = _checked_tensors(model)
     dtype = dtype or model.dtype
     config = _written_config(model, dtype)
-    texts = _written_texts(config, target.name, card, provenance or {})
+    texts = _written_texts(config, target.name, card, provenance or {}, adapter is not None)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     _check_space(target, parameters * dtype.itemsize)
     with appearing_whole(target) as stage:
@@ -199,7 +200,7 @@ def _architecture(config: PreTrainedConfig) -> str:
 
 
 def _written_texts(
-    config: PreTrainedConfig, title: str, card: str | None, provenance: Mapping[str, Any]
+    config: PreTrainedConfig, title: str, card: str | None, provenance: Mapping[str, Any], adapter: bool
 ) -> dict[str, str]:
     """The text files of an export, by name; made first, so that a mistake shows before any weights are written."""
     stock, widths = is_stock(config), layer_widths(config)
@@ -215,7 +216,8 @@ def _written_texts(
         texts = {PROVENANCE_FILE: json.dumps(facts, indent=2, allow_nan=False) + "\n"}
     except (TypeError, ValueError) as error:
         raise UserError(f"provenance must hold plain JSON values: {error}") from error
-    own = CardFacts(title=title, architecture=_architecture(config), stock=stock, widths=widths)
+    files = [f"{ADAPTER_FOLDER}/adapter_config.json"] if adapter else []
+    own = CardFacts(title=title, architecture=_architecture(config), stock=stock, widths=widths, files=files)
     texts["README.md"] = card or model_card(own)
     if not stock:
         texts["modeling_atp.py"] = Path(modeling_atp.__file__).read_text(encoding="utf-8")

@@ -21,12 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from atp.architecture import LayerWidths, layer_widths
+from atp.errors import UserError
 from atp.export.extras import require
 from atp.export.huggingface import appearing_whole, check_target
 from atp.export.loading import load_exported
+
+log = logging.getLogger(__name__)
 
 GRAPH_FILE = "model.onnx"
 OPSET = 18
@@ -96,6 +99,23 @@ class CachedGraph(nn.Module):
         return {"full_attention": full, "sliding_attention": sliding} if self.kinds else sliding
 
 
+def check_graph(config: PreTrainedConfig) -> None:
+    """Refuses a config whose rotary frequencies tracing cannot follow, and warns where a graph holds one set of them.
+
+    Raises:
+        ValueError: The frequencies are chosen anew by the length (longrope).
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        raise UserError(
+            "ONNX: rope_parameters of the model's config are of type 'longrope', which chooses among two sets of "
+            "frequencies by the length, and a graph has one; leave ONNX out (export.onnx=false)"
+        )
+    if rope.get("rope_type") == "dynamic":
+        within = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        log.warning("ONNX: rotary scaling is dynamic, so the graph is the model's equal up to %d tokens only", within)
+
+
 def export_onnx(
     model_dir: str | Path, output_dir: str | Path | None = None, *, cache: bool = True, overwrite: bool = False
 ) -> Path:
@@ -111,7 +131,7 @@ def export_onnx(
         The graph file; weights beyond 2 GiB lie beside it.
 
     Raises:
-        ValueError: The model is damaged, the target is in use, or a package is missing.
+        ValueError: The model is damaged or of a kind that no graph holds, the target is in use, or a package is absent.
         OSError: If the disk is full.
     """
     for package in ("onnx", "onnxruntime"):
@@ -119,6 +139,7 @@ def export_onnx(
     target = Path(output_dir) if output_dir is not None else Path(model_dir) / "onnx"
     check_target(target.resolve(), overwrite, marker=GRAPH_FILE)
     model: Any = load_exported(model_dir, dtype=torch.float32)
+    check_graph(model.config)
     model.set_attn_implementation("eager")
     graph = CachedGraph(model, cache=cache).eval()
     widths = layer_widths(model.config)

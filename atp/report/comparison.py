@@ -210,9 +210,15 @@ def speed_ratio(metrics: Mapping[str, Any], kind: str) -> float | None:
 
 
 def speed_note(metrics: Mapping[str, Any]) -> list[str]:
-    """The remark on how speed was measured, if there is one."""
-    note = (metrics.get("speed") or {}).get("note")
-    return [f"speed: {clean(note)}"] if note else []
+    """How speed was measured, in a sentence; none where it was not, or by a version that did not note it."""
+    names = ("prompt_tokens", "new_tokens", "batch_size", "repeats")
+    prompt, new, batch, repeats = (number(metrics, "speed", name) for name in names)
+    if prompt is None or new is None or batch is None or repeats is None:
+        return []
+    device = clean(str((metrics.get("speed") or {}).get("device") or "unknown device"))
+    return [
+        f"speed: {prompt:.0f} prompt tokens, {new:.0f} decoded, batch {batch:.0f}, median of {repeats:.0f}, on {device}"
+    ]
 
 
 class _EncodableTable(Table):
@@ -280,11 +286,8 @@ def _cost_rows(metrics: Mapping[str, Any]) -> list[Row]:
         rows.append(Row(label, row.cells, "" if ratio is None else f"{ratio:.2f}x speed"))
     rates = [number(metrics, "speed", model, "prefill_tokens_per_s") for model in both]
     rows.append(_pair("prefill (tokens/s)", rates, lambda rate: f"{rate:,.0f}"))
-    for label, key in (
-        ("weights in memory (MiB)", "weights_mib"),
-        ("peak memory, inference (MiB)", "inference_peak_mib"),
-    ):
-        rows.append(_pair(label, [number(metrics, "memory", f"{model}_{key}") for model in both], _decimal))
+    weights = [number(metrics, "memory", f"{model}_weights_mib") for model in both]
+    rows.append(_pair("weights in memory (MiB)", weights, _decimal))
     peak = number(metrics, "memory", "train_peak_mib")
     rows.append(Row("peak memory, training (MiB)", {} if peak is None else {"pruned": _decimal(peak)}))
     return [row for row in rows if row.cells or row.against]

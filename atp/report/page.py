@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from atp.loading_lines import load_lines
 from atp.report import figures, mask_panels, panel
 from atp.report.comparison import (
     comparison_rows,
@@ -23,6 +24,7 @@ from atp.report.comparison import (
     lower_is_better,
     metric_names,
     model_label,
+    speed_note,
 )
 from atp.report.evidence import evidence
 from atp.report.headlines import headlines
@@ -45,7 +47,6 @@ _COSTS = (
         "{:,.2f} ms/token",
     ),
     ("Weights in memory", ("memory", "dense_weights_mib"), ("memory", "pruned_weights_mib"), "{:,.1f} MiB"),
-    ("Inference peak", ("memory", "dense_inference_peak_mib"), ("memory", "pruned_inference_peak_mib"), "{:,.1f} MiB"),
     ("Files", ("files", "dense_mib"), ("files", "pruned_mib"), "{:,.1f} MiB"),
 )
 
@@ -82,6 +83,7 @@ def write_report(run_dir: Path | str) -> Path:
         layers=_layer_rows(report.metrics),
         certainty=_certainty(report),
         load_lines=_load_lines(report.run_dir),
+        speed_note="".join(speed_note(report.metrics)),
     )
     path = report.run_dir / "report.html"
     replace_file(path, page.encode("utf-8"))
@@ -277,9 +279,5 @@ def _load_lines(run_dir: Path) -> str:
         own_code = "auto_map" in json.loads((pruned / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return ""
-    flag = ", trust_remote_code=True" if own_code else ""
-    where = json.dumps(os.path.relpath(pruned) if pruned.resolve().is_relative_to(Path.cwd()) else pruned.as_posix())
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += [f"model = AutoModelForCausalLM.from_pretrained({where}{flag})"]
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained({where})"]
-    return "\n".join(lines)
+    where = Path(os.path.relpath(pruned)) if pruned.resolve().is_relative_to(Path.cwd()) else pruned
+    return load_lines(where.as_posix(), not own_code, adapter=(pruned / "adapter" / "adapter_config.json").is_file())

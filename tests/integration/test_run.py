@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_report import make_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atp.export.loading import load_exported
 
+NAMED = re.compile(r"\b(run|metrics)\.([a-z_]+(?:\.[a-z_]+)*)")
 ROOT = Path(__file__).parent.parent.parent
 FAST = [
     "experiment=smoke",
@@ -43,6 +46,43 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("run")
     done = train(*FAST, "run_dir=one", cwd=folder)
     return folder / "one", done.stdout
+
+
+def _paths(node: object, models: set[str]) -> set[tuple[str, ...]]:
+    """Every path in a JSON object, names of models and of metrics alike."""
+    if not isinstance(node, dict):
+        return {()}
+    found: set[tuple[str, ...]] = {()}
+    for key, value in node.items():
+        named = "*" if key in models or key.endswith(("perplexity", "accuracy", "bits_per_byte", "rougeL")) else key
+        found |= {(named, *path) for path in _paths(value, models)}
+    return found
+
+
+def test_the_report_reads_only_what_runs_write(
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from atp.report import comparison, headlines, page, record, uncertainty
+
+    run, _ = finished
+    metrics = json.loads((run / "metrics.json").read_text())
+    baselines = {"random", "uniform"}
+    models = {"dense", "dense_lora", "pruned", *baselines, *(k for m in metrics["eval"].values() for k in m)}
+    written, asked = _paths(metrics, models), set()
+
+    def recording(metrics: dict, *keys: str) -> float | None:
+        asked.add(tuple("*" if key in models else key for key in keys))
+        return record.number(metrics, *keys)
+
+    for module in (comparison, headlines, page, uncertainty):
+        monkeypatch.setattr(module, "number", recording)
+    shutil.copytree(run, tmp_path / "one", ignore=shutil.ignore_patterns("checkpoints"))
+    page.write_report(tmp_path / "one")
+    assert asked and asked <= written
+    template = (Path(page.__file__).parent / "report.html.j2").read_text()
+    named = {("run" if kind == "run" else None, *rest.split(".")) for kind, rest in NAMED.findall(template)}
+    assert named and {tuple(part for part in path if part) for path in named} <= written
+    assert _paths(make_metrics(), models | {"holding/accuracy", "bill/rougeL"}) <= written, "figures of these tests"
 
 
 def test_the_run_directory_describes_itself(finished: tuple[Path, str]) -> None:
