@@ -2,8 +2,8 @@
 
 Turns arguments into a checked, typed configuration and hands it to the pipeline. Before Hydra runs, this file answers
 ``--help`` from the schema, resolves ``resume=``, and composes the configuration once so that a mistake fails at once
-with the file, the key and the nearest valid key. Together with the schema this is the only place that knows Hydra's
-command line; it knows nothing of what a run does.
+with the file, the key and the nearest valid key. It knows Hydra's command line, and nothing of what a
+run does.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What may be cut: the pruning space of a LLaMA-family model, described as data.
 
-Sits between the loaded Hugging Face model and everything that makes, samples, counts or applies masks. This is the only
-file that knows how Hugging Face names the modules of a decoder layer; the words it describes them in are those of
-:mod:`atp.units`. It knows nothing of how scores are made, sampled or trained, and nothing of LoRA.
+Sits between the loaded Hugging Face model and everything that makes, samples, counts or applies masks. It says which
+modules of a decoder layer hold which units, in the words of :mod:`atp.units`. It knows nothing of how scores are made,
+sampled or trained, and nothing of LoRA.
 
 Shape suffixes: U units, D hidden, N query heads, K KV heads, H head dim, F FFN width, L layers.
 """

@@ -1,7 +1,9 @@
-"""Two-stage baselines: a tuning that was interrupted goes on with the cut it began with."""
+"""Before the first step: what it takes, and that an interrupted baseline goes on with the cut it began with."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from atp.cli import compose_config
+from atp.evaluate.measure import PeakMemory
 from atp.rundir import RunDirectory
 from atp.stages import Stages
 from atp.tuning import TuningModule
@@ -50,3 +53,33 @@ def test_a_resumed_baseline_is_not_repaired_again(
     resumed = begin(tmp_path / "part")
     assert len(repaired) == 2 and resumed["values"] == whole["values"] and resumed["sparsity"] == whole["sparsity"]
     assert not list((tmp_path / "part" / "checkpoints").glob("*_cut*"))
+
+
+def test_the_peak_of_training_holds_what_came_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from atp import stages as module
+
+    during: list[str] = []
+
+    @contextmanager
+    def peak_memory(device: Any) -> Iterator[PeakMemory]:
+        peak = PeakMemory(kind="process_rss")
+        during.append("")
+        yield peak
+        peak.mib = 900.0 if "warm_start" in during[-1] else 100.0
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: during.__setitem__(-1, during[-1] + name)
+
+    monkeypatch.setattr(module, "peak_memory", peak_memory)
+    stages = make_stages(tmp_path)
+    monkeypatch.setattr(stages, "_warm_start", note("warm_start "))
+    monkeypatch.setattr(stages.preparation, "repair_start", note("repair "))
+    monkeypatch.setattr(stages, "_fit", note("fit "))
+    expected = {"train_peak_mib": 900.0, "steps_peak_mib": 100.0, "train_peak_kind": "process_rss"}
+    assert stages.fit_jointly() == expected
+    assert during == ["warm_start repair ", "fit "]
+    stages.directory.checkpoint("joint").parent.mkdir(parents=True, exist_ok=True)
+    stages.directory.checkpoint("joint").touch()
+    assert stages.fit_jointly() == expected, "a resumed run forgot what its preparation took"
