@@ -4,7 +4,7 @@ Importing the package lets transformers' Auto classes load per-layer-width model
 model classes themselves are imported only when one is first needed.
 """
 
-from atp.registry import register_on_demand
+from atp.model.registry import register_on_demand
 
 __version__ = "0.1.0"
 

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         sys.stderr.write(f"error: there is no command {name!r}; there are {', '.join(COMMANDS)}\n")
         raise SystemExit(2)
-    modules = {"train": "atp.cli"} | {
+    modules = {"train": "atp.commands.train"} | {
         package: f"atp.{package}.__main__" for package in ("evaluate", "export", "report")
     }
     raise SystemExit(importlib.import_module(modules.get(name, f"atp.{name}")).main(rest))

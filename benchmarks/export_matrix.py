@@ -22,8 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from test_architecture import CASES, SHAPES, VOCAB, dense_model, pruned_model  # noqa: E402
 
 from atp.export import probe  # noqa: E402
-from atp.export.gguf_file import export_gguf  # noqa: E402
-from atp.export.huggingface import export_hf  # noqa: E402
+from atp.export.gguf.file import export_gguf  # noqa: E402
+from atp.export.hf.writing import export_hf  # noqa: E402
 from atp.export.onnx_graph import export_onnx  # noqa: E402
 
 TOKENS = 48

@@ -48,8 +48,8 @@ def make_dense(folder: Path, layers: int) -> None:
     """Writes the dense model."""
     import torch
 
-    from atp.architecture import build_model
-    from atp.export.huggingface import export_hf
+    from atp.export.hf.writing import export_hf
+    from atp.model.widths import build_model
 
     model = build_model(base_config(layers), dtype=torch.bfloat16)
     with torch.no_grad():
@@ -62,13 +62,13 @@ def step(name: str, folder: Path, layers: int) -> dict[str, float]:
     """Does one step and says what it took."""
     import torch
 
-    from atp.architecture import build_model
-    from atp.export.gguf_file import export_gguf
-    from atp.export.huggingface import export_hf
-    from atp.export.loading import StoredModel, load_exported
-    from atp.removal import remove
-    from atp.selection import select
-    from atp.space import PruningSpace
+    from atp.cut.removal import remove
+    from atp.cut.selection import select
+    from atp.export.gguf.file import export_gguf
+    from atp.export.hf.loading import StoredModel, load_exported
+    from atp.export.hf.writing import export_hf
+    from atp.model.widths import build_model
+    from atp.space.space import PruningSpace
 
     build_model(base_config(1), dtype=torch.bfloat16, device="meta")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark

@@ -77,7 +77,7 @@ def write_exports(folder: Path) -> list[str]:
     from test_architecture import left_padded_batch, real_logits
     from test_export import EXPORTS, pruned
 
-    from atp.export.huggingface import export_hf
+    from atp.export.hf.writing import export_hf
 
     batch = left_padded_batch()
     save_file(batch, folder / "batch.safetensors")

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
-from atp.architecture import build_model
+from atp.cut.removal import remove, widths_after
+from atp.cut.selection import select
 from atp.evaluate.measure import compare_speed, count_parameters, macs_per_token
-from atp.removal import remove, widths_after
-from atp.selection import select
-from atp.space import PruningSpace, block_parameters
+from atp.model.widths import build_model
+from atp.space.space import PruningSpace, block_parameters
 from benchmarks.inference_graphs import compare_graphed
 from benchmarks.training_systems import SHAPES
 

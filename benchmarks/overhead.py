@@ -27,13 +27,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 
-from atp import build
-from atp.callbacks import ProgressReport, QuietCollector, Throughput
-from atp.cli import compose_config
-from atp.config import TrainConfig
-from atp.loggers import close_loggers, csv_logger
-from atp.module import PruningModule
-from atp.monitoring import MaskMonitor, TrainingHealth
+from atp.commands.train import compose_config
+from atp.config.schema import TrainConfig
+from atp.run import parts
+from atp.train.callbacks import ProgressReport, QuietCollector, Throughput
+from atp.train.joint import PruningModule
+from atp.train.loggers import close_loggers, csv_logger
+from atp.train.monitoring import MaskMonitor, TrainingHealth
 
 TURN = 10  # steps
 OUT = Path(__file__).parent / "results" / "overhead.json"
@@ -69,7 +69,7 @@ class Turns(Callback):
 def open_logging(config: TrainConfig, folder: Path) -> tuple[list[Callback], list[Logger]]:
     """Everything that a run logs with, as its stages do."""
     callbacks = [MaskMonitor(folder, folder / "mask_history.jsonl"), Throughput(), TrainingHealth()]
-    loggers = [csv_logger(folder / "csv"), *build.make_loggers(config, folder)]
+    loggers = [csv_logger(folder / "csv"), *parts.make_loggers(config, folder)]
     for logger in loggers:
         assert logger.experiment
     return [*callbacks, ProgressReport("joint")], loggers
@@ -87,11 +87,11 @@ def train(connection: Connection, folder: Path, logged: bool, steps: int, seed: 
     overrides = ["experiment=legal_50pct", "logger=wandb", f"trainer.max_steps={steps}"]
     config: Any = OmegaConf.to_object(compose_config(overrides))
     seed_everything(seed, workers=True, verbose=False)
-    base = build.load_base(config.model)
-    splits = build.load_splits(config.data, config.seed)
-    data = build.data_module(config, splits, build.load_tokenizer(config.model), base.config.max_position_embeddings)
+    base = parts.load_base(config.model)
+    splits = parts.load_splits(config.data, config.seed)
+    data = parts.data_module(config, splits, parts.load_tokenizer(config.model), base.config.max_position_embeddings)
     data.setup("fit")
-    module = build.pruning_module(config, base)
+    module = parts.pruning_module(config, base)
     started = time.perf_counter()
     if logged:
         callbacks, loggers = open_logging(config, folder)
@@ -101,7 +101,7 @@ def train(connection: Connection, folder: Path, logged: bool, steps: int, seed: 
     opening_s = time.perf_counter() - started
     connection.send("ready")
     turns = Turns(connection)
-    trainer = build.make_trainer(config, [turns, QuietCollector(), *callbacks], loggers, data.num_batches)
+    trainer = parts.make_trainer(config, [turns, QuietCollector(), *callbacks], loggers, data.num_batches)
     turns.wait()
     trainer.fit(module, datamodule=data)
     turns.end()

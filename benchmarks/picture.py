@@ -14,8 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from atp.atomic import write_bytes
 from atp.report.across import across_panels
-from atp.report.html import replace_file
 from atp.report.page import report_panels
 from atp.report.panel import file_bytes
 from atp.report.record import RunReport
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     at = [run for run in found if run.metrics["sparsity"]["target"] == options.sparsity]
     if not at:
         parser.error(f"{options.sweep} holds no finished run at a target of {options.sparsity}")
-    replace_file(options.target, draw(found, at[0]))
+    write_bytes(options.target, draw(found, at[0]))
     for path, reason in left_out:
         sys.stderr.write(f"left out: {path}: {reason}\n")
     if data_differs(found):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 
-from atp.rundir import write_json
+from atp.atomic import write_json
 from benchmarks.quality_cells import ARMS, CONTROL, REFERENCES, Cell, run_cell
 from benchmarks.quality_data import SETTINGS, prepare
 from benchmarks.quality_report import TWO_STAGE, best_rate, is_two_stage, plot, summarise, table, targets

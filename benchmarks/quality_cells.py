@@ -20,18 +20,20 @@ from lightning import seed_everything
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from atp.architecture import build_model, pruned_config
-from atp.build import two_stage
-from atp.cli import compose_config
-from atp.config import TrainConfig, WarmStartConfig
+from atp.atomic import write_json
+from atp.commands.train import compose_config
+from atp.config.prune import WarmStartConfig
+from atp.config.schema import TrainConfig
+from atp.cut.removal import widths_after
+from atp.cut.selection import select
 from atp.evaluate.measure import count_parameters
 from atp.evaluate.quality import evaluate
-from atp.module import PruningModule
-from atp.removal import widths_after
-from atp.rundir import RunDirectory, write_json
-from atp.selection import select
-from atp.stages import Stages
-from atp.tuning import TuningModule
+from atp.model.widths import build_model, pruned_config
+from atp.run.directory import RunDirectory
+from atp.run.parts import two_stage
+from atp.run.stages import Stages
+from atp.train.joint import PruningModule
+from atp.train.tuning import TuningModule
 
 REFERENCES = ("dense", "dense_lora", "scratch")
 CONTROL = "shuffled"

@@ -32,10 +32,10 @@ def make_adapter(folder: Path, layers: int) -> None:
     """Write a random adapter of all linears beside the dense model, where its reader merges it."""
     import torch
 
-    from atp.adapter import extract_adapter
-    from atp.architecture import build_model
-    from atp.export.loading import ADAPTER_FOLDER
-    from atp.lora import add_lora
+    from atp.export.hf.loading import ADAPTER_FOLDER
+    from atp.masks.adapter import extract_adapter
+    from atp.masks.lora import add_lora
+    from atp.model.widths import build_model
 
     config = base_config(layers)
     with torch.device("meta"):
@@ -51,12 +51,12 @@ def cut(folder: Path, device: str) -> dict[str, float]:
     """Remove half of the blocks of the dense model in ``folder``; seconds and memory."""
     import torch
 
-    from atp.architecture import build_model
-    from atp.export.huggingface import export_hf
-    from atp.export.loading import StoredModel
-    from atp.removal import remove
-    from atp.selection import select
-    from atp.space import PruningSpace
+    from atp.cut.removal import remove
+    from atp.cut.selection import select
+    from atp.export.hf.loading import StoredModel
+    from atp.export.hf.writing import export_hf
+    from atp.model.widths import build_model
+    from atp.space.space import PruningSpace
 
     build_model(base_config(1), dtype=torch.bfloat16, device="meta")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -81,8 +81,8 @@ def load(folder: Path) -> dict[str, float]:
     """Load the dense model for training as a run does; memory of its own, and pages that stay in its files."""
     import torch
 
-    from atp.build import load_base
-    from atp.config import ModelConfig
+    from atp.config.schema import ModelConfig
+    from atp.run.parts import load_base
 
     config = ModelConfig(path=str(folder / "dense"), dtype="bfloat16")
     before = {key: resident(key) for key in ("RssAnon", "RssFile")}

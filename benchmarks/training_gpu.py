@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from lightning import LightningModule
 
-from atp import build
-from atp.architecture import build_model
-from atp.build.quantization import is_installed
+from atp.model.widths import build_model
+from atp.run import parts
+from atp.run.parts.quantization import is_installed
 from benchmarks.training_memory import forward, peak_bytes
 from benchmarks.training_systems import SHAPES, Shape, Workload, fit
 
@@ -144,8 +144,8 @@ class Section:
 
 def _on_quantized(work: Workload) -> LightningModule:
     config = work.config("prune=exact")
-    base = build.load_base(config.model, quantized=True, device=work.device)
-    return build.pruning_module(config, base)
+    base = parts.load_base(config.model, quantized=True, device=work.device)
+    return parts.pruning_module(config, base)
 
 
 def _cell(

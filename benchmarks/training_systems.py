@@ -21,17 +21,18 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from atp import build
-from atp.architecture import build_model
-from atp.aware import AwareModule
-from atp.cli import compose_config
-from atp.config import TrainConfig, WarmStartConfig
-from atp.lora import merged_tensors
-from atp.module import PruningModule
-from atp.objective import SparsitySchedule
-from atp.removal import remove
-from atp.starts import starting_scores
-from atp.tuning import TuningModule
+from atp.commands.train import compose_config
+from atp.config.prune import WarmStartConfig
+from atp.config.schema import TrainConfig
+from atp.cut.removal import remove
+from atp.masks.budget import SparsitySchedule
+from atp.masks.lora import merged_tensors
+from atp.model.widths import build_model
+from atp.prepare.starts import starting_scores
+from atp.run import parts
+from atp.train.aware import AwareModule
+from atp.train.joint import PruningModule
+from atp.train.tuning import TuningModule
 
 Batch = dict[str, Tensor]
 STEP_SYSTEMS = ("plain", "joint", "taught", "alternate", "compact", "taylor")
@@ -173,7 +174,7 @@ class Workload:
     def base(self) -> PreTrainedModel:
         """The base model; the same weights at every call."""
         if self.real:
-            return build.load_base(self.config().model)
+            return parts.load_base(self.config().model)
         torch.manual_seed(self.seed)
         return build_model(self.shape.config(), dtype=self.dtype, device=self.device, initialize=True)
 
@@ -187,8 +188,8 @@ class Workload:
         """The first ``count`` batches; random ones go round after 64."""
         if self.real:
             config = self.config(f"trainer.max_steps={count}")
-            splits = build.load_splits(config.data, config.seed)
-            data = build.data_module(config, splits, build.load_tokenizer(config.model), 512)
+            splits = parts.load_splits(config.data, config.seed)
+            data = parts.data_module(config, splits, parts.load_tokenizer(config.model), 512)
             data.setup("fit")
             return list(itertools.islice(data.train_dataloader(), count))
         made = [self.batch(index) for index in range(min(count, 64))]
@@ -208,7 +209,7 @@ class Workload:
             return PlainLora(self.base(), self.config())
         if name in ("joint", "compact", "taught"):
             taught = _TAUGHT if name == "taught" else ()
-            module = build.pruning_module(self.config("prune=exact", *_BARE, *taught), self.base())
+            module = parts.pruning_module(self.config("prune=exact", *_BARE, *taught), self.base())
             if name == "compact":
                 torch.manual_seed(1)
                 module.generator.warm_start(torch.randn(module.space.num_units))
@@ -218,7 +219,7 @@ class Workload:
                 module.schedule = SparsitySchedule(0.5, 0, 0, _NEVER)
             return module
         if name == "alternate":
-            aware = build.pruning_module(self.config("prune=atp"), self.base())
+            aware = parts.pruning_module(self.config("prune=atp"), self.base())
             assert isinstance(aware, AwareModule)
             aware.schedule = SparsitySchedule(0.5, 0, 0, _NEVER)
             calibration = self.batches(64)[::-1]
@@ -236,7 +237,7 @@ class Workload:
             bare: Without the choice of a start and without repair.
         """
         config = self.config("prune=exact", *(_BARE if bare else ()))
-        module = build.pruning_module(config, self.base())
+        module = parts.pruning_module(config, self.base())
         module.load_dense = self.base
         self._warm_start(module, config.prune.warm_start, calibration)
         if not bare:
@@ -246,10 +247,10 @@ class Workload:
 
     def two_stage(self, calibration: Sequence[Batch] = ()) -> TuningModule:
         """Half of the blocks cut at once by Taylor importance (or by chance, without batches), adapters to be tuned."""
-        config = build.two_stage(self.config("prune=exact"), "taylor")
+        config = parts.two_stage(self.config("prune=exact"), "taylor")
         base = self.base()
         base_config = base.config
-        module = build.pruning_module(config, base)
+        module = parts.pruning_module(config, base)
         if calibration:
             self._warm_start(module, config.prune.warm_start, calibration)
         else:
@@ -258,7 +259,7 @@ class Workload:
         module.freeze_masks()
         tensors = merged_tensors(module.masked.peft_model)
         model = remove(tensors, base_config, module.space, module.final_masks_U.cpu(), device=self.device)
-        return build.tuning_module(config, model)
+        return parts.tuning_module(config, model)
 
     def _warm_start(self, module: PruningModule, settings: WarmStartConfig, calibration: Sequence[Batch]) -> None:
         masked, batches = module.masked.to(self.device), self._placed(calibration[: settings.batches])

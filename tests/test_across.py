@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from test_report import make_metrics, make_run, write_json
 
-from atp import compare
-from atp.report.__main__ import main
+from atp.commands import compare
+from atp.commands.report import main
 from atp.report.across import budget_lines, write_across
 from atp.report.pareto import Point, pareto_front
 from atp.report.record import RunReport

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from atp import build, embedded
-from atp.adapter import merge_beside
-from atp.config import ModelConfig
+from atp import embedded
+from atp.commands.evaluate import load
+from atp.config.schema import ModelConfig
 from atp.errors import UserError
-from atp.evaluate.__main__ import load
+from atp.masks.adapter import merge_beside
+from atp.run import parts
 from tests.test_verification import unmerged
 
 IDS = torch.arange(3, 15)[None]
@@ -38,7 +39,7 @@ def test_evaluation_scores_the_tuned_model(export: tuple[Path, torch.nn.Module])
 
 def test_a_run_on_it_begins_with_the_tuned_model(export: tuple[Path, torch.nn.Module]) -> None:
     directory, merged = export
-    model = build.load_base(ModelConfig(path=str(directory)))
+    model = parts.load_base(ModelConfig(path=str(directory)))
     torch.testing.assert_close(logits(model), logits(merged), rtol=0, atol=1e-5)
 
 

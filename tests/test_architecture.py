@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
 
-from atp import modeling_atp
-from atp.architecture import LayerWidths, build_model, family, is_stock, layer_widths, pruned_config
+from atp.model import modeling_atp
+from atp.model.widths import LayerWidths, build_model, family, is_stock, layer_widths, pruned_config
 
 LAYERS, HIDDEN, CHANNELS, VOCAB = 4, 32, 24, 61
 LLAMA3_ROPE = {

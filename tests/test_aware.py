@@ -11,11 +11,11 @@ import torch
 from conftest import tiny_batch, tiny_model
 from test_module import METHODS, STEPS, StopAt, assert_same, fit, make_data, trained_state
 
-from atp.aware import AwareModule
-from atp.lasso import group_lasso
-from atp.lora import MaskedModel, add_lora
-from atp.objective import Phase, SparsitySchedule
-from atp.space import PruningSpace
+from atp.masks.budget import Phase, SparsitySchedule
+from atp.masks.lora import MaskedModel, add_lora
+from atp.space.space import PruningSpace
+from atp.train.aware import AwareModule
+from atp.train.lasso import group_lasso
 
 BATCH = tiny_batch()
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from atp import build
-from atp.baselines import BASELINES
-from atp.cli import compose_config
-from atp.config import TrainConfig, config_dir
-from atp.loggers import is_logged_in, merge_csv
-from atp.module import PruningModule
+from atp.commands.train import compose_config
+from atp.config.schema import TrainConfig, config_dir
+from atp.prepare.baselines import BASELINES
+from atp.run import parts
+from atp.train.joint import PruningModule
+from atp.train.loggers import is_logged_in, merge_csv
 
 ROOT = Path(config_dir())
 
@@ -31,7 +31,7 @@ def config(*overrides: str) -> TrainConfig:
 @pytest.mark.parametrize("preset", names("prune"))
 def test_every_method_builds(preset: str) -> None:
     made = config(f"prune={preset}")
-    module = build.pruning_module(made, build.load_base(made.model))
+    module = parts.pruning_module(made, parts.load_base(made.model))
     assert isinstance(module, PruningModule)
     assert module.generator().shape == (module.space.num_units,)
     groups = {group["name"] for group in module.parameter_groups()}
@@ -47,7 +47,7 @@ def test_every_method_builds(preset: str) -> None:
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_baseline_and_preset_of_one_name_are_one_method(name: str) -> None:
-    preset, baseline = config(f"prune={name}").prune, build.two_stage(config("prune=l0"), name).prune
+    preset, baseline = config(f"prune={name}").prune, parts.two_stage(config("prune=l0"), name).prune
     for field in ("shape", "sampler", "schedule", "generator", "budget"):
         mine, other = getattr(preset, field), getattr(baseline, field)
         if isinstance(mine, dict):
@@ -65,31 +65,31 @@ def test_every_experiment_builds(experiment: str) -> None:
     """The whole preset where it needs no hub; otherwise everything but its model and data, which say so clearly."""
     made = config(f"experiment={experiment}")
     if made.trainer.accelerator != "gpu":
-        build.make_trainer(made, [], [], made.trainer.max_steps)
+        parts.make_trainer(made, [], [], made.trainer.max_steps)
     if made.model.path == "embedded":
-        base = build.load_base(made.model)
-        splits = build.load_splits(made.data, made.seed)
-        data = build.data_module(made, splits, build.load_tokenizer(made.model), base.config.max_position_embeddings)
+        base = parts.load_base(made.model)
+        splits = parts.load_splits(made.data, made.seed)
+        data = parts.data_module(made, splits, parts.load_tokenizer(made.model), base.config.max_position_embeddings)
         data.setup("fit")
         assert len(data.train_dataloader()) == made.trainer.max_steps * made.trainer.accumulate_grad_batches
-        build.pruning_module(made, base)
+        parts.pruning_module(made, base)
     else:
         with pytest.raises(ValueError, match="cannot be fetched from the hub"):
-            build.load_base(made.model)
+            parts.load_base(made.model)
 
 
 @pytest.mark.parametrize("data", [name for name in names("data") if name.startswith("embedded")])
 def test_every_embedded_domain_loads(data: str) -> None:
-    splits = build.load_splits(config(f"data={data}", "data.max_train=50").data, 0)
+    splits = parts.load_splits(config(f"data={data}", "data.max_train=50").data, 0)
     assert len(splits.train) == 50 and splits.validation and splits.test
 
 
 def test_real_legal_files_load(shared: Path) -> None:
     path = shared / "data" / "legal"
     made = config("data=jsonl", f"data.path={path / 'uscode_sections.jsonl'}", "data.max_test=30")
-    splits = build.load_splits(made.data, 0)
+    splits = parts.load_splits(made.data, 0)
     assert len(splits.train) > 2500 and len(splits.test) == 30
-    tasks = {record.task for record in build.load_splits(config("data=legal", f"data.path={path}").data, 0).train}
+    tasks = {record.task for record in parts.load_splits(config("data=legal", f"data.path={path}").data, 0).train}
     assert tasks == {"casehold", "billsum"}
 
 
@@ -97,14 +97,14 @@ def test_real_checkpoint_prunes_exactly(shared: Path) -> None:
     """A checkpoint nobody here trained: masked equals removed."""
     import torch
 
-    from atp.lora import merged_tensors
-    from atp.removal import max_logit_difference, remove
-    from atp.selection import select
+    from atp.cut.removal import max_logit_difference, remove
+    from atp.cut.selection import select
+    from atp.masks.lora import merged_tensors
 
     made = config("model=local", f"model.path={shared / 'models' / 'stories260K'}")
-    base = build.load_base(made.model)
+    base = parts.load_base(made.model)
     dense_config = base.config
-    module = build.pruning_module(made, base).eval()
+    module = parts.pruning_module(made, base).eval()
     masks_U = select(module.space, torch.randn(module.space.num_units), 0.5)
     module.masked.set_masks(masks_U)
     small = remove(merged_tensors(module.masked.peft_model), dense_config, module.space, masks_U)

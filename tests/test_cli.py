@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from atp.cli import _with_resume, compose_config, is_expected, main
-from atp.config import TrainConfig, config_dir
+from atp.commands.train import _with_resume, compose_config, is_expected, main
+from atp.config.schema import TrainConfig, config_dir
 from atp.errors import UserError
-from atp.rundir import CONFIG, RunDirectory, find_run
+from atp.run.directory import CONFIG, RunDirectory, find_run
 
 ROOT = Path(config_dir())
 GROUP_FILES = sorted(p for p in ROOT.rglob("*.yaml") if p.parent != ROOT)
@@ -56,7 +56,7 @@ def test_typo_in_a_yaml_names_the_file(tmp_path: Path, monkeypatch: pytest.Monke
     tree = tmp_path / "conf"
     shutil.copytree(ROOT, tree)
     (tree / "experiment" / "mine.yaml").write_text("# @package _global_\n# Mine.\nprune:\n  sparsty: 0.3\n")
-    monkeypatch.setattr("atp.cli.config_dir", lambda: str(tree))
+    monkeypatch.setattr("atp.commands.train.config_dir", lambda: str(tree))
     with pytest.raises(
         ValueError, match=r"conf/experiment/mine\.yaml: there is no option 'prune\.sparsty'; did you mean"
     ):

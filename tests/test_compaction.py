@@ -13,11 +13,11 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from atp.compaction import compact, expanded_state, live_units
-from atp.lora import MaskedModel, add_lora, merged_tensors
-from atp.removal import max_logit_difference, remove
-from atp.selection import select
-from atp.space import PruningSpace
+from atp.cut.compaction import compact, expanded_state, live_units
+from atp.cut.removal import max_logit_difference, remove
+from atp.cut.selection import select
+from atp.masks.lora import MaskedModel, add_lora, merged_tensors
+from atp.space.space import PruningSpace
 
 SHAPES = [
     ("llama", "mha", ("heads", "channels")),

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from atp.cost import COSTS, make_cost
+from atp.cut.removal import remove
+from atp.cut.selection import select
 from atp.evaluate.measure import macs_per_token
-from atp.removal import remove
-from atp.selection import select
-from atp.space import PruningSpace
-from atp.units import KINDS, PARAMETERS
+from atp.space.cost import COSTS, make_cost
+from atp.space.space import PruningSpace
+from atp.space.units import KINDS, PARAMETERS
 
 
 def test_macs_agree_with_counting_on_the_removed_model() -> None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import SHAPES, tiny_batch, tiny_model
 
-from atp.criteria import CRITERIA, RANKINGS, importance, lora_gradient, rank
-from atp.generator import FixedScores, GradientScores
-from atp.importance import standardise
-from atp.lora import MaskedModel, add_lora
-from atp.selection import select
-from atp.space import PruningSpace
+from atp.cut.selection import select
+from atp.masks.generator import FixedScores, GradientScores
+from atp.masks.lora import MaskedModel, add_lora
+from atp.prepare.criteria import CRITERIA, RANKINGS, importance, lora_gradient, rank
+from atp.prepare.importance import standardise
+from atp.space.space import PruningSpace
 
 BATCHES = [tiny_batch(seed=1), tiny_batch(seed=2)]
 

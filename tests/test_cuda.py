@@ -11,13 +11,13 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from atp.fused import masked_swiglu
-from atp.generator import FreeLogits
-from atp.lora import MaskedModel, add_lora
-from atp.module import PruningModule
-from atp.objective import Projection, SparsitySchedule
-from atp.sampler import Threshold
-from atp.space import PruningSpace
+from atp.masks.budget import Projection, SparsitySchedule
+from atp.masks.fused import masked_swiglu
+from atp.masks.generator import FreeLogits
+from atp.masks.lora import MaskedModel, add_lora
+from atp.masks.sampler import Threshold
+from atp.space.space import PruningSpace
+from atp.train.joint import PruningModule
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from atp import dashboard
-from atp.cli import compose_config
+from atp.commands import dashboard
+from atp.commands.train import compose_config
 
 ROOT = Path(__file__).parent.parent
 SWEEP = ROOT / "dashboards" / "sweep.yaml"

@@ -11,13 +11,13 @@ import torch
 from conftest import tiny_model
 from test_module import STEPS, assert_same, fit, make_loader, make_module, trained_state
 
-from atp import build
-from atp.distillation import Distillation, distillation_loss, hidden_state_loss, real_tokens
-from atp.lora import add_lora
-from atp.loss import causal_loss, hidden_states, loss_and_states
-from atp.module import PruningModule
-from atp.reconstruction import Restoration
-from atp.tuning import TuningModule
+from atp.masks.lora import add_lora
+from atp.masks.loss import causal_loss, hidden_states, loss_and_states
+from atp.prepare.blockwise import Restoration
+from atp.run import parts
+from atp.train.distillation import Distillation, distillation_loss, hidden_state_loss, real_tokens
+from atp.train.joint import PruningModule
+from atp.train.tuning import TuningModule
 
 
 def dense() -> Any:
@@ -150,7 +150,7 @@ def test_a_taught_and_restored_run_resumes_to_the_last_bit(
 
 
 def test_restored_weights_without_adapters_stay_in_the_checkpoints_of_a_resumed_run() -> None:
-    from atp.lora import MaskedModel
+    from atp.masks.lora import MaskedModel
 
     def make() -> PruningModule:
         module = make_taught()
@@ -203,4 +203,4 @@ def test_bad_settings_name_their_field(overrides: list[str], message: str) -> No
 
     made = config(*overrides)
     with pytest.raises(ValueError, match=message):
-        build.pruning_module(made, build.load_base(made.model))
+        parts.pruning_module(made, parts.load_base(made.model))

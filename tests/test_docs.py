@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from atp.cli import compose_config
+from atp.commands.train import compose_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -25,13 +25,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from atp.architecture import LayerWidths, build_model, pruned_config
 from atp.data.encoding import Choices, Encoder
 from atp.data.records import ChoiceRecord, CompletionRecord, Record, TextRecord, limit
 from atp.data.sources import load_files
 from atp.evaluate.metrics import Metrics, is_headline, recovery
 from atp.evaluate.quality import evaluate, samples
 from atp.evaluate.scoring import choice_nats, evaluating, greedy, sequence_nats
+from atp.model.widths import LayerWidths, build_model, pruned_config
 
 CPU = torch.device("cpu")
 VOCABULARY = 300

@@ -28,13 +28,13 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from atp import modeling_atp
-from atp.architecture import LayerWidths, layer_widths
-from atp.export import huggingface
-from atp.export.card import CardFacts, base_license, model_card
-from atp.export.huggingface import export_hf
-from atp.export.loading import load_exported
+from atp.export.hf import writing as huggingface
+from atp.export.hf.card import CardFacts, base_license, model_card
+from atp.export.hf.loading import load_exported
+from atp.export.hf.writing import export_hf
 from atp.loading_lines import load_lines
+from atp.model import modeling_atp
+from atp.model.widths import LayerWidths, layer_widths
 
 modeling_atp.register()
 
@@ -125,15 +125,15 @@ for name in names:
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     cached, uncached = (model.generate(**batch, **options, use_cache=flag) for flag in (True, False))
     assert torch.equal(cached, uncached), name
-assert not [name for name in sys.modules if name == "atp.architecture"]
+assert not [name for name in sys.modules if name == "atp.model.widths"]
 save_file(logits, root + "/logits.safetensors")
 """
 
 WITH_ATP = """
 import sys, json
-import atp.architecture, atp.registry
-assert "torch" not in sys.modules, "importing atp.architecture has become expensive"
-atp.registry.register_on_demand()
+import atp.model.widths, atp.model.registry
+assert "torch" not in sys.modules, "importing atp.model.widths has become expensive"
+atp.model.registry.register_on_demand()
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -141,7 +141,7 @@ root, names = sys.argv[1], json.loads(sys.argv[2])
 batch, logits = load_file(root + "/batch.safetensors"), {}
 for name in names:
     model = AutoModelForCausalLM.from_pretrained(root + "/" + name)
-    assert type(model).__module__ == "atp.modeling_atp"
+    assert type(model).__module__ == "atp.model.modeling_atp"
     with torch.no_grad():
         logits[name] = model(**batch).logits
 save_file(logits, root + "/logits.safetensors")

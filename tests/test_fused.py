@@ -7,11 +7,11 @@ import torch
 from conftest import tiny_batch, tiny_model
 from torch import Tensor, nn
 
-from atp import fused
-from atp.fused import masked_swiglu, vocabulary_loss
-from atp.lora import MaskedModel, add_lora
-from atp.loss import causal_loss
-from atp.space import PruningSpace
+from atp.masks import fused
+from atp.masks.fused import masked_swiglu, vocabulary_loss
+from atp.masks.lora import MaskedModel, add_lora
+from atp.masks.loss import causal_loss
+from atp.space.space import PruningSpace
 
 
 def swiglu_inputs(dtype: torch.dtype = torch.double) -> tuple[Tensor, Tensor, Tensor]:

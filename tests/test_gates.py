@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import SHAPES, tiny_batch, tiny_model
 
-from atp.gates import Gates, fold
-from atp.lora import MaskedModel, add_lora, merged_state
-from atp.removal import max_logit_difference, remove
-from atp.selection import reachable_sparsity, select
-from atp.space import PruningSpace
-from atp.units import KINDS
+from atp.cut.removal import max_logit_difference, remove
+from atp.cut.selection import reachable_sparsity, select
+from atp.masks.gates import Gates, fold
+from atp.masks.lora import MaskedModel, add_lora, merged_state
+from atp.space.space import PruningSpace
+from atp.space.units import KINDS
 
 BATCH = tiny_batch()
 

@@ -12,17 +12,17 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from atp import embedded
-from atp.architecture import LayerWidths, build_model, pruned_config
-from atp.export.__main__ import embedded_text, main
-from atp.export.gguf_file import check_types, export_gguf
-from atp.export.gguf_layout import FILLED_NOTE, gguf_architecture, gguf_layout
-from atp.export.gguf_tensors import GgufTensor
-from atp.export.gguf_vocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, gguf_vocabulary
-from atp.export.huggingface import export_hf
-from atp.export.limits import verdict
-from atp.export.loading import load_exported
-from atp.export.rounding import ROUNDINGS, rounding_error
-from atp.export.verification import mismatches, verify
+from atp.commands.export import embedded_text, main
+from atp.export.gguf.file import check_types, export_gguf
+from atp.export.gguf.layout import FILLED_NOTE, gguf_architecture, gguf_layout
+from atp.export.gguf.tensors import GgufTensor
+from atp.export.gguf.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, gguf_vocabulary
+from atp.export.hf.loading import load_exported
+from atp.export.hf.writing import export_hf
+from atp.export.verify.limits import verdict
+from atp.export.verify.rounding import ROUNDINGS, rounding_error
+from atp.export.verify.verification import mismatches, verify
+from atp.model.widths import LayerWidths, build_model, pruned_config
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'atp[gguf]'")
 

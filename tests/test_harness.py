@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from atp.commands.evaluate import load
 from atp.data.domains import read_task, scored_records
 from atp.data.records import Record
 from atp.data.tasks import load_tasks
 from atp.evaluate import harness
-from atp.evaluate.__main__ import load
 from atp.evaluate.quality import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]

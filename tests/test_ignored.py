@@ -7,8 +7,8 @@ import logging
 import pytest
 from test_build import config, names
 
-from atp import build
-from atp.build.ignored import ignored
+from atp.run import parts
+from atp.run.parts.ignored import ignored
 
 
 def told(caplog: pytest.LogCaptureFixture, *overrides: str, level: int = logging.WARNING) -> list[str]:
@@ -16,8 +16,8 @@ def told(caplog: pytest.LogCaptureFixture, *overrides: str, level: int = logging
     made = config(*overrides)
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        module = build.pruning_module(made, build.load_base(made.model))
-        build.tell_ignored(made, module, list(overrides))
+        module = parts.pruning_module(made, parts.load_base(made.model))
+        parts.tell_ignored(made, module, list(overrides))
     return [record.getMessage() for record in caplog.records if record.levelno == level and "is ignored" in record.msg]
 
 
@@ -77,7 +77,7 @@ def test_presets_give_no_warning(preset: str, caplog: pytest.LogCaptureFixture) 
 
 def test_every_name_told_is_one_of_the_schema() -> None:
     made = config("prune=taylor", "prune.space=[heads]", "prune.sparsity=0.1", "prune.warm_start.batches=0")
-    module = build.pruning_module(made, build.load_base(made.model))
+    module = parts.pruning_module(made, parts.load_base(made.model))
     for name, _ in ignored(made, module):
         *groups, last = name.split(".")
         node = made.prune

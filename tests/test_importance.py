@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import tiny_batch, tiny_model
 
-from atp.importance import fisher_importance, standardise
-from atp.lora import MaskedModel, add_lora
-from atp.space import PruningSpace
+from atp.masks.lora import MaskedModel, add_lora
+from atp.prepare.importance import fisher_importance, standardise
+from atp.space.space import PruningSpace
 
 
 def masked_model() -> MaskedModel:

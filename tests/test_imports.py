@@ -47,7 +47,7 @@ def test_a_run_gets_ready_without_plots() -> None:
         "import json, sys\n"
         "from atp.imports import without_plots\n"
         "without_plots()\n"
-        "import atp.cli, atp.pipeline, atp.stages\n"
+        "import atp.commands.train, atp.run.pipeline, atp.run.stages\n"
         "print(json.dumps([name for name in ('matplotlib', 'wandb', 'datasets', 'IPython') if name in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

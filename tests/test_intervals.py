@@ -14,10 +14,10 @@ from test_evaluate import RECORDS, TOKENIZER, VOCABULARY
 from torchmetrics.functional.classification import multiclass_f1_score
 
 from atp import embedded
-from atp.evaluate.__main__ import main, parse
+from atp.commands.evaluate import main, parse
+from atp.data.prompt import Prompt
 from atp.evaluate.intervals import Items, interval, paired, score
 from atp.evaluate.quality import evaluate
-from atp.prompt import Prompt
 from atp.report.evidence import evidence
 
 
@@ -138,7 +138,7 @@ def test_any_model_is_scored_from_the_command_line(tmp_path: Path, capsys: pytes
 
 
 def test_the_prompt_of_an_exported_model_is_used(tmp_path: Path) -> None:
-    from atp.evaluate.__main__ import load_prompt
+    from atp.commands.evaluate import load_prompt
 
     plain = Prompt("mine", system="S").plain()
     (tmp_path / "prompt.json").write_text(json.dumps(plain))

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from atp.export.huggingface import export_hf
-from atp.export.loading import load_exported
-from atp.lora import MaskedModel, add_lora, merged_state
-from atp.removal import max_logit_difference, remove, widths_after
-from atp.selection import reachable_sparsity, select
-from atp.space import PruningSpace, block_parameters
-from atp.units import KINDS, CostModel
+from atp.cut.removal import max_logit_difference, remove, widths_after
+from atp.cut.selection import reachable_sparsity, select
+from atp.export.hf.loading import load_exported
+from atp.export.hf.writing import export_hf
+from atp.masks.lora import MaskedModel, add_lora, merged_state
+from atp.space.space import PruningSpace, block_parameters
+from atp.space.units import KINDS, CostModel
 
 BATCH = tiny_batch()
 SPACES = [

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import SHAPES, tiny_batch, tiny_model
 
-from atp.lora import ALL_LINEARS, MaskedModel, add_lora, merge_in_place, merged_state, trainable_parameters
-from atp.space import PruningSpace
+from atp.masks.lora import ALL_LINEARS, MaskedModel, add_lora, merge_in_place, merged_state, trainable_parameters
+from atp.space.space import PruningSpace
 
 BATCH = tiny_batch()
 INPUTS = {k: BATCH[k] for k in ("input_ids", "attention_mask")}

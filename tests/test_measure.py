@@ -10,7 +10,6 @@ from conftest import SHAPES, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, PreTrainedModel
 
-from atp.architecture import LayerWidths, build_model, pruned_config
 from atp.evaluate import measure
 from atp.evaluate.measure import (
     compare_speed,
@@ -22,6 +21,7 @@ from atp.evaluate.measure import (
     peak_memory_mib,
     weights_mib,
 )
+from atp.model.widths import LayerWidths, build_model, pruned_config
 
 MIB = 1024**2
 

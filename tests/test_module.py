@@ -16,17 +16,17 @@ from lightning import Callback, Trainer
 from transformers import AutoTokenizer
 
 from atp import embedded
-from atp.callbacks import RunCheckpoint
 from atp.data.batches import PruningDataModule
 from atp.data.sources import load_embedded
-from atp.distillation import Distillation
-from atp.generator import FreeLogits, TransformerGenerator
-from atp.lora import MaskedModel, add_lora
-from atp.module import PruningModule
-from atp.objective import L0Lagrangian, LogRatio, Phase, Projection, SparsitySchedule
-from atp.sampler import GumbelSigmoid, HardConcrete, Threshold
-from atp.space import PruningSpace
-from atp.tuning import TrainingDiverged, TuningModule
+from atp.masks.budget import L0Lagrangian, LogRatio, Phase, Projection, SparsitySchedule
+from atp.masks.generator import FreeLogits, TransformerGenerator
+from atp.masks.lora import MaskedModel, add_lora
+from atp.masks.sampler import GumbelSigmoid, HardConcrete, Threshold
+from atp.space.space import PruningSpace
+from atp.train.callbacks import RunCheckpoint
+from atp.train.distillation import Distillation
+from atp.train.joint import PruningModule
+from atp.train.tuning import TrainingDiverged, TuningModule
 
 STEPS = 10
 METHODS = {

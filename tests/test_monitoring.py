@@ -16,16 +16,16 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from test_module import fit, make_module
 from torch.utils.data import DataLoader
 
-from atp import loggers
-from atp.callbacks import QuietCollector, Throughput
-from atp.generator import FreeLogits
-from atp.lora import MaskedModel, add_lora
-from atp.module import PruningModule
-from atp.monitoring import MaskMonitor, TrainingHealth, binary_entropy, unit_rows
-from atp.objective import Projection, SparsitySchedule
+from atp.masks.budget import Projection, SparsitySchedule
+from atp.masks.generator import FreeLogits
+from atp.masks.lora import MaskedModel, add_lora
+from atp.masks.sampler import Threshold
 from atp.report.mask_picture import block_shares, mask_picture
-from atp.sampler import Threshold
-from atp.space import PruningSpace
+from atp.space.space import PruningSpace
+from atp.train import loggers
+from atp.train.callbacks import QuietCollector, Throughput
+from atp.train.joint import PruningModule
+from atp.train.monitoring import MaskMonitor, TrainingHealth, binary_entropy, unit_rows
 
 
 def test_entropy_in_bits() -> None:

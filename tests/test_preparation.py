@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from atp.cli import compose_config
+from atp.commands.train import compose_config
 from atp.evaluate.measure import PeakMemory
-from atp.rundir import RunDirectory
-from atp.stages import Stages
-from atp.tuning import TuningModule
+from atp.run.directory import RunDirectory
+from atp.run.stages import Stages
+from atp.train.tuning import TuningModule
 
 
 def make_stages(folder: Path) -> Stages:
@@ -29,7 +29,7 @@ def test_a_resumed_baseline_is_not_repaired_again(
 ) -> None:
     from lightning import seed_everything
 
-    from atp import preparation
+    from atp.run import preparation
 
     repaired: list[int] = []
     real_repair, real_step = preparation.repair, TuningModule.training_step
@@ -58,7 +58,7 @@ def test_a_resumed_baseline_is_not_repaired_again(
 def test_the_peak_of_training_holds_what_came_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from atp import stages as module
+    from atp.run import stages as module
 
     during: list[str] = []
 

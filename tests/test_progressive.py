@@ -11,10 +11,10 @@ from lightning import Callback, Trainer
 from test_compaction import adapters, batch, masked_model, train
 from test_module import StopAt, assert_same, fit, make_module, trained_state
 
-from atp.compaction import compact, expanded_state
-from atp.module import PruningModule
-from atp.progressive import ProgressiveCut
-from atp.selection import select
+from atp.cut.compaction import compact, expanded_state
+from atp.cut.progressive import ProgressiveCut
+from atp.cut.selection import select
+from atp.train.joint import PruningModule
 
 
 def test_a_unit_goes_after_enough_unlikely_steps_in_a_row_and_only_if_selection_drops_it() -> None:

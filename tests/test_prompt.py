@@ -11,14 +11,14 @@ from conftest import tiny_model
 from omegaconf import OmegaConf
 from test_evaluate import CPU, RECORDS, TOKENIZER, VOCABULARY
 
-from atp import build
-from atp.cli import compose_config
-from atp.config import TrainConfig
+from atp.commands.train import compose_config
+from atp.config.schema import TrainConfig
 from atp.data.encoding import Encoder
+from atp.data.prompt import COLLABORATIVE, Prompt, from_text
 from atp.data.records import ChoiceRecord, CompletionRecord, Splits, TextRecord
 from atp.evaluate import reading, scoring
 from atp.evaluate.quality import evaluate
-from atp.prompt import COLLABORATIVE, Prompt, from_text
+from atp.run import parts
 
 LONG = "You answer questions of law and of nothing else, and you take your time over each of them. "
 
@@ -86,22 +86,22 @@ def test_a_chat_template_takes_the_parts_as_turns() -> None:
 
 def test_presets_and_a_file_of_ones_own(tmp_path: Path) -> None:
     made = config()
-    tokenizer = build.load_tokenizer(made.model)
-    assert build.load_prompt(made, tokenizer).is_empty
+    tokenizer = parts.load_tokenizer(made.model)
+    assert parts.load_prompt(made, tokenizer).is_empty
     for name in ("task", "collaborative"):
-        prompt = build.load_prompt(config(f"prompt={name}"), tokenizer)
+        prompt = parts.load_prompt(config(f"prompt={name}"), tokenizer)
         assert prompt.render("Q", "holding").endswith("\n\nQ") and len(prompt.render("Q", "holding")) > 20
     file = tmp_path / "mine.txt"
     file.write_text("Be brief.\n")
-    assert build.load_prompt(config(f"prompt={file}"), tokenizer).render("Q", "t") == "Be brief.\n\nQ"
+    assert parts.load_prompt(config(f"prompt={file}"), tokenizer).render("Q", "t") == "Be brief.\n\nQ"
     file.write_text("Q: {{ prompt }} A:")
-    assert build.load_prompt(config(f"prompt={file}"), tokenizer).render("Q", "t") == "Q: Q A:"
+    assert parts.load_prompt(config(f"prompt={file}"), tokenizer).render("Q", "t") == "Q: Q A:"
     with pytest.raises(ValueError, match=r"prompt=\./nothing\.txt: there is no such file"):
         config("prompt=./nothing.txt")
     with pytest.raises(ValueError, match=r"prompt\.path is not set"):
-        build.load_prompt(config("prompt=file"), tokenizer)
+        parts.load_prompt(config("prompt=file"), tokenizer)
     with pytest.raises(ValueError, match="has no chat template"):
-        build.load_prompt(config("prompt.chat=always"), tokenizer)
+        parts.load_prompt(config("prompt.chat=always"), tokenizer)
 
 
 def test_the_cost_is_counted_and_a_prompt_survives_its_file() -> None:
@@ -154,10 +154,10 @@ def test_sequences_that_are_one_prefix_of_another_are_scored_whole() -> None:
 
 def test_a_method_brings_its_prompt_along_unless_another_is_chosen() -> None:
     made = config("prune.prompt.train=true")
-    tokenizer = build.load_tokenizer(made.model)
-    brought = build.load_prompt(made, tokenizer)
+    tokenizer = parts.load_tokenizer(made.model)
+    brought = parts.load_prompt(made, tokenizer)
     assert brought.system == COLLABORATIVE and brought.train and not brought.inference
-    assert build.load_prompt(config("prompt=collaborative"), tokenizer).system == COLLABORATIVE
-    assert build.load_prompt(config("prune.prompt.train=true", "prompt=task"), tokenizer).name == "task"
+    assert parts.load_prompt(config("prompt=collaborative"), tokenizer).system == COLLABORATIVE
+    assert parts.load_prompt(config("prune.prompt.train=true", "prompt=task"), tokenizer).name == "task"
     with pytest.raises(ValueError, match=r"prune\.prompt\.text is empty"):
-        build.load_prompt(config("prune.prompt.train=true", "prune.prompt.text=' '"), tokenizer)
+        parts.load_prompt(config("prune.prompt.train=true", "prune.prompt.text=' '"), tokenizer)

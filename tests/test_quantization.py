@@ -12,13 +12,14 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from atp import build, embedded
-from atp.cli import compose_config
-from atp.config import TrainConfig
-from atp.export.loading import StoredModel
-from atp.removal import slice_tensors
-from atp.rundir import RunDirectory
-from atp.stages import Stages
+from atp import embedded
+from atp.commands.train import compose_config
+from atp.config.schema import TrainConfig
+from atp.cut.removal import slice_tensors
+from atp.export.hf.loading import StoredModel
+from atp.run import parts
+from atp.run.directory import RunDirectory
+from atp.run.stages import Stages
 
 ALLOWED = (
     "prune.warm_start.criterion=fisher",
@@ -39,7 +40,7 @@ def config(*overrides: str) -> TrainConfig:
 
 @pytest.fixture
 def there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atp.build.quantization.is_installed", lambda: True)
+    monkeypatch.setattr("atp.run.parts.quantization.is_installed", lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -56,22 +57,22 @@ def there(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_needs_the_weights_is_refused(there: None, overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build.check_quantization(config(*overrides))
+        parts.check_quantization(config(*overrides))
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atp.build.quantization.is_installed", lambda: False)
+    monkeypatch.setattr("atp.run.parts.quantization.is_installed", lambda: False)
     with pytest.raises(ValueError, match=r"atp\[quantization\]"):
-        build.check_quantization(config("model.quantization=nf4"))
-    build.check_quantization(config())
+        parts.check_quantization(config("model.quantization=nf4"))
+    parts.check_quantization(config())
 
 
 def test_compaction_is_switched_off_with_a_warning(there: None, caplog: pytest.LogCaptureFixture) -> None:
     made = config("model.quantization=nf4", "prune.compact=true")
     with caplog.at_level(logging.WARNING):
-        build.check_quantization(made)
+        parts.check_quantization(made)
     assert "prune.compact is ignored" in caplog.text
-    assert not build.pruning_module(made, build.load_base(made.model)).compaction
+    assert not parts.pruning_module(made, parts.load_base(made.model)).compaction
 
 
 @needs_bitsandbytes
@@ -82,7 +83,7 @@ def test_the_export_is_the_original_weights_with_the_adapters(kind: str, tmp_pat
         f"model.quantization={kind}", "trainer.max_steps=6", "prune.schedule.freeze_at=0.5", "export.verify=false"
     )
     stages = Stages(made, RunDirectory(tmp_path / "run", {}, [], resume=False), {}, {})
-    trained = build.load_base(made.model, quantized=True)
+    trained = parts.load_base(made.model, quantized=True)
     projection: Any = trained.get_submodule("model.layers.0.mlp.up_proj")
     assert projection.weight.dtype in (torch.uint8, torch.int8)
     stages.fit_jointly()
@@ -109,6 +110,6 @@ def test_the_quantised_model_is_near_the_one_that_is_exported() -> None:
     made = config("model.quantization=nf4")
     ids = torch.arange(5, 69).view(2, 32)
     with torch.no_grad():
-        quantized, original = (build.load_base(made.model, quantized=flag)(ids).logits for flag in (True, False))
+        quantized, original = (parts.load_base(made.model, quantized=flag)(ids).logits for flag in (True, False))
     difference = float((quantized - original).norm() / original.norm())
     assert 1e-3 < difference < 0.5

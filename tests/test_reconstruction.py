@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from atp.lora import MaskedModel, add_lora, merged_tensors
-from atp.reconstruction import Restoration, repair
-from atp.removal import kept_indices, max_logit_difference, remove
-from atp.selection import select
-from atp.space import PruningSpace
+from atp.cut.removal import kept_indices, max_logit_difference, remove
+from atp.cut.selection import select
+from atp.masks.lora import MaskedModel, add_lora, merged_tensors
+from atp.prepare.blockwise import Restoration, repair
+from atp.space.space import PruningSpace
 
 SPACES = [
     ("heads", "channels"),

@@ -8,10 +8,10 @@ from conftest import SHAPES, tiny_batch, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp.lora import MaskedModel, add_lora, merged_state
-from atp.removal import max_logit_difference, remove, slice_tensors, widths_after
-from atp.selection import select
-from atp.space import KINDS, PruningSpace
+from atp.cut.removal import max_logit_difference, remove, slice_tensors, widths_after
+from atp.cut.selection import select
+from atp.masks.lora import MaskedModel, add_lora, merged_state
+from atp.space.space import KINDS, PruningSpace
 
 BATCH = tiny_batch()
 

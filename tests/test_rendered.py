@@ -9,7 +9,7 @@ import rendering
 from test_across import make
 from test_report import make_metrics, make_run
 
-from atp.report.__main__ import main
+from atp.commands.report import main
 from atp.report.page import write_report
 
 pytestmark = [

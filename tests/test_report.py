@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from atp.architecture import LayerWidths
-from atp.export.card import CardFacts, model_card
+from atp.export.hf.card import CardFacts, model_card
 from atp.loading_lines import load_lines
+from atp.model.widths import LayerWidths
 from atp.report.page import RunReport, comparison_table, report_panels, write_report
 from atp.report.panel import inline_svg
 

@@ -10,11 +10,11 @@ from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atp.lora import MaskedModel, add_lora, merged_tensors
-from atp.removal import max_logit_difference, remove
-from atp.restoration import fit_kept, restore
-from atp.selection import select
-from atp.space import PruningSpace
+from atp.cut.removal import max_logit_difference, remove
+from atp.cut.selection import select
+from atp.masks.lora import MaskedModel, add_lora, merged_tensors
+from atp.prepare.least_squares import fit_kept, restore
+from atp.space.space import PruningSpace
 
 
 def masked_model() -> MaskedModel:

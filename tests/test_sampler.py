@@ -10,10 +10,10 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp.generator import FreeLogits, Generator, TransformerGenerator
-from atp.objective import L0Lagrangian, LogRatio, Phase, SparsitySchedule
-from atp.sampler import GumbelSigmoid, HardConcrete, Sampler
-from atp.space import PruningSpace
+from atp.masks.budget import L0Lagrangian, LogRatio, Phase, SparsitySchedule
+from atp.masks.generator import FreeLogits, Generator, TransformerGenerator
+from atp.masks.sampler import GumbelSigmoid, HardConcrete, Sampler
+from atp.space.space import PruningSpace
 
 SAMPLERS = [HardConcrete(offset=0.0), HardConcrete(), GumbelSigmoid()]
 
@@ -146,8 +146,8 @@ def test_bad_schedules(change: dict[str, object], message: str) -> None:
 
 
 def test_projection_meets_any_target_exactly() -> None:
-    from atp.objective import Projection
-    from atp.sampler import Threshold
+    from atp.masks.budget import Projection
+    from atp.masks.sampler import Threshold
 
     units = space()
     torch.manual_seed(0)

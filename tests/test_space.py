@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from atp.selection import reachable_sparsity, select
-from atp.space import KINDS, PruningSpace
+from atp.cut.selection import reachable_sparsity, select
+from atp.space.space import KINDS, PruningSpace
 
 
 def block_parameters(model: nn.Module) -> int:
@@ -144,7 +144,7 @@ def test_biased_output_projection_refuses_to_vanish() -> None:
     [(0.0, "between 0 and 1"), (1.0, "between 0 and 1"), (-0.5, "between 0 and 1"), (0.9, r"removes at most 0\.\d+")],
 )
 def test_impossible_sparsity_is_refused(sparsity: float, message: str) -> None:
-    from atp.selection import check_reachable
+    from atp.cut.selection import check_reachable
 
     space = PruningSpace.from_model(_MODEL, ("channels",))
     with pytest.raises(ValueError, match=message):

@@ -12,13 +12,13 @@ from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atp.cli import compose_config
-from atp.lora import MaskedModel, add_lora
-from atp.loss import causal_loss
-from atp.pipeline import run
-from atp.selection import select
-from atp.space import PruningSpace
-from atp.starts import candidates, repaired_losses, starting_scores, with_attention
+from atp.commands.train import compose_config
+from atp.cut.selection import select
+from atp.masks.lora import MaskedModel, add_lora
+from atp.masks.loss import causal_loss
+from atp.prepare.starts import candidates, repaired_losses, starting_scores, with_attention
+from atp.run.pipeline import run
+from atp.space.space import PruningSpace
 
 SPACE = PruningSpace.from_model(tiny_model("llama", "gqa"), ("heads", "query_heads", "channels"))
 
@@ -47,7 +47,7 @@ def test_raised_attention_keeps_no_fewer_heads_and_no_more_channels(raised: floa
 
 
 def test_the_model_is_left_as_it_was_and_losses_are_those_of_the_repaired_cut() -> None:
-    from atp.restoration import restore
+    from atp.prepare.least_squares import restore
 
     masked, data = masked_model(), batches()
     before = {name: value.clone() for name, value in masked.state_dict().items()}
@@ -102,7 +102,7 @@ def test_bad_settings_are_refused_before_anything_is_measured(
     settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[int] = []
-    monkeypatch.setattr("atp.starts.importances", lambda *_: measured.append(1) or {})
+    monkeypatch.setattr("atp.prepare.starts.importances", lambda *_: measured.append(1) or {})
     with pytest.raises(ValueError, match=message):
         starting_scores(masked_model(), batches(), lambda scores_U: scores_U, **{"criterion": "taylor", **settings})
     assert not measured
@@ -119,7 +119,7 @@ def test_a_start_that_cannot_be_made_is_refused_before_a_model_is_loaded(
     overrides: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[int] = []
-    monkeypatch.setattr("atp.build.load_base", lambda *_, **__: loaded.append(1))
+    monkeypatch.setattr("atp.run.parts.load_base", lambda *_, **__: loaded.append(1))
     with pytest.raises(ValueError, match=message):
         run(compose_config(["experiment=smoke", *overrides]), tmp_path / "one", overrides=[])
     assert not loaded

@@ -11,13 +11,22 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from atp.callbacks import StopBadTrial, TrialStopped
-from atp.cli import compose_config
-from atp.config import folder_name
-from atp.module import PruningModule
-from atp.results import _run
-from atp.rundir import write_json
-from atp.sweep import SharedResults, clear_mark, lease_gpu, mark_job, read_job, read_jobs, start_sweep, summary_lines
+from atp.atomic import write_json
+from atp.commands.train import compose_config
+from atp.config.schema import folder_name
+from atp.run.results import _run
+from atp.run.sweep import (
+    SharedResults,
+    clear_mark,
+    lease_gpu,
+    mark_job,
+    read_job,
+    read_jobs,
+    start_sweep,
+    summary_lines,
+)
+from atp.train.callbacks import StopBadTrial, TrialStopped
+from atp.train.joint import PruningModule
 
 CONFIG: dict[str, Any] = {
     "name": "a",

@@ -20,24 +20,24 @@ from test_architecture import CASES, SHAPES, dense_model, left_padded_batch, pru
 from test_removal import masked_model
 
 from atp import embedded
-from atp.adapter import extract_adapter
+from atp.commands.export import main
+from atp.commands.generate import main as generate
+from atp.cut.removal import max_logit_difference, remove, slice_adapter
+from atp.cut.selection import select
+from atp.data.prompt import Prompt
 from atp.data.tasks import fill_prompt
-from atp.export.__main__ import main
 from atp.export.bundle import check_formats, windows_of
-from atp.export.gguf_file import export_gguf
-from atp.export.huggingface import export_hf
-from atp.export.limits import verdict
-from atp.export.loading import load_exported
+from atp.export.gguf.file import export_gguf
+from atp.export.hf.loading import load_exported
+from atp.export.hf.writing import export_hf
 from atp.export.onnx_graph import export_onnx
-from atp.export.probe import LlamaCppEngine, OnnxEngine
-from atp.export.rounding import ROUNDINGS, rounding_error
-from atp.export.verification import mismatches, verify
-from atp.generate import main as generate
-from atp.lora import base_tensors, merged_tensors
-from atp.prompt import Prompt
-from atp.removal import max_logit_difference, remove, slice_adapter
-from atp.selection import select
-from atp.space import PruningSpace
+from atp.export.verify.limits import verdict
+from atp.export.verify.probe import LlamaCppEngine, OnnxEngine
+from atp.export.verify.rounding import ROUNDINGS, rounding_error
+from atp.export.verify.verification import mismatches, verify
+from atp.masks.adapter import extract_adapter
+from atp.masks.lora import base_tensors, merged_tensors
+from atp.space.space import PruningSpace
 
 
 @pytest.fixture
@@ -77,10 +77,10 @@ def test_pruned_base_and_adapter_add_up_to_the_merged_model(tmp_path, empty_laye
 
 
 def test_every_door_takes_the_adapter_beside_the_weights_along(tmp_path):
-    from atp import build
-    from atp.config import ModelConfig
-    from atp.evaluate.__main__ import load
+    from atp.commands.evaluate import load
+    from atp.config.schema import ModelConfig
     from atp.evaluate.measure import file_mib
+    from atp.run import parts
 
     directory, merged = unmerged(tmp_path)
     assert "PeftModel.from_pretrained" in (directory / "README.md").read_text(encoding="utf-8")
@@ -88,9 +88,9 @@ def test_every_door_takes_the_adapter_beside_the_weights_along(tmp_path):
         shutil.copy(file, directory)
     scored, _ = load(str(directory), "float32")
     assert max_logit_difference(scored, merged, [tiny_batch()]) < 1e-4
-    parts = [directory / "model.safetensors", directory / "adapter" / "adapter_model.safetensors"]
-    assert file_mib(directory) == pytest.approx(sum(file.stat().st_size for file in parts) / 2**20)
-    base = build.load_base(ModelConfig(path=str(directory)))
+    files = [directory / "model.safetensors", directory / "adapter" / "adapter_model.safetensors"]
+    assert file_mib(directory) == pytest.approx(sum(file.stat().st_size for file in files) / 2**20)
+    base = parts.load_base(ModelConfig(path=str(directory)))
     assert max_logit_difference(base, merged, [tiny_batch()]) < 1e-4
 
 
@@ -258,7 +258,7 @@ def test_other_text_from_the_same_logits_is_a_mismatch(model_dir, monkeypatch):
     """An engine whose cache is wrong: one pass is right, stepping is not."""
     right = {"max_abs": 0.0, "rms": 0.0, "top1": 1.0, "perplexity": 2.0, "tokens_per_s": 1.0}
     answer = {**right, "greedy": [-1] * 24, "spelling": "", "remark": ""}
-    monkeypatch.setattr("atp.export.verification._probe", lambda task, reference, threads: answer)
+    monkeypatch.setattr("atp.export.verify.verification._probe", lambda task, reference, threads: answer)
     (check,) = verify(model_dir, tokens=48)
     assert check.ok is False and check.note == "with its cache the greedy text differs from token 0"
 
@@ -348,7 +348,7 @@ def test_a_graph_that_could_not_be_written_leaves_the_earlier_one(model_dir, mon
 def test_generation_stops_quietly_when_its_reader_does_or_the_user_interrupts(model_dir, monkeypatch, capsys):
     reading, writing = os.pipe()
     os.close(reading)
-    monkeypatch.setattr("atp.generate.stream", lambda *arguments, **options: iter(["the ", "court"]))
+    monkeypatch.setattr("atp.commands.generate.stream", lambda *arguments, **options: iter(["the ", "court"]))
     with os.fdopen(writing, "w") as closed, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", closed)
         assert generate([str(model_dir), "--prompt", "a"]) == 0
@@ -357,7 +357,7 @@ def test_generation_stops_quietly_when_its_reader_does_or_the_user_interrupts(mo
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("atp.generate.stream", interrupted)
+    monkeypatch.setattr("atp.commands.generate.stream", interrupted)
     assert generate([str(model_dir), "--prompt", "a"]) == 130
 
 
@@ -442,7 +442,7 @@ def test_a_graph_of_dynamic_scaling_says_how_far_it_goes(caplog):
 
 
 def test_a_scaled_qwen2_of_equal_widths_is_laid_out_as_llama():
-    from atp.export.gguf_layout import check_layout, gguf_layout
+    from atp.export.gguf.layout import check_layout, gguf_layout
 
     config = tiny_model("qwen2").config
     config.rope_parameters = LLAMA3
@@ -490,8 +490,8 @@ def test_uploads_are_private_unless_asked_otherwise(tmp_path, model_dir, monkeyp
 
 
 def test_a_run_uploads_as_its_configuration_says(tmp_path, monkeypatch):
-    from atp import pipeline
-    from atp.config import ExportConfig
+    from atp.config.schema import ExportConfig
+    from atp.run import pipeline
 
     hub = FakeHub()
     monkeypatch.setattr("huggingface_hub.HfApi", hub)

@@ -24,6 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from atp.atomic import appearing
 from atp.data.encoding import Encoder, Example
 from atp.data.records import ChoiceRecord, CompletionRecord, Record
 from atp.errors import UserError
@@ -106,16 +107,12 @@ class TokenCache:
         """Store examples; a folder that cannot be written to only costs the next run its time."""
         arrays = _packed(examples)
         metadata = {"counts": json.dumps(counts), "checksum": str(_checksum(arrays))}
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(arrays, temporary, metadata=metadata)
-            os.replace(temporary, path)
+            with appearing(path) as stage:
+                save_file(arrays, stage, metadata=metadata)
             self._trim(path)
         except (OSError, SafetensorError) as error:
             log.warning("token cache: %s cannot be written (%s); choose another with data.cache=<folder>", path, error)
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def _trim(self, latest: Path) -> None:
         files = sorted(self.folder.glob("*.safetensors"), key=lambda file: -file.stat().st_mtime)

@@ -18,7 +18,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +33,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from atp.atomic import appearing, write_json
 from atp.embedded import corpus, figures, growth
 from atp.embedded.drawing import Draw
 from atp.embedded.tokenizer import train_tokenizer
@@ -234,9 +234,8 @@ class Trainer:
             state = self.optimizer.state[parameter]
             tensors |= {f"{key}/{name}": state[key] for key in _ADAM_KEYS}
         note = {"settings": json.dumps(asdict(self.settings)), "done": json.dumps(asdict(self.done))}
-        partial = self.checkpoint.with_name(self.checkpoint.name + ".partial")
-        save_file(tensors, partial, metadata=note)
-        os.replace(partial, self.checkpoint)
+        with appearing(self.checkpoint) as stage:
+            save_file(tensors, stage, metadata=note)
 
     def resume(self) -> None:
         """Take weights, optimiser state and position from the checkpoint.
@@ -297,9 +296,7 @@ def save(trainer: Trainer, output: Path) -> dict[str, Any]:
         "figures": measure(model, trainer.tokenizer),
         "measured_records": _MEASURED,
     }
-    partial = output / "pretraining.json.partial"
-    partial.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, output / "pretraining.json")
+    write_json(output / "pretraining.json", note)
     return note
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from atp.evaluate.cache import joined, with_room
+from atp.evaluate.key_values import joined, with_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

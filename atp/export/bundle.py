@@ -18,11 +18,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from atp.errors import UserError
 from atp.export.extras import require
-from atp.export.gguf_file import check_types, export_gguf
-from atp.export.gguf_layout import FILLED_NOTE, UNIFORM, check_layout
-from atp.export.gguf_vocab import gguf_vocabulary
+from atp.export.gguf.file import check_types, export_gguf
+from atp.export.gguf.layout import FILLED_NOTE, UNIFORM, check_layout
+from atp.export.gguf.vocabulary import gguf_vocabulary
 from atp.export.onnx_graph import check_graph, export_onnx
-from atp.export.verification import Check, mismatches, verify
+from atp.export.verify.verification import Check, mismatches, verify
 
 log = logging.getLogger(__name__)
 

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from atp.architecture import LayerWidths, layer_widths
 from atp.errors import UserError
 from atp.export.extras import require
-from atp.export.huggingface import appearing_whole, check_target
-from atp.export.loading import load_exported
+from atp.export.hf.loading import load_exported
+from atp.export.hf.writing import appearing_whole, check_target
+from atp.model.widths import LayerWidths, layer_widths
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def export_onnx(
     """Writes the graph.
 
     Args:
-        model_dir: A directory as :func:`atp.export.huggingface.export_hf` writes it.
+        model_dir: A directory as :func:`atp.export.hf.writing.export_hf` writes it.
         output_dir: Where it goes; by default ``onnx`` below the model.
         cache: Pass keys and values in and out; without it every step computes the whole sequence.
         overwrite: Replace a graph that is there.

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atp.atomic import write_bytes
 from atp.errors import UserError
 from atp.report import pareto, runs
 from atp.report.comparison import lower_is_better, metric_names
-from atp.report.html import render, replace_file
+from atp.report.html import render
 from atp.report.panel import Panel, file_bytes
 from atp.report.runs import Group, Run
 
@@ -67,12 +68,12 @@ def write_across(
         left_out=left_out,
         metric=metric,
     )
-    replace_file(folder / "table.md", _markdown(columns, rows).encode())
-    replace_file(folder / "table.csv", _csv(groups).encode())
+    write_bytes(folder / "table.md", _markdown(columns, rows).encode())
+    write_bytes(folder / "table.csv", _csv(groups).encode())
     if panels:
-        replace_file(folder / "figures" / "pareto.png", file_bytes(panels, "png", columns=2))
+        write_bytes(folder / "figures" / "pareto.png", file_bytes(panels, "png", columns=2))
     path = folder / "report.html"
-    replace_file(path, page.encode("utf-8"))
+    write_bytes(path, page.encode("utf-8"))
     return path
 
 

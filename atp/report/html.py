@@ -4,7 +4,6 @@ Both pages, of one run and of many, share a style sheet, macros for charts and f
 the pages show.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ def render(template: str, **content: Any) -> str:
         A page that loads nothing from outside itself.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.ChainableUndefined,
         trim_blocks=True,
@@ -36,17 +35,6 @@ def render(template: str, **content: Any) -> str:
     environment.filters |= {"svg": lambda chart: Markup(panel.inline_svg(chart)), "flat": _flat, "label": model_label}
     environment.filters["without"] = lambda mapping, *names: {k: v for k, v in mapping.items() if k not in names}
     return environment.get_template(template).render(**content)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; its folder is made if absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _flat(mapping: Mapping[str, Any] | None, prefix: str = "") -> list[tuple[str, Any]]:

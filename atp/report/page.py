@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from atp.atomic import write_bytes
 from atp.loading_lines import load_lines
 from atp.report import figures, mask_panels, panel
 from atp.report.comparison import (
@@ -28,7 +29,7 @@ from atp.report.comparison import (
 )
 from atp.report.evidence import evidence
 from atp.report.headlines import headlines
-from atp.report.html import render, replace_file
+from atp.report.html import render
 from atp.report.panel import Panel
 from atp.report.record import Curve, RunReport, number
 
@@ -69,7 +70,7 @@ def write_report(run_dir: Path | str) -> Path:
         for file_format in ("png", "svg"):
             if panels[name]:
                 content = panel.file_bytes(panels[name], file_format, columns=2)
-                replace_file(report.run_dir / "figures" / f"{name}.{file_format}", content)
+                write_bytes(report.run_dir / "figures" / f"{name}.{file_format}", content)
     page = render(
         "report.html.j2",
         report=report,
@@ -86,7 +87,7 @@ def write_report(run_dir: Path | str) -> Path:
         speed_note="".join(speed_note(report.metrics)),
     )
     path = report.run_dir / "report.html"
-    replace_file(path, page.encode("utf-8"))
+    write_bytes(path, page.encode("utf-8"))
     return path
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_run import train
 
-from atp.cli import main
+from atp.commands.train import main
 
 
 def test_a_run_with_prompt_packing_and_further_tasks_says_so(tmp_path: Path) -> None:

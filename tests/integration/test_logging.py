@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import wandb_file
 
-from atp import dashboard
+from atp.commands import dashboard
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS, EVERY = 12, 2

@@ -17,7 +17,7 @@ import torch
 from test_report import make_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atp.export.loading import load_exported
+from atp.export.hf.loading import load_exported
 
 NAMED = re.compile(r"\b(run|metrics)\.([a-z_]+(?:\.[a-z_]+)*)")
 ROOT = Path(__file__).parent.parent.parent

@@ -1,0 +1,1 @@
+"""The commands a user types: arguments in, exit code out."""

@@ -1,0 +1,254 @@
+"""``python -m atp.generate``: streams text from an exported model, from its Hugging Face directory or a GGUF file.
+
+A thin command line for trying a result. The prompt reaches the model as training made prompts: verbatim after the
+beginning-of-sequence token, or filled into one of the training tasks' templates (``--task``), within the prompt that
+the model was evaluated with (its ``prompt.json``; ``--plain`` leaves that out); ``--chat`` uses the tokenizer's chat
+template instead. Reads the prompt from standard input when that is piped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from atp.errors import UserError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m atp.generate", description="Stream text from an exported model.")
+    made.add_argument("model", type=Path, help="a run directory, a model directory, or a .gguf file")
+    made.add_argument("--prompt", help="the text to continue; read from standard input when that is piped")
+    made.add_argument("--format", choices=("hf", "gguf"), help="which of a directory's formats; by default hf")
+    made.add_argument("--max-new-tokens", type=int, default=128, help="longest continuation (128)")
+    made.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time (0)")
+    made.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1)")
+    made.add_argument("--seed", type=int, default=0, help="seed of sampling (0)")
+    made.add_argument("--task", help="fill the prompt into this task's template, e.g. casehold, and instruct so")
+    made.add_argument("--plain", action="store_true", help="without the prompt that the model was evaluated with")
+    made.add_argument("--chat", action="store_true", help="use the tokenizer's chat template")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point.
+
+    Args:
+        argv: Arguments without the program name; the process' own when None.
+
+    Returns:
+        0, 2 after a user's mistake, or 130 after Ctrl-C.
+    """
+    arguments = parser().parse_args(argv)
+    try:
+        prompt = _prompt(arguments)
+        for piece in stream(
+            arguments.model,
+            prompt,
+            engine=arguments.format,
+            chat=arguments.chat,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        ):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stdout.write("\n")
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the text has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return USER_ERROR
+    return 0
+
+
+def _prompt(arguments: argparse.Namespace) -> str:
+    prompt = arguments.prompt
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().removesuffix("\n")
+    if not prompt:
+        raise UserError("there is no prompt; give --prompt TEXT, or pipe a text in")
+    if arguments.task and arguments.chat:
+        raise UserError("--task and --chat are two ways of framing the prompt; choose one")
+    return _framed(str(prompt), arguments)
+
+
+def _framed(text: str, arguments: argparse.Namespace) -> str:
+    """The text in its task's template, and in the prompt that the model was evaluated with."""
+    from atp.data.prompt import Prompt, read_prompt
+    from atp.data.tasks import fill_prompt, load_tasks
+
+    own = Prompt()
+    if not (arguments.plain or arguments.chat):
+        path, kind = find_model(arguments.model, arguments.format)
+        folder = path if kind == "hf" else path.parent
+        own = read_prompt(folder.parent if folder.name == "gguf" else folder)
+    instructed = arguments.task in own.instructions and arguments.task not in load_tasks()
+    if arguments.task and not instructed:
+        text = fill_prompt(arguments.task, text)
+    if own.is_empty:
+        return text
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True) if own.chat else None
+    sys.stderr.write(f"prompt: {own.name}, from the model's prompt.json; --plain leaves it out\n")
+    return own.render(text, arguments.task or "text", tokenizer)
+
+
+def stream(
+    model: str | Path,
+    prompt: str,
+    *,
+    engine: str | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Continues a prompt piece by piece.
+
+    Args:
+        model: A run directory, a model directory, or a GGUF file.
+        prompt: The text to continue.
+        engine: hf or gguf; by default hf, or gguf for a GGUF file.
+        chat: Frame the prompt by the tokenizer's chat template.
+        max_new_tokens: Longest continuation, in tokens.
+        temperature: 0 takes the likeliest token.
+        top_p: Sample from the likeliest tokens of this probability mass.
+        seed: Seed of sampling.
+
+    Returns:
+        Pieces of text.
+
+    Raises:
+        ValueError: There is no such model, no such format, no tokenizer, or a value is out of range.
+    """
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise UserError(
+            f"--max-new-tokens {max_new_tokens} must be at least 1, --temperature {temperature} not negative, "
+            f"--top-p {top_p} in (0, 1]"
+        )
+    path, kind = find_model(Path(model), engine)
+    streams: dict[str, Callable[..., Iterator[str]]] = {"hf": _stream_hf, "gguf": _stream_gguf}
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    return streams[kind](path, prompt, chat, **sampling)
+
+
+def find_model(path: Path, engine: str | None) -> tuple[Path, str]:
+    """The file or directory to load, and its engine.
+
+    Raises:
+        ValueError: There is none of that format.
+    """
+    from atp.commands.export import model_directory
+
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        if engine == "hf":
+            raise UserError(f"{path} is a GGUF file; leave --format out")
+        return path, "gguf"
+    directory = model_directory(path)
+    if engine != "gguf":
+        return directory, "hf"
+    files = sorted(directory.glob("gguf/*.gguf"), key=lambda file: -file.stat().st_size)
+    if not files:
+        raise UserError(f"{directory} holds no GGUF file; write one with: python -m atp.export {directory} --to gguf")
+    return files[0], "gguf"
+
+
+def _stream_hf(path: Path, prompt: str, chat: bool, **sampling: Any) -> Iterator[str]:
+    import torch
+    from transformers import AutoTokenizer, TextIteratorStreamer
+
+    from atp.data.encoding import Encoder
+    from atp.export.hf.loading import load_exported
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} holds no tokenizer that can be read; copy the base model's files there") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = load_exported(path, device=device)
+    if chat:
+        if not tokenizer.chat_template:
+            raise UserError(f"the tokenizer in {path} has no chat template; leave --chat out")
+        turns = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    else:
+        context = model.config.max_position_embeddings
+        if sampling["max_new_tokens"] >= context:
+            raise UserError(f"--max-new-tokens {sampling['max_new_tokens']} must be below the context of {context}")
+        ids = Encoder(tokenizer, context).prompts([prompt], sampling["max_new_tokens"])[0]
+    torch.manual_seed(sampling["seed"])
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+    input_ids = torch.tensor([ids], device=device)
+    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if sampling["temperature"]:
+        options |= {"do_sample": True, "temperature": sampling["temperature"], "top_p": sampling["top_p"], "top_k": 0}
+    options |= {"max_new_tokens": sampling["max_new_tokens"], "streamer": streamer}
+    options |= {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            model.generate(**options, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
+        except BaseException as error:  # handed to the reader of the stream, which would wait for ever
+            failures.append(error)
+            streamer.end()
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    yield from streamer
+    thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _stream_gguf(path: Path, prompt: str, chat: bool, **sampling: Any) -> Iterator[str]:
+    from atp.export.extras import silenced_llama_cpp
+
+    llama_cpp = silenced_llama_cpp()
+    try:
+        llama = llama_cpp.Llama(str(path), n_ctx=0, verbose=False, seed=sampling["seed"])
+    except ValueError as error:
+        raise UserError(
+            f"llama.cpp does not load {path} ({error}); is it whole? Write it again: --overwrite"
+        ) from error
+    if llama.metadata.get("tokenizer.ggml.model") == "no_vocab":
+        raise UserError(f"{path} was written without vocabulary (--no-tokenizer), so it takes no text")
+    options = {
+        "max_tokens": sampling["max_new_tokens"],
+        "temperature": sampling["temperature"],
+        "top_p": sampling["top_p"],
+        "top_k": 0,
+        "min_p": 0.0,
+        "repeat_penalty": 1.0,
+        "stream": True,
+    }
+    if chat:
+        if "tokenizer.chat_template" not in llama.metadata:
+            raise UserError(f"{path} holds no chat template; leave --chat out")
+        for chunk in llama.create_chat_completion([{"role": "user", "content": prompt}], **options):
+            yield chunk["choices"][0]["delta"].get("content") or ""
+        return
+    ids = llama.tokenize(prompt.encode("utf-8"), add_bos=True, special=False)
+    for chunk in llama.create_completion(ids, **options):
+        yield chunk["choices"][0]["text"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""The command line: ``python train.py`` and ``atp-train``.
+
+Turns arguments into a checked, typed configuration and hands it to the pipeline. Before Hydra runs, this file answers
+``--help`` from the schema, resolves ``resume=``, and composes the configuration once so that a mistake fails at once
+with the file, the key and the nearest valid key. It knows Hydra's command line, and nothing of what a
+run does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from atp.config.help import help_text
+from atp.config.schema import config_dir, register_schema, schema_fields
+from atp.errors import UserError
+from atp.imports import uncollected, without_plots
+from atp.run import sweep
+from atp.run.directory import find_run, saved_overrides
+
+log = logging.getLogger(__name__)
+
+FAILED = 1
+USER_ERROR = 2
+_MAPPINGS = ("data.fields", "data.tasks", "data.path", "evaluate.path")
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point.
+
+    Args:
+        argv: Arguments without the program name; the process' own when None.
+
+    Raises:
+        SystemExit: With 2 after a user's mistake, 130 after an interruption, 1 after any other failure, also of a
+            sweep's job.
+    """
+    register_schema()
+    without_plots()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in arguments or "-h" in arguments:
+        sys.stdout.write(help_text())
+        return
+    checks_data = "--check" in arguments
+    try:
+        arguments = _readable(_with_resume([a for a in arguments if a != "--check"]))
+        _check(arguments)
+        if checks_data:
+            raise SystemExit(_check_data(arguments))
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(USER_ERROR) from None
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sys.argv = [sys.argv[0], *arguments]
+    SweepCallback.failed_jobs = 0
+    hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")(_job)()
+    if SweepCallback.failed_jobs:
+        raise SystemExit(FAILED)
+
+
+def _job(cfg: DictConfig) -> float | None:
+    """One Hydra job: run the pipeline, turn its complaints into messages and exit codes."""
+    with uncollected():
+        from atp.run.pipeline import run
+        from atp.run.stages import RunInterrupted
+
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith(("resume=", "run_dir="))]
+    try:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            return _sweep_job(cfg, run_dir, overrides)
+        return run(cfg, run_dir, overrides=overrides)
+    except RunInterrupted as interruption:
+        log.warning("%s", interruption)
+        raise SystemExit(INTERRUPTED) from None
+    except KeyboardInterrupt:
+        log.warning("interrupted; go on with: python train.py resume=%s", run_dir)
+        raise SystemExit(INTERRUPTED) from None
+    except (ValueError, OSError, RuntimeError) as error:
+        if not is_expected(error):
+            raise
+        log.error("%s", error)
+        raise SystemExit(USER_ERROR) from None
+
+
+def _sweep_job(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | None:
+    """One job of a sweep: skipped if finished, continued if it was interrupted; a failure is noted, not raised."""
+    import torch
+
+    from atp.run.pipeline import run
+    from atp.train.callbacks import TrialStopped
+
+    job = sweep.read_job(run_dir)
+    if job.state == "stopped":
+        log.info("%s was stopped as a bad trial (%s); skipped", run_dir, job.reason)
+        return None
+    if cfg.trainer.accelerator != "cpu":
+        sweep.lease_gpu(run_dir.parent, torch.cuda.device_count())
+    sweep.clear_mark(run_dir)
+    try:
+        return run(cfg, run_dir, overrides=overrides, go_on=True)
+    except TrialStopped as stop:
+        log.info("%s: stopped: %s", run_dir.name, stop)
+        sweep.mark_job(run_dir, "stopped", str(stop))
+        return stop.value if str(cfg.optimized_metric).endswith("perplexity") else None
+    except Exception as error:
+        log.error("%s: %s", run_dir.name, error, exc_info=not is_expected(error))
+        sweep.mark_job(run_dir, "failed", f"{type(error).__name__}: {error}")
+        return None
+
+
+class SweepCallback(Callback):
+    """Hydra's word that a sweep begins and ends, on the machine that started it."""
+
+    failed_jobs = 0
+
+    def __init__(self) -> None:
+        self._started = 0.0
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Make or reopen the sweep's folder."""
+        self._started = time.time()
+        sweep.start_sweep(Path(config.hydra.sweep.dir), list(config.hydra.overrides.task))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Say what became of the jobs, failed ones with their reason."""
+        folder = Path(config.hydra.sweep.dir)
+        jobs = sweep.read_jobs(folder)
+        SweepCallback.failed_jobs = sum(job.state == "failed" and job.time >= self._started for job in jobs)
+        for line in sweep.summary_lines(folder, jobs):
+            sys.stdout.write(line + "\n")
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether an error is the user's to mend or the machine's; any other is a fault of ours and shows its traceback."""
+    from atp.train.tuning import TrainingDiverged
+
+    return isinstance(error, (UserError, TrainingDiverged, OSError))
+
+
+def compose_config(overrides: Sequence[str]) -> DictConfig:
+    """Compose the configuration outside a Hydra job, for notebooks, tests and checks.
+
+    Raises:
+        ValueError: What is wrong, where, and the nearest valid name.
+    """
+    register_schema()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir(), version_base="1.3"):
+            return compose("train", overrides=_readable(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+
+
+def explain(error: BaseException) -> str:
+    """A composition error in one or two lines: file or override, key, nearest valid key."""
+    if isinstance(error, MissingConfigException):
+        return _explain_missing(error)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the override {error.override!r}: {error.message}"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    in_file = re.match(r"In '([^']+)'", lines[0])
+    place = f"conf/{in_file[1]}.yaml" if in_file else "command line"
+    in_text = next((line.split(":", 1)[1].strip() for line in lines if line.strip().startswith("full_key:")), "")
+    key = str(getattr(cause, "full_key", None) or in_text)
+    reason = lines[1] if in_file and len(lines) > 1 else str(cause).splitlines()[0]
+    parent, _, name = key.rpartition(".")
+    try:
+        valid = list(schema_fields(parent))
+    except KeyError:
+        valid = []
+    if key and name not in valid and valid:
+        return f"{place}: there is no option {key!r}; {_nearest(name, valid, parent)}"
+    return f"{place}: {key}: {reason}" if key else f"{place}: {reason}"
+
+
+def _explain_missing(error: MissingConfigException) -> str:
+    name = error.missing_cfg_file or ""
+    group, _, choice = str(name).rpartition("/")
+    options = [str(o) for o in error.options or []]
+    if group in ("hydra/sweeper", "hydra/launcher") and choice in (
+        "optuna",
+        "joblib",
+        "submitit_local",
+        "submitit_slurm",
+    ):
+        return f"{group}={choice} is not installed: pip install 'atp[sweep]'"
+    if not group or not options:
+        return str(error).splitlines()[0]
+    return f"there is no {group}={choice}; {_nearest(choice, options, '')}"
+
+
+def _nearest(name: str, valid: Sequence[str], parent: str) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    prefix = f"{parent}." if parent else ""
+    listed = f"valid: {', '.join(valid)}"
+    return f"did you mean {prefix + close[0]!r}? ({listed})" if close else listed
+
+
+def _parse(arguments: Sequence[str]) -> Any:
+    return get_args_parser().parse_args(list(arguments))
+
+
+def _check(arguments: Sequence[str]) -> None:
+    """Compose once and complain clearly; in a sweep each swept override stands with its first value."""
+    parsed = _parse(arguments)
+    if parsed.config_name or parsed.config_dir or parsed.config_path:
+        return
+    overrides = list(parsed.overrides)
+    try:
+        swept = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as error:
+        raise UserError(explain(error)) from None
+    first = []
+    for text, override in zip(overrides, swept, strict=True):
+        if override.is_sweep_override():
+            value = next(iter(override.sweep_string_iterator()))
+            text = f"{override.get_key_element()}={value}"
+        if not override.key_or_group.startswith("hydra"):
+            first.append(text)
+    cfg = compose_config(first)
+    missing = OmegaConf.missing_keys(cfg)
+    if missing:
+        raise UserError(f"{sorted(missing)[0]} is not set; add {sorted(missing)[0]}=<value>")
+
+
+def _check_data(overrides: Sequence[str]) -> int:
+    """``--check``: show what a model would see of the data, train nothing; 2 if any row is bad."""
+    from atp.run.pipeline import check_data
+
+    return USER_ERROR if check_data(compose_config(overrides)) else 0
+
+
+def _readable(arguments: Sequence[str]) -> list[str]:
+    """Replace ``prompt=<file>`` by the group's ``file`` with that path, and let open mappings take new keys."""
+    presets = {path.stem for path in (Path(config_dir()) / "prompt").glob("*.yaml")}
+    found: list[str] = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        chosen = value.strip("'\"")
+        if key == "prompt.instructions" and value:
+            found.append(f"++{argument}")
+        elif key in _MAPPINGS and value.startswith("{"):  # replaces what a preset has, where Hydra would merge
+            found += [f"{key}=null", f"++{argument}"]
+        elif key != "prompt" or chosen in presets or "," in chosen:
+            found.append(argument)
+        elif Path(chosen).expanduser().is_file():
+            found += ["prompt=file", f"prompt.path='{Path(chosen).expanduser().resolve()}'"]
+        elif "/" in chosen or "." in chosen:
+            raise UserError(f"prompt={chosen}: there is no such file; give one, or {', '.join(sorted(presets))}")
+        else:
+            found.append(argument)
+    return found
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _with_resume(arguments: list[str]) -> list[str]:
+    """Replace ``resume=last`` by its directory; a ``resume=`` with at most exports changed gets the run's overrides."""
+    resume = next((a for a in arguments if a.startswith("resume=") and a not in ("resume=null", "resume=")), None)
+    if resume is None:
+        return arguments
+    others = [a for a in arguments if a is not resume]
+    if any(a in ("-m", "--multirun") for a in others):
+        raise UserError("resume goes on with one run; leave out -m")
+    given = {_key(a) for a in others}
+    is_own = all(key.startswith(("export", "evaluate")) for key in given)
+    name = None if is_own else compose_config(others).name
+    run_dir = find_run(resume.removeprefix("resume="), name)
+    if is_own:
+        others = [a for a in saved_overrides(run_dir) if _key(a) not in given] + others
+    return [*others, f"resume='{run_dir}'", f"run_dir='{run_dir}'"]

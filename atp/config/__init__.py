@@ -1,0 +1,1 @@
+"""The configuration: schema of every option, help texts, short names of classes."""

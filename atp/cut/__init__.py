@@ -1,0 +1,1 @@
+"""From scores to a smaller model: selection under a budget, removal, compaction of the live model."""

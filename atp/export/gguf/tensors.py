@@ -1,0 +1,194 @@
+"""The tensors of a GGUF file: their names and shapes, and how their numbers come from the stored tensors.
+
+What :mod:`atp.export.gguf.layout` decided for a layer is spelled out here: which tensors the layer has, which rows are
+permuted, where zeros stand. Knows names and shapes, opens no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig
+
+from atp.model.widths import LayerWidths, family
+
+NEIGHBOURS = ("llama", "deci")
+"""Architectures that rotate neighbouring dimensions."""
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of the file.
+
+    Attributes:
+        name: Its name in GGUF.
+        shape: Rows and columns, or length.
+        sources: Stored tensors it is made of, one below the other; none means it is filled.
+        heads: Heads whose rows are permuted from halves to neighbours; 0 leaves rows as they are.
+        filling: What it is filled with, where it has no source: one value for all, or each.
+        kept: By source, the dimensions that its heads keep; the others are zero. Empty where heads are whole.
+        head_dim: Size of a whole head, where heads keep only some dimensions.
+        axis: The dimension along which heads or channels lie.
+        grid: Where the file has more units along that axis than the model: the model's units (KV heads, queries of
+            each, dimensions; or channels) and the file's; the rest is zero.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...] = ()
+    heads: int = 0
+    filling: tuple[float, ...] = (0.0,)
+    kept: tuple[tuple[int, ...], ...] = ()
+    head_dim: int = 0
+    axis: int = 0
+    grid: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+    def values(self, read: Callable[[str], torch.Tensor]) -> np.ndarray:
+        """The numbers of the tensor, float32.
+
+        Args:
+            read: Gives a stored tensor by its name.
+        """
+        if not self.sources:
+            filled = np.asarray(self.filling, np.float32)
+            return np.broadcast_to(filled, self.shape).copy() if len(filled) == 1 else filled
+        parts = [read(name).to(torch.float32) for name in self.sources]
+        if self.kept:
+            parts = [self._whole_heads(part, kept) for part, kept in zip(parts, self.kept, strict=True)]
+        made = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.grid:
+            made = self._filled_up(made, *self.grid)
+        if self.heads:
+            made = _halves_to_neighbours(made, self.heads)
+        assert tuple(made.shape) == self.shape, f"{self.name}: {tuple(made.shape)} is not {self.shape}"
+        return made.contiguous().numpy()
+
+    def _whole_heads(self, part: torch.Tensor, kept: tuple[int, ...]) -> torch.Tensor:
+        """Puts the dimensions that heads keep back in their places, zeros in the others."""
+        heads = part.shape[self.axis] // len(kept)
+        places = torch.tensor([head * self.head_dim + dim for head in range(heads) for dim in kept])
+        shape = list(part.shape)
+        shape[self.axis] = heads * self.head_dim
+        return part.new_zeros(shape).index_copy(self.axis, places, part)
+
+    def _filled_up(self, part: torch.Tensor, have: tuple[int, ...], want: tuple[int, ...]) -> torch.Tensor:
+        """Puts the model's units in front of zeros, at every level of the grid."""
+        before, after = part.shape[: self.axis], part.shape[self.axis + 1 :]
+        made = part.new_zeros(*before, *want, *after)
+        corner: tuple[Any, ...] = (*[slice(None)] * len(before), *(slice(size) for size in have))
+        made[corner] = part.reshape(*before, *have, *after)
+        return made.reshape(*before, -1, *after)
+
+
+def _halves_to_neighbours(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorders the rows of each head so that dimensions i and i + d/2, which rotate together, become neighbours."""
+    paired = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return paired.transpose(1, 2).reshape(rows.shape)
+
+
+_BLOCKS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def layer_tensors(
+    config: PreTrainedConfig, architecture: str, index: int, kept: LayerWidths, written: LayerWidths
+) -> list[GgufTensor]:
+    """Tensors of one layer; those of a block that is written but absent are zero, its norms one."""
+    queries, keys = (count * written.head_dim for count in (written.num_attention_heads, written.num_key_value_heads))
+    channels, hidden = written.intermediate_size, config.hidden_size
+    shapes = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (channels, hidden),
+        "mlp.up_proj": (channels, hidden),
+        "mlp.down_proj": (hidden, channels),
+    }
+    tensors = _norms(config, index, kept, written)
+    if architecture == "openelm":
+        fused = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        sources = tuple(f"model.layers.{index}.{module}.weight" for module in fused) if kept.has_attention else ()
+        spread = _spread(kept, *fused) if sources else {}
+        tensors.append(GgufTensor(f"blk.{index}.attn_qkv.weight", (queries + 2 * keys, hidden), sources, **spread))
+        shapes = {module: shape for module, shape in shapes.items() if module not in fused}
+    permuted = {"self_attn.q_proj": written.num_attention_heads, "self_attn.k_proj": written.num_key_value_heads}
+    for module, shape in shapes.items():
+        if 0 in shape:
+            continue
+        heads = permuted.get(module, 0) if architecture in NEIGHBOURS else 0
+        present = kept.has_attention if module.startswith("self_attn") else kept.has_mlp
+        name, source = f"blk.{index}.{_BLOCKS[module]}", f"model.layers.{index}.{module}"
+        sources = (f"{source}.weight",) if present else ()
+        places = _places(kept, written, module) if present else {}
+        tensors.append(GgufTensor(f"{name}.weight", shape, sources, heads, **places))
+        if present and _has_bias(config, module):
+            places = {} if places.get("axis") == 1 else places  # these rows are the residual stream
+            tensors.append(GgufTensor(f"{name}.bias", shape[:1], (f"{source}.bias",), heads, **places))
+    return tensors
+
+
+def _norms(config: PreTrainedConfig, index: int, kept: LayerWidths, written: LayerWidths) -> list[GgufTensor]:
+    """The norms of the blocks that are written."""
+
+    def norm(name: str, source: str, size: int, present: bool) -> GgufTensor:
+        sources = (f"model.layers.{index}.{source}.weight",) if present else ()
+        return GgufTensor(f"blk.{index}.{name}.weight", (size,), sources, filling=(1.0,))
+
+    tensors = []
+    if written.has_attention:
+        tensors.append(norm("attn_norm", "input_layernorm", config.hidden_size, kept.has_attention))
+    if written.has_attention and family(config) == "qwen3":
+        tensors += [
+            norm(f"attn_{part}_norm", f"self_attn.{part}_norm", written.head_dim, kept.has_attention) for part in "qk"
+        ]
+    return [*tensors, norm("ffn_norm", "post_attention_layernorm", config.hidden_size, kept.has_mlp)]
+
+
+def _places(kept: LayerWidths, written: LayerWidths, module: str) -> dict[str, Any]:
+    """Where the units of a projection stand in the file's, if it has more of them, or whole heads for slim ones."""
+    axis = int(module.endswith(("o_proj", "down_proj")))
+    if module.startswith("mlp"):
+        have: tuple[int, ...] = (kept.intermediate_size,)
+        want: tuple[int, ...] = (written.intermediate_size,)
+        places: dict[str, Any] = {}
+    else:
+        grouped = module.endswith(("q_proj", "o_proj"))
+        have, want = _head_grid(kept, grouped, written.head_dim), _head_grid(written, grouped, written.head_dim)
+        places = _spread(kept, module)
+    return {**places, "axis": axis, "grid": None if have == want else (have, want)}
+
+
+def _head_grid(widths: LayerWidths, grouped: bool, head_dim: int) -> tuple[int, ...]:
+    """KV heads, query heads of each, dimensions of each."""
+    per_group = widths.num_attention_heads // widths.num_key_value_heads if grouped else 1
+    return widths.num_key_value_heads, per_group, head_dim
+
+
+def _spread(kept: LayerWidths, *modules: str) -> dict[str, Any]:
+    """Where the dimensions of slim heads go in whole ones, for the weights of an attention block."""
+    if not kept.is_slim:
+        return {}
+    half = kept.head_dim // 2
+    pairs = kept.rotary_pairs or tuple(range(half))
+    rotary = (*pairs, *(pair + half for pair in pairs))
+    values = tuple(range(kept.value_dim or kept.head_dim))
+    positions = tuple(rotary if module.endswith(("q_proj", "k_proj")) else values for module in modules)
+    return {"kept": positions, "head_dim": kept.head_dim}
+
+
+def _has_bias(config: PreTrainedConfig, module: str) -> bool:
+    if family(config) == "qwen2":
+        return module in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    return bool(getattr(config, "attention_bias" if module.startswith("self_attn") else "mlp_bias", False))

@@ -1,0 +1,1 @@
+"""Hugging Face directories: writing, strict loading, the model card."""

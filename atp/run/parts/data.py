@@ -1,0 +1,236 @@
+"""Records, prompt and batches of a run, from its configuration.
+
+The builders' data side: it chooses among the sources of :mod:`atp.data` and hands them their settings. It knows nothing
+of models beyond their tokenizer and context.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from atp.config.schema import DataConfig, PromptConfig, TrainConfig
+from atp.data.batches import PruningDataModule
+from atp.data.cache import TokenCache, default_folder
+from atp.data.check import faults
+from atp.data.columns import record_parser
+from atp.data.domains import load_domain, scored_records
+from atp.data.files import paths_of
+from atp.data.overlap import check_overlap
+from atp.data.prompt import COLLABORATIVE, Prompt, from_text
+from atp.data.records import Record, Splits, few_shot, limit
+from atp.data.sources import load_embedded, load_files
+from atp.data.streaming import StreamedRecords
+from atp.data.tasks import NORMALISATIONS, find_task, load_tasks, nearest
+from atp.errors import UserError
+from atp.evaluate import harness
+
+log = logging.getLogger(__name__)
+
+
+def load_splits(config: DataConfig, seed: int) -> Splits:
+    """Training, validation and test records.
+
+    Raises:
+        ValueError: An unknown source, or whatever the source complains of.
+    """
+    shares = {"validation_fraction": config.validation_fraction, "test_fraction": config.test_fraction}
+    if config.source == "embedded":
+        splits = load_embedded(
+            config.domain, train=config.max_train, validation=config.max_validation, test=config.max_test
+        )
+        splits = check_overlap(_only(splits, config.tasks or {}), config.near_duplicates)
+    elif config.source == "files":
+        if not config.path:
+            raise UserError("data.path is not set; give your file or folder: data=files data.path=<file>")
+        splits = load_files(
+            config.path,
+            seed=seed,
+            validation_path=config.validation_path,
+            test_path=config.test_path,
+            fields=config.fields or None,
+            near_duplicates=config.near_duplicates,
+            stream=config.stream,
+            name=config.name,
+            **shares,
+        )
+    elif config.source == "tasks":
+        splits = load_domain(
+            config.tasks or {},
+            seed=seed,
+            path=config.path,
+            tasks_file=config.tasks_file,
+            max_train=config.max_train,
+            max_validation=config.max_validation,
+            max_test=config.max_test,
+            near_duplicates=config.near_duplicates,
+            name=config.name,
+            **shares,
+        )
+    else:
+        raise UserError(f"data.source is {config.source!r}; known: embedded, files, tasks")
+    if config.stream and config.source != "files":
+        log.warning("data.stream is ignored: only data=files can be streamed")
+    return _limited(splits, config, seed)
+
+
+def data_faults(config: DataConfig) -> tuple[list[str], int]:
+    """What is wrong with the rows of the user's own files, each with its place, and how many are good."""
+    if config.source != "files" or not config.path:
+        return [], 0
+    files = [
+        file for value in (config.path, config.validation_path, config.test_path) if value for file in paths_of(value)
+    ]
+    return faults(files, record_parser(config.fields or None))
+
+
+def _only(splits: Splits, tasks: Mapping[str, Any]) -> Splits:
+    """The records of some of the embedded tasks."""
+    if not tasks:
+        return splits
+    there = list(dict.fromkeys(record.task for record in splits.train))
+    for task in tasks:
+        if task not in there:
+            raise UserError(f"data.tasks: {splits.name} has no task {task!r}; {nearest(task, there)}")
+    train, validation, test = (
+        [record for record in some if record.task in tasks] for some in (splits.train, splits.validation, splits.test)
+    )
+    return replace(splits, train=train, validation=validation, test=test)
+
+
+def _limited(splits: Splits, config: DataConfig, seed: int) -> Splits:
+    train = splits.train
+    if isinstance(train, StreamedRecords):
+        if config.shots is not None:
+            raise UserError("data.shots and data.stream exclude each other; leave one of them out")
+        train = train.limited(config.max_train)
+    else:
+        train = few_shot(limit(list(train), config.max_train, seed), config.shots, seed)
+    return replace(
+        splits,
+        train=train,
+        validation=limit(splits.validation, config.max_validation, seed),
+        test=limit(splits.test, config.max_test, seed),
+    )
+
+
+def load_prompt(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """The prompt of a run, with the instructions of its tasks and, where there is one, the tokenizer's chat template.
+
+    Raises:
+        ValueError: A file that cannot be read, a template that is not valid, or an unknown ``prompt.chat``.
+    """
+    settings = _chosen_prompt(config)
+    parts = {"system": settings.system, "template": settings.template}
+    if settings.path:
+        path = Path(settings.path).expanduser()
+        try:
+            parts = from_text(path.read_text(encoding="utf-8"), f"prompt.path={path}")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"prompt.path={path}: cannot be read ({error})") from None
+    elif settings.name == "file":
+        raise UserError("prompt.path is not set; give your template: prompt=<file>")
+    tasks = load_tasks(config.data.tasks_file)
+    named = [find_task(name, tasks) for name in config.data.tasks or () if "/" in name]
+    known = {task.name: task.instruction for task in (*tasks.values(), *named) if task.instruction}
+    prompt = Prompt(
+        settings.name,
+        **parts,
+        instructions={**known, **settings.instructions},
+        train=settings.train,
+        inference=settings.inference,
+    )
+    if settings.chat not in ("auto", "always", "never"):
+        raise UserError(f"prompt.chat is {settings.chat!r}; known: auto, always, never")
+    template = getattr(tokenizer, "chat_template", None)
+    if settings.chat == "always" and not isinstance(template, str):
+        raise UserError("prompt.chat=always, but the tokenizer has no chat template; use prompt.chat=auto or never")
+    wanted = settings.chat == "always" or (settings.chat == "auto" and not prompt.is_empty)
+    return replace(prompt, chat=template) if wanted and isinstance(template, str) else prompt
+
+
+def _chosen_prompt(config: TrainConfig) -> PromptConfig:
+    """The prompt asked for or, where none is, the collaborative one that belongs to the method."""
+    own = config.prune.prompt
+    if config.prompt.name != "none" or not (own.train or own.inference):
+        return config.prompt
+    text = COLLABORATIVE if own.text is None else own.text
+    if not text.strip():
+        raise UserError(
+            "prune.prompt.text is empty; leave it out for the usual text, or switch train and inference off"
+        )
+    return replace(config.prompt, name="collaborative", system=text, train=own.train, inference=own.inference)
+
+
+def load_scored(config: TrainConfig, name: str, most: int) -> list[Record]:
+    """Test records of an embedded domain or task or of a known task (:func:`atp.data.sources.scored_records`)."""
+    path = config.evaluate.path if config.evaluate.path is not None else config.data.path
+    path = path if config.data.source == "tasks" or config.evaluate.path is not None else None
+    return scored_records(name, most=most, seed=config.seed, path=path, tasks_file=config.data.tasks_file)
+
+
+def load_beyond(config: TrainConfig) -> tuple[dict[str, list[Record]], dict[str, list[Record]]]:
+    """Records besides the target: of other domains, for their perplexity, and of further tasks; read before training.
+
+    Raises:
+        ValueError: An unknown name or a missing file, or the harness is asked for and lacks something.
+    """
+    settings = config.evaluate
+    if settings.max_forgetting < 1 and settings.forgetting:
+        raise UserError(
+            f"evaluate.max_forgetting is {settings.max_forgetting}; it must be at least 1. To measure none: "
+            "evaluate.forgetting=[]"
+        )
+    own = {*(config.data.tasks or ()), *([config.data.domain] if config.data.source == "embedded" else [])}
+    others = {
+        name: load_scored(config, name, settings.max_forgetting) for name in settings.forgetting if name not in own
+    }
+    if settings.harness:
+        harness.prepare(settings.tasks, settings.harness_path)
+        return others, {}
+    return others, {name: load_scored(config, name, config.data.max_test or 400) for name in settings.tasks}
+
+
+def normalisation(config: TrainConfig) -> dict[str, str] | str:
+    """How choices' log-likelihoods are compared: one way for all, or each task's own."""
+    way = config.evaluate.normalise
+    if way == "task":
+        return {name: task.normalise for name, task in load_tasks(config.data.tasks_file).items()}
+    if way not in NORMALISATIONS:
+        raise UserError(f"evaluate.normalise is {way!r}; known: task, {', '.join(NORMALISATIONS)}")
+    return way
+
+
+def data_module(
+    config: TrainConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase, context: int
+) -> PruningDataModule:
+    """Batches for the whole run."""
+    if config.data.packing and config.model.attn_implementation != "sdpa":
+        raise UserError(
+            f"data.packing needs model.attn_implementation=sdpa, got {config.model.attn_implementation!r}: packed "
+            "records are kept apart by a mask that only it reads"
+        )
+    return PruningDataModule(
+        splits,
+        tokenizer,
+        max_length=config.data.max_length,
+        batch_size=config.data.batch_size,
+        num_batches=config.trainer.max_steps * config.trainer.accumulate_grad_batches,
+        seed=config.seed,
+        loss_on=config.data.loss_on,
+        num_workers=config.data.num_workers,
+        model_context=context,
+        packing=config.data.packing,
+        cache=_token_cache(config.data),
+    )
+
+
+def _token_cache(config: DataConfig) -> TokenCache | None:
+    if not config.cache:
+        return None
+    return TokenCache(default_folder() if config.cache == "auto" else Path(config.cache).expanduser())

@@ -1,0 +1,360 @@
+"""The stages of a run: what each does with the run's model, data and directory.
+
+Sits between the builders and the pipeline, which decides which stages run and in what order. Each public method is one
+stage and returns plain data for its result file; models pass from stage to stage through the run directory, so that any
+stage can be the first of a resumed run. It knows nothing of Hydra or of how ``metrics.json`` is laid out.
+
+Shape suffixes: U units.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from atp.atomic import write_json
+from atp.config.schema import TrainConfig
+from atp.cut.compaction import expanded_state
+from atp.cut.removal import max_logit_difference, remove, slice_adapter, widths_after
+from atp.data.prompt import PROMPT_FILE
+from atp.errors import UserError
+from atp.evaluate.measure import count_parameters, peak_memory
+from atp.export.bundle import check_formats, verify_formats, windows_of, write_formats
+from atp.export.hf.loading import load_exported
+from atp.export.hf.writing import export_hf
+from atp.export.verify.verification import as_plain
+from atp.masks.adapter import Adapter, extract_adapter
+from atp.masks.gates import fold
+from atp.masks.lora import base_tensors, merge_in_place, merged_tensors
+from atp.model.widths import is_stock
+from atp.run import parts
+from atp.run.assessment import PROMPTS_COUNTED, Assessor
+from atp.run.directory import RunDirectory, saved_overrides
+from atp.run.preparation import Preparation, read_cut, to_device, write_cut
+from atp.space.space import block_parameters
+from atp.train.aware import AwareModule
+from atp.train.callbacks import ProgressReport, QuietCollector, RunCheckpoint, Throughput
+from atp.train.joint import PruningModule
+from atp.train.loggers import close_loggers, csv_logger, log_figures, log_folder, log_table, merge_csv, write_csv
+from atp.train.monitoring import MaskMonitor, TrainingHealth
+from atp.train.tuning import TuningModule
+
+log = logging.getLogger(__name__)
+
+
+class RunInterrupted(Exception):
+    """Ctrl-C or SIGTERM ended training; the message says how to go on."""
+
+
+class Stages:
+    """The stages of one run, and what they share.
+
+    Args:
+        config: The typed configuration.
+        directory: Where everything is written.
+        plain_config: The same configuration as plain data, for loggers.
+        origin: Provenance: command, git, versions.
+    """
+
+    def __init__(
+        self, config: TrainConfig, directory: RunDirectory, plain_config: dict[str, Any], origin: dict[str, Any]
+    ) -> None:
+        self.config, self.directory, self.plain_config, self.origin = config, directory, plain_config, origin
+        self.device = parts.device_of(config)
+        if config.prune.budget_of == "latency" and config.prune.latency_table is None:
+            config.prune.latency_table = str(directory.path / "latency.json")
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        parts.check_quantization(config)
+        parts.check_start(config.prune)
+        log.info("run directory: %s", directory.path)
+        self.tokenizer = parts.load_tokenizer(config.model)
+        self.prompt = parts.load_prompt(config, self.tokenizer)
+        plain = parts.load_splits(config.data, config.seed)
+        self.prompt_cost = self.prompt.cost(plain.test[:PROMPTS_COUNTED], self.tokenizer, config.data.max_length)
+        self.splits = self.prompt.on_splits(plain, self.tokenizer)
+        write_json(directory.path / PROMPT_FILE, self.prompt.plain())
+        self.assessor = Assessor(config, self.tokenizer, self.prompt, self.splits.test, self.prompt_cost)
+        dense = self.dense()
+        self.base_config, self.generation_config = dense.config, dense.generation_config
+        self.data = parts.data_module(config, self.splits, self.tokenizer, dense.config.max_position_embeddings)
+        self.preparation = Preparation(config, self.data, self.device)
+        self.space = parts.pruning_space(config.prune, dense)
+        self.dense_parameters = count_parameters(dense)
+        asked = ("gguf", "onnx", "push_to_hub", "public", "dtype", "max_shard_size")
+        wanted: dict[str, Any] = {name: getattr(config.export, name) for name in asked}
+        uniform = config.prune.shape == "uniform"
+        check_formats(dense.config, self.tokenizer, uniform=uniform, axes=config.prune.space, **wanted)
+        self._loggers: list[Logger] | None = None
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """The chosen loggers, opened at first use; :meth:`close` finishes them."""
+        if self._loggers is None:
+            self._loggers = parts.make_loggers(self.config, self.directory.path)
+            for logger in self._loggers:
+                logger.log_hyperparams(self.plain_config)
+        return self._loggers
+
+    def close(self) -> None:
+        """Finish the loggers, whatever happened."""
+        opened, self._loggers = self._loggers or [], None
+        close_loggers(opened)
+
+    def publish(self, figures: Mapping[str, float], table: tuple[list[str], list[list[str]]]) -> None:
+        """Hand samples, final figures, the comparison and, on request, the exported model to the loggers."""
+        columns, rows = table
+        write_csv(self.directory.path / "comparison.csv", columns, rows)
+        if not self.loggers:
+            return
+        samples_file = self.directory.path / "samples.json"
+        if samples_file.is_file():
+            fields = ["prompt", "reference", "dense", "pruned"]
+            written = json.loads(samples_file.read_text(encoding="utf-8"))
+            log_table(self.loggers, "samples", fields, [[row[field] for field in fields] for row in written])
+        log_table(self.loggers, "comparison", columns, rows)
+        log_figures(self.loggers, figures)
+        if self.config.export.artifact:
+            folder = self.directory.path / "pruned"
+            if not log_folder(self.loggers, f"{self.config.name}-pruned", folder):
+                log.warning("export.artifact=true has no effect: none of the chosen loggers keeps artifacts")
+
+    def fit_jointly(self) -> dict[str, Any]:
+        """Train masks and adapters together; leaves ``checkpoints/joint.ckpt``."""
+        base = parts.load_base(self.config.model, quantized=True, device=self.device)
+        module = parts.pruning_module(self.config, base)
+        parts.tell_ignored(self.config, module, saved_overrides(self.directory.path))
+        restores = self.config.prune.restore.batches > 0
+        if restores:
+            module.calibration = self.preparation.calibration
+        before = self.directory.path / "preparation.json"
+        if not self.directory.checkpoint("joint").is_file():
+            with peak_memory(self.device) as peak:
+                self._warm_start(module)
+                if restores and self.config.prune.restore.at == "start":
+                    self.preparation.repair_start(module)
+            write_json(before, {"peak_mib": peak.mib})
+        if isinstance(module, AwareModule):
+            module.calibration_batch = self.data.calibration_batch
+        with peak_memory(self.device) as peak:
+            self._fit("joint", module)
+        prepared = json.loads(before.read_text(encoding="utf-8"))["peak_mib"] if before.is_file() else 0.0
+        return {"train_peak_mib": max(prepared, peak.mib), "steps_peak_mib": peak.mib, "train_peak_kind": peak.kind}
+
+    def _warm_start(self, module: PruningModule) -> None:
+        """Let the generator begin with the importance of the dense model's units."""
+        start = self.preparation.warm_start(module, self.config.prune.warm_start)
+        if start and start.losses:
+            plain = {"format": 1, "chosen": start.name, "repaired_loss": start.losses}
+            write_json(self.directory.path / "start.json", plain)
+
+    def remove_and_export(self) -> dict[str, Any]:
+        """Cut the pruned units for good, write ``pruned/``, and compare masked, removed and reloaded model."""
+        module, masks_U = self._trained()
+        self._write_masks(masks_U, module.final_scores_U.cpu())
+        log.info("removal: cutting %d of %d units", int((masks_U < 0.5).sum()), self.space.num_units)
+        masked = module.masked.to(self.device).eval()
+        removed, stored, adapter = self._cut(module, masks_U)
+        batches = self._check_batches()
+        masked_vs_removed = max_logit_difference(masked, removed, batches)
+        path = self.directory.path / "pruned"
+        self._export(stored, adapter, path, overwrite=True)
+        write_formats(path, gguf=self.config.export.gguf, onnx=self.config.export.onnx)
+        removed_vs_reloaded = max_logit_difference(removed, self.pruned(), batches)
+        return {
+            "max_abs_logit_diff": max(masked_vs_removed, removed_vs_reloaded),
+            "masked_vs_removed": masked_vs_removed,
+            "removed_vs_reloaded": removed_vs_reloaded,
+            "dtype": str(next(removed.parameters()).dtype).removeprefix("torch."),
+            "tokens": int(sum(batch["attention_mask"].sum() for batch in batches)),
+            "stock": is_stock(removed.config),
+            "adapter": adapter is not None,
+            "formats": self._verify_formats(path, removed),
+            "architecture": type(removed).__name__,
+            "widths": [asdict(widths) for widths in widths_after(self.space, masks_U)],
+            "sparsity": float(self.space.sparsity(masks_U.double())),
+            "pruned_blocks": int(self.space.remaining_parameters(masks_U.double())),
+            "parameters": count_parameters(removed),
+        }
+
+    def _cut(self, module: PruningModule, masks_U: Tensor) -> tuple[PreTrainedModel, PreTrainedModel, Adapter | None]:
+        """The smaller model, the model to store, and the adapter to store beside it where it is not merged."""
+        masked = module.masked
+        with torch.no_grad():
+            masked.set_masks(module.frozen_masks())
+        tensors = merged_tensors(masked.peft_model)
+        if module.gates is not None:
+            tensors = fold(tensors, self.space, module.gates(), tied=self.base_config.tie_word_embeddings)
+        removed = remove(tensors, self.base_config, self.space, masks_U, device=self.device)
+        stored, adapter = removed, None
+        if not self.config.export.merge and module.gates is not None:
+            log.warning("export.merge=false is ignored: soft gates are folded into the merged weights")
+        elif not self.config.export.merge:
+            stored, adapter = self._unmerged(module, masks_U)
+        return removed, stored, adapter
+
+    def export_unmerged(self, path: Path, *, overwrite: bool = False) -> float:
+        """Write the finished run's model once more, as pruned base with the adapter beside it.
+
+        Returns:
+            Largest logit difference from the run's own export.
+
+        Raises:
+            ValueError: The run trained no mask and adapter to a checkpoint, or folded gates into merged weights.
+        """
+        if not self.directory.checkpoint("joint").is_file():
+            raise UserError(f"{self.directory.path} holds no checkpoints/joint.ckpt, which has the adapter")
+        module, masks_U = self._trained()
+        if module.gates is not None:
+            raise UserError("this run folded soft gates into the merged weights, so no adapter can be taken apart")
+        stored, adapter = self._unmerged(module, masks_U)
+        self._export(stored, adapter, path, overwrite=overwrite)
+        return max_logit_difference(self.pruned(), load_exported(path, device=self.device), self._check_batches())
+
+    def _trained(self) -> tuple[PruningModule, Tensor]:
+        """The module as training left it, and its final masks."""
+        module = parts.pruning_module(self.config, self.dense())
+        self._load("joint", module)
+        if not module.is_frozen:
+            module.freeze_masks()
+        return module, module.final_masks_U.cpu()
+
+    def _unmerged(self, module: PruningModule, masks_U: Tensor) -> tuple[PreTrainedModel, Adapter]:
+        """The pruned base and the adapter cut to it."""
+        peft_model = module.masked.peft_model
+        adapter = slice_adapter(extract_adapter(peft_model), self.space, masks_U)
+        return remove(base_tensors(peft_model), self.base_config, self.space, masks_U, device=self.device), adapter
+
+    def _export(self, stored: PreTrainedModel, adapter: Adapter | None, path: Path, *, overwrite: bool) -> None:
+        """Write a Hugging Face directory with what every export of this run carries."""
+        log.info("export: %s", path)
+        stored.generation_config = copy.deepcopy(self.generation_config)
+        export_hf(
+            stored,
+            self.tokenizer,
+            path,
+            provenance=self.origin,
+            overwrite=overwrite,
+            dtype=parts.DTYPES[self.config.export.dtype] if self.config.export.dtype else None,
+            max_shard_size=self.config.export.max_shard_size,
+            adapter=adapter,
+        )
+        if not self.prompt.is_empty:
+            write_json(path / PROMPT_FILE, self.prompt.plain())
+
+    def _verify_formats(self, path: Path, removed: PreTrainedModel) -> list[dict[str, Any]]:
+        """Each exported format compared with the removed model in a fresh process."""
+        settings = self.config.export
+        if not settings.verify:
+            return []
+        batches = list(itertools.islice(self.data.val_dataloader(), 64))
+        windows = windows_of(batches, settings.verify_tokens, self.config.data.max_length)
+        exact = removed.dtype == torch.float32 and settings.dtype in (None, "float32")
+        return as_plain(verify_formats(path, windows, removed if exact else None, self.config.threads))
+
+    def tune(self, name: str, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> dict[str, Any]:
+        """LoRA-tune a model on the run's data and steps, then evaluate it."""
+        blocks = block_parameters(model)
+        module = parts.tuning_module(self.config, model, teacher)
+        self._fit(name, module)
+        tuned = merge_in_place(module.model)
+        return {**self.evaluate_model(tuned), "sparsity": 1.0 - blocks / self.space.total_parameters}
+
+    def tune_baseline(self, name: str) -> dict[str, Any]:
+        """Prune at once by the named rule, then tune and evaluate."""
+        teacher = self.assessor.place(self.dense()) if parts.is_distilled(self.config) else None
+        kept = self.directory.checkpoint(f"{name}_cut")
+        result = self.tune(name, self._cut_at_once(name, kept), teacher)
+        kept.unlink(missing_ok=True)
+        return result
+
+    def _cut_at_once(self, name: str, kept: Path) -> PreTrainedModel:
+        """The dense model pruned before any training, repaired as the run's own is; in ``kept`` until it is tuned."""
+        config = parts.two_stage(self.config, name)
+        module = parts.pruning_module(config, self.dense())
+        if kept.is_file():
+            return read_cut(kept, module, self.base_config)
+        self.preparation.warm_start(module, config.prune.warm_start)
+        cut = self.preparation.cut(module, self.base_config)
+        write_cut(kept, cut, module)
+        return cut
+
+    def evaluate_model(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Quality on the test records, on further tasks, and on what is not the target domain."""
+        return self.assessor.quality(model)
+
+    def write_samples(self) -> dict[str, Any]:
+        """Continue a few test prompts with dense and pruned model; leaves ``samples.json``."""
+        if self.config.evaluate.samples < 1:
+            return {}
+        rows = self.assessor.continuations(self.dense(), self.pruned())
+        write_json(self.directory.path / "samples.json", rows)
+        return {"count": len(rows)}
+
+    def measure(self) -> dict[str, Any]:
+        """Size, compute, memory and, unless switched off, speed of dense and pruned model."""
+        return self.assessor.cost(self.dense(), self.pruned(), self.directory.path / "pruned")
+
+    # ---- what stages share
+
+    def dense(self) -> PreTrainedModel:
+        """The base model, loaded afresh."""
+        return parts.load_base(self.config.model)
+
+    def pruned(self) -> PreTrainedModel:
+        """The exported model, loaded back from the run directory."""
+        return load_exported(self.directory.path / "pruned", device=self.device)
+
+    def _fit(self, name: str, module: TuningModule) -> None:
+        """Train to the end, from the checkpoint if there is one."""
+        config, checkpoint_path = self.config, self.directory.checkpoint(name)
+        checkpoint = RunCheckpoint(checkpoint_path, config.trainer.checkpoint_every_n_steps)
+        callbacks: list[Callback] = [QuietCollector(), Throughput(), TrainingHealth(), ProgressReport(name), checkpoint]
+        logs = self.directory.path / "metrics" / name
+        loggers: list[Logger] = [csv_logger(logs)]
+        if isinstance(module, PruningModule):
+            callbacks.insert(0, MaskMonitor(self.directory.path, logs / "mask_history.jsonl"))
+            loggers += self.loggers
+        trainer = parts.make_trainer(config, callbacks, loggers, self.data.num_batches, self.directory.path)
+        resume = checkpoint_path if checkpoint_path.is_file() else None
+        trainer.fit(module, datamodule=self.data, ckpt_path=resume, weights_only=True)
+        merge_csv(logs, self.directory.path / "metrics" / ("train.csv" if name == "joint" else f"{name}.csv"))
+        if checkpoint.interrupted:
+            raise RunInterrupted(
+                f"stopped after step {trainer.global_step} of {name}; go on with: resume={self.directory.path}"
+            )
+
+    def _load(self, name: str, module: TuningModule) -> None:
+        state = torch.load(self.directory.checkpoint(name), map_location="cpu", weights_only=True)
+        tensors = state["state_dict"]
+        live_U = tensors.get("progressive.live_U", torch.ones(self.space.num_units))
+        masks_U = tensors["final_masks_U"] if bool(tensors.get("is_compact", False)) else live_U
+        if not masks_U.all():  # back to the dense layout, so that removal can start from the base
+            tensors = dict(expanded_state(tensors, self.space, masks_U, live_U))
+            tensors["is_compact"] = torch.zeros((), dtype=torch.bool)
+        if "progressive.live_U" in tensors:
+            tensors["progressive.live_U"] = torch.ones_like(live_U)
+        module.on_load_checkpoint({**state, "state_dict": tensors})
+        module.load_state_dict(tensors, strict=False)
+
+    def _write_masks(self, masks_U: Tensor, scores_U: Tensor) -> None:
+        axes = {name: [int(x) for x in values] for name, values in self.space.split(masks_U).items()}
+        scores = {name: [round(float(x), 6) for x in values] for name, values in self.space.split(scores_U).items()}
+        write_json(self.directory.path / "masks.json", {"format": 1, "axes": axes, "scores": scores})
+
+    def _check_batches(self) -> list[dict[str, Tensor]]:
+        """A few real batches on which masked, removed and reloaded model are compared."""
+        self.data.setup("fit")
+        return list(to_device(itertools.islice(self.data.val_dataloader(), 4), self.device))

@@ -1,0 +1,1 @@
+"""The pruning space: units, what each owns in a model, and what it costs."""
