@@ -30,10 +30,10 @@ from omegaconf import OmegaConf
 from atp.commands.train import compose_config
 from atp.config.schema import TrainConfig
 from atp.run import parts
-from atp.train.callbacks import ProgressReport, QuietCollector, Throughput
 from atp.train.joint import PruningModule
 from atp.train.loggers import close_loggers, csv_logger
 from atp.train.monitoring import MaskMonitor, TrainingHealth
+from atp.train.progress import ProgressReport, QuietCollector, Throughput
 
 TURN = 10  # steps
 OUT = Path(__file__).parent / "results" / "overhead.json"

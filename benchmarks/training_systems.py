@@ -26,7 +26,7 @@ from atp.config.prune import WarmStartConfig
 from atp.config.schema import TrainConfig
 from atp.cut.removal import remove
 from atp.masks.budget import SparsitySchedule
-from atp.masks.lora import merged_tensors
+from atp.masks.merging import merged_tensors
 from atp.model.widths import build_model
 from atp.prepare.starts import starting_scores
 from atp.run import parts

@@ -99,7 +99,7 @@ def test_real_checkpoint_prunes_exactly(shared: Path) -> None:
 
     from atp.cut.removal import max_logit_difference, remove
     from atp.cut.selection import select
-    from atp.masks.lora import merged_tensors
+    from atp.masks.merging import merged_tensors
 
     made = config("model=local", f"model.path={shared / 'models' / 'stories260K'}")
     base = parts.load_base(made.model)

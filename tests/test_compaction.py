@@ -16,7 +16,8 @@ from conftest import tiny_model
 from atp.cut.compaction import compact, expanded_state, live_units
 from atp.cut.removal import max_logit_difference, remove
 from atp.cut.selection import select
-from atp.masks.lora import MaskedModel, add_lora, merged_tensors
+from atp.masks.lora import MaskedModel, add_lora
+from atp.masks.merging import merged_tensors
 from atp.space.space import PruningSpace
 
 SHAPES = [

@@ -11,7 +11,8 @@ from conftest import SHAPES, tiny_batch, tiny_model
 from atp.cut.removal import max_logit_difference, remove
 from atp.cut.selection import reachable_sparsity, select
 from atp.masks.gates import Gates, fold
-from atp.masks.lora import MaskedModel, add_lora, merged_state
+from atp.masks.lora import MaskedModel, add_lora
+from atp.masks.merging import merged_state
 from atp.space.space import PruningSpace
 from atp.space.units import KINDS
 

@@ -17,7 +17,8 @@ from atp.cut.removal import max_logit_difference, remove, widths_after
 from atp.cut.selection import reachable_sparsity, select
 from atp.export.hf.loading import load_exported
 from atp.export.hf.writing import export_hf
-from atp.masks.lora import MaskedModel, add_lora, merged_state
+from atp.masks.lora import MaskedModel, add_lora
+from atp.masks.merging import merged_state
 from atp.space.space import PruningSpace, block_parameters
 from atp.space.units import KINDS, CostModel
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import SHAPES, tiny_batch, tiny_model
 
-from atp.masks.lora import ALL_LINEARS, MaskedModel, add_lora, merge_in_place, merged_state, trainable_parameters
+from atp.masks.lora import ALL_LINEARS, MaskedModel, add_lora, trainable_parameters
+from atp.masks.merging import merge_in_place, merged_state
 from atp.space.space import PruningSpace
 
 BATCH = tiny_batch()

@@ -23,7 +23,7 @@ from atp.masks.generator import FreeLogits, TransformerGenerator
 from atp.masks.lora import MaskedModel, add_lora
 from atp.masks.sampler import GumbelSigmoid, HardConcrete, Threshold
 from atp.space.space import PruningSpace
-from atp.train.callbacks import RunCheckpoint
+from atp.train.checkpoints import RunCheckpoint
 from atp.train.distillation import Distillation
 from atp.train.joint import PruningModule
 from atp.train.tuning import TrainingDiverged, TuningModule

@@ -23,9 +23,9 @@ from atp.masks.sampler import Threshold
 from atp.report.mask_picture import block_shares, mask_picture
 from atp.space.space import PruningSpace
 from atp.train import loggers
-from atp.train.callbacks import QuietCollector, Throughput
 from atp.train.joint import PruningModule
 from atp.train.monitoring import MaskMonitor, TrainingHealth, binary_entropy, unit_rows
+from atp.train.progress import QuietCollector, Throughput
 
 
 def test_entropy_in_bits() -> None:

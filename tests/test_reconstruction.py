@@ -11,7 +11,8 @@ from conftest import tiny_model
 
 from atp.cut.removal import kept_indices, max_logit_difference, remove
 from atp.cut.selection import select
-from atp.masks.lora import MaskedModel, add_lora, merged_tensors
+from atp.masks.lora import MaskedModel, add_lora
+from atp.masks.merging import merged_tensors
 from atp.prepare.blockwise import Restoration, repair
 from atp.space.space import PruningSpace
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from atp.cut.removal import max_logit_difference, remove, slice_tensors, widths_after
 from atp.cut.selection import select
-from atp.masks.lora import MaskedModel, add_lora, merged_state
+from atp.masks.lora import MaskedModel, add_lora
+from atp.masks.merging import merged_state
 from atp.space.space import KINDS, PruningSpace
 
 BATCH = tiny_batch()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from atp.cut.removal import max_logit_difference, remove
 from atp.cut.selection import select
-from atp.masks.lora import MaskedModel, add_lora, merged_tensors
+from atp.masks.lora import MaskedModel, add_lora
+from atp.masks.merging import merged_tensors
 from atp.prepare.least_squares import fit_kept, restore
 from atp.space.space import PruningSpace
 

@@ -25,8 +25,8 @@ from atp.run.sweep import (
     start_sweep,
     summary_lines,
 )
-from atp.train.callbacks import StopBadTrial, TrialStopped
 from atp.train.joint import PruningModule
+from atp.train.trials import StopBadTrial, TrialStopped
 
 CONFIG: dict[str, Any] = {
     "name": "a",

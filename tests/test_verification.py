@@ -36,7 +36,7 @@ from atp.export.verify.probe import LlamaCppEngine, OnnxEngine
 from atp.export.verify.rounding import ROUNDINGS, rounding_error
 from atp.export.verify.verification import mismatches, verify
 from atp.masks.adapter import extract_adapter
-from atp.masks.lora import base_tensors, merged_tensors
+from atp.masks.merging import base_tensors, merged_tensors
 from atp.space.space import PruningSpace
 
 

@@ -108,7 +108,7 @@ def _sweep_job(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | 
     import torch
 
     from atp.run.pipeline import run
-    from atp.train.callbacks import TrialStopped
+    from atp.train.trials import TrialStopped
 
     job = sweep.read_job(run_dir)
     if job.state == "stopped":

@@ -21,7 +21,7 @@ CLASSES = {
     "l0_lagrangian": "atp.masks.budget.L0Lagrangian",
     "log_ratio": "atp.masks.budget.LogRatio",
     "projection": "atp.masks.budget.Projection",
-    "stop_bad_trial": "atp.train.callbacks.StopBadTrial",
+    "stop_bad_trial": "atp.train.trials.StopBadTrial",
     "mlflow_logger": "atp.train.loggers.mlflow_logger",
     "tensorboard_logger": "atp.train.loggers.tensorboard_logger",
     "wandb_logger": "atp.train.loggers.wandb_logger",
@@ -31,7 +31,7 @@ _MOVED = {  # module before -> module now; the classes kept their names
     "atp.generator": "atp.masks.generator",
     "atp.sampler": "atp.masks.sampler",
     "atp.objective": "atp.masks.budget",
-    "atp.callbacks": "atp.train.callbacks",
+    "atp.callbacks": "atp.train.trials",
     "atp.loggers": "atp.train.loggers",
 }
 _SHORT = {path: name for name, path in CLASSES.items()}

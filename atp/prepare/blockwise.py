@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from atp.cut.removal import kept_indices, remove
 from atp.errors import UserError
-from atp.masks.lora import MaskedModel, language_model, merged_tensors
+from atp.masks.lora import MaskedModel, language_model
+from atp.masks.merging import merged_tensors
 from atp.prepare.least_squares import Batches, Moments, cut_inputs, fit_kept, restore
 from atp.space.space import LayerSpace
 

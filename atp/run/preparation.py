@@ -21,7 +21,7 @@ from atp.cut.removal import remove
 from atp.data.batches import PruningDataModule
 from atp.errors import UserError
 from atp.masks.generator import FixedScores
-from atp.masks.lora import base_tensors, merged_tensors
+from atp.masks.merging import base_tensors, merged_tensors
 from atp.prepare.blockwise import repair
 from atp.prepare.starts import Start, starting_scores
 from atp.run import parts

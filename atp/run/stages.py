@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 
 from atp.atomic import write_json
 from atp.config.schema import TrainConfig
-from atp.cut.compaction import expanded_state
 from atp.cut.removal import max_logit_difference, remove, slice_adapter, widths_after
 from atp.data.prompt import PROMPT_FILE
 from atp.errors import UserError
@@ -37,18 +36,20 @@ from atp.export.hf.writing import export_hf
 from atp.export.verify.verification import as_plain
 from atp.masks.adapter import Adapter, extract_adapter
 from atp.masks.gates import fold
-from atp.masks.lora import base_tensors, merge_in_place, merged_tensors
+from atp.masks.merging import base_tensors, merge_in_place, merged_tensors
 from atp.model.widths import is_stock
 from atp.run import parts
 from atp.run.assessment import PROMPTS_COUNTED, Assessor
 from atp.run.directory import RunDirectory, saved_overrides
 from atp.run.preparation import Preparation, read_cut, to_device, write_cut
+from atp.run.trained import load_trained, write_masks
 from atp.space.space import block_parameters
 from atp.train.aware import AwareModule
-from atp.train.callbacks import ProgressReport, QuietCollector, RunCheckpoint, Throughput
+from atp.train.checkpoints import RunCheckpoint
 from atp.train.joint import PruningModule
 from atp.train.loggers import close_loggers, csv_logger, log_figures, log_folder, log_table, merge_csv, write_csv
 from atp.train.monitoring import MaskMonitor, TrainingHealth
+from atp.train.progress import ProgressReport, QuietCollector, Throughput
 from atp.train.tuning import TuningModule
 
 log = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ class Stages:
     def remove_and_export(self) -> dict[str, Any]:
         """Cut the pruned units for good, write ``pruned/``, and compare masked, removed and reloaded model."""
         module, masks_U = self._trained()
-        self._write_masks(masks_U, module.final_scores_U.cpu())
+        write_masks(self.directory.path / "masks.json", self.space, masks_U, module.final_scores_U.cpu())
         log.info("removal: cutting %d of %d units", int((masks_U < 0.5).sum()), self.space.num_units)
         masked = module.masked.to(self.device).eval()
         removed, stored, adapter = self._cut(module, masks_U)
@@ -226,9 +227,7 @@ class Stages:
     def _trained(self) -> tuple[PruningModule, Tensor]:
         """The module as training left it, and its final masks."""
         module = parts.pruning_module(self.config, self.dense())
-        self._load("joint", module)
-        if not module.is_frozen:
-            module.freeze_masks()
+        load_trained(module, self.directory.checkpoint("joint"))
         return module, module.final_masks_U.cpu()
 
     def _unmerged(self, module: PruningModule, masks_U: Tensor) -> tuple[PreTrainedModel, Adapter]:
@@ -335,24 +334,6 @@ class Stages:
             raise RunInterrupted(
                 f"stopped after step {trainer.global_step} of {name}; go on with: resume={self.directory.path}"
             )
-
-    def _load(self, name: str, module: TuningModule) -> None:
-        state = torch.load(self.directory.checkpoint(name), map_location="cpu", weights_only=True)
-        tensors = state["state_dict"]
-        live_U = tensors.get("progressive.live_U", torch.ones(self.space.num_units))
-        masks_U = tensors["final_masks_U"] if bool(tensors.get("is_compact", False)) else live_U
-        if not masks_U.all():  # back to the dense layout, so that removal can start from the base
-            tensors = dict(expanded_state(tensors, self.space, masks_U, live_U))
-            tensors["is_compact"] = torch.zeros((), dtype=torch.bool)
-        if "progressive.live_U" in tensors:
-            tensors["progressive.live_U"] = torch.ones_like(live_U)
-        module.on_load_checkpoint({**state, "state_dict": tensors})
-        module.load_state_dict(tensors, strict=False)
-
-    def _write_masks(self, masks_U: Tensor, scores_U: Tensor) -> None:
-        axes = {name: [int(x) for x in values] for name, values in self.space.split(masks_U).items()}
-        scores = {name: [round(float(x), 6) for x in values] for name, values in self.space.split(scores_U).items()}
-        write_json(self.directory.path / "masks.json", {"format": 1, "axes": axes, "scores": scores})
 
     def _check_batches(self) -> list[dict[str, Tensor]]:
         """A few real batches on which masked, removed and reloaded model are compared."""

@@ -19,17 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from atp.cut.compaction import can_compact, compact, unwrapped
+from atp.cut.compaction import compact, unwrapped
 from atp.cut.progressive import ProgressiveCut
 from atp.cut.selection import select
 from atp.errors import UserError
 from atp.masks.budget import Budget, Phase, SparsitySchedule
 from atp.masks.gates import Gates
 from atp.masks.generator import Generator, GradientScores
+from atp.masks.level import level_shift
 from atp.masks.lora import MaskedModel
 from atp.masks.sampler import Sampler
 from atp.prepare.blockwise import Restoration, repair
 from atp.prepare.criteria import lora_gradient
+from atp.train.cuttable import why_not_early, why_uncut
 from atp.train.tuning import Batch, TuningModule
 
 RESTORE_AT = ("freeze", "start")
@@ -101,11 +103,7 @@ class PruningModule(TuningModule):
         taught = dense is None and not self.distill.is_over(schedule.freeze_step, self.total_steps)
         if compaction and taught:
             log.warning("prune.compact is ignored: distillation needs the dense base as its teacher")
-        self.uncut = "distillation needs the dense base as its teacher" if taught else ""
-        if not can_compact(self.space):
-            self.uncut = "of prune.space only heads, query_heads and channels can be cut while training"
-        elif gates != "binary":
-            self.uncut = f"prune.gates is {gates}, which scales what is kept until the end"
+        self.uncut = why_uncut(self.space, gates, taught=taught)
         self.compaction = compaction and not self.uncut
         if restore_at not in RESTORE_AT:
             raise UserError(f"prune.restore.at is {restore_at!r}; known: {', '.join(RESTORE_AT)}")
@@ -126,23 +124,9 @@ class PruningModule(TuningModule):
     def on_fit_start(self) -> None:
         """Compile the decoder; switch early cuts off, with a warning, where they are impossible."""
         super().on_fit_start()
-        if self.progressive and (why := self._why_not_early()):
+        if self.progressive and (why := why_not_early(self)):
             log.warning("prune.progressive is ignored: %s", why)
             self.progressive = None
-
-    def _why_not_early(self) -> str:
-        """Why units cannot be cut before the freeze; empty where they can."""
-        if not self.compaction:
-            return self.uncut or "prune.compact is false"
-        if not {axis.kind for axis in self.space.axes} <= {"heads", "channels"}:
-            return "prune.space must be heads and channels alone"
-        if self.round_to != 1:
-            return f"prune.round_to is {self.round_to}, not 1"
-        if self.calibration is not None:
-            return "the cut is restored (prune.restore.batches), which needs the dense layers"
-        if isinstance(self.generator, GradientScores):
-            return "the generator scores by gradients of what would be cut"
-        return ""
 
     def _read_flag(self) -> None:
         self.frozen = bool(self.is_frozen)
@@ -210,13 +194,8 @@ class PruningModule(TuningModule):
         self.is_frozen.fill_(True)
         self.frozen = True
         self.sampled_U = None
-        sparsity = float(self.space.sparsity(masks_U.double()))
-        log.info(
-            "masks frozen at step %d: block sparsity %.4f (target %.4f)",
-            self.global_step,
-            sparsity,
-            self.schedule.target,
-        )
+        sparsity, target = float(self.space.sparsity(masks_U.double())), self.schedule.target
+        log.info("masks frozen at step %d: block sparsity %.4f (target %.4f)", self.global_step, sparsity, target)
 
     def compact(self, optimizers: Iterable[Optimizer] = ()) -> None:
         """Cut the live model, and the moments of its optimisers, to the final masks."""
@@ -320,21 +299,8 @@ class PruningModule(TuningModule):
         self._log_masks(expected, target)
         return self.budget(expected, self.space.reduction(masks_U), target)
 
-    @torch.no_grad()
-    def _shift(self, logits_U: Tensor, target: float) -> Tensor | float:
-        on_device = logits_U.device.type != "cpu" and self.space.is_additive
-        if not on_device:
-            logits_U = logits_U.cpu()  # one copy, where bisection on a GPU would wait for it at every probe
-
-        def sparsity_of(shift: Tensor | float) -> Tensor:
-            return self.space.reduction(self.sampler.keep_probability(logits_U + shift))
-
-        if on_device:
-            return self.budget.shift_on_device(sparsity_of, logits_U.new_tensor(0.0), target)
-        return self.budget.shift(lambda shift: float(sparsity_of(shift)), target)
-
     def _shifted(self, logits_U: Tensor, target: float) -> Tensor:
-        return logits_U + self._shift(logits_U.detach(), target)
+        return logits_U + level_shift(self.budget, self.sampler, self.space, logits_U.detach(), target)
 
     def _log_masks(self, sparsity: Tensor, target: float) -> None:
         if not self.is_logged_step:
@@ -358,22 +324,14 @@ class PruningModule(TuningModule):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Adapters, generator, and multipliers that ascend."""
         groups = super().parameter_groups()
-        generator = [p for p in self.generator.parameters() if p.requires_grad]
-        if generator:
-            groups.append({"name": "generator", "params": generator, "lr": self.generator_lr, "weight_decay": 0.0})
+        flat: dict[str, Any] = {"weight_decay": 0.0}
+        if generator := [p for p in self.generator.parameters() if p.requires_grad]:
+            groups.append({"name": "generator", "params": generator, "lr": self.generator_lr, **flat})
         if self.gates is not None and self.gates.kind == "calibrated":
-            groups.append({"name": "gates", "params": [self.gates.scale_U], "lr": self.lr, "weight_decay": 0.0})
-        ascending = self.budget.multipliers()
-        if ascending:
-            groups.append(
-                {
-                    "name": "multipliers",
-                    "params": ascending,
-                    "lr": self.multiplier_lr,
-                    "weight_decay": 0.0,
-                    "maximize": True,
-                }
-            )
+            groups.append({"name": "gates", "params": [self.gates.scale_U], "lr": self.lr, **flat})
+        if ascending := self.budget.multipliers():
+            climb = {"lr": self.multiplier_lr, "maximize": True, **flat}
+            groups.append({"name": "multipliers", "params": ascending, **climb})
         return groups
 
     def rate_factor(self, group: str, step: int) -> float:

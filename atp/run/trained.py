@@ -1,0 +1,48 @@
+"""What joint training leaves: its checkpoint read back for removal, and the masks as a file.
+
+Beside the stages, which say when. A checkpoint written after the live model was cut has the small model's shapes; it is
+brought back to the dense layout here, so that removal always starts from the base. It knows nothing of stages.
+
+Shape suffixes: U units.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from atp.atomic import write_json
+from atp.cut.compaction import expanded_state
+from atp.space.space import PruningSpace
+from atp.train.joint import PruningModule
+
+
+def load_trained(module: PruningModule, checkpoint: Path) -> None:
+    """Bring a freshly built module to where training left it, its masks frozen.
+
+    Args:
+        module: Built from the run's configuration on the dense base; changed in place.
+        checkpoint: What training wrote, whether or not its live model was cut.
+    """
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    tensors, space = state["state_dict"], module.space
+    live_U = tensors.get("progressive.live_U", torch.ones(space.num_units))
+    masks_U = tensors["final_masks_U"] if bool(tensors.get("is_compact", False)) else live_U
+    if not masks_U.all():
+        tensors = dict(expanded_state(tensors, space, masks_U, live_U))
+        tensors["is_compact"] = torch.zeros((), dtype=torch.bool)
+    if "progressive.live_U" in tensors:
+        tensors["progressive.live_U"] = torch.ones_like(live_U)
+    module.on_load_checkpoint({**state, "state_dict": tensors})
+    module.load_state_dict(tensors, strict=False)
+    if not module.is_frozen:
+        module.freeze_masks()
+
+
+def write_masks(path: Path, space: PruningSpace, masks_U: Tensor, scores_U: Tensor) -> None:
+    """Write masks [U] of 0 and 1, and how sure each unit was to stay [U], by axis."""
+    axes = {name: [int(x) for x in values] for name, values in space.split(masks_U).items()}
+    scores = {name: [round(float(x), 6) for x in values] for name, values in space.split(scores_U).items()}
+    write_json(path, {"format": 1, "axes": axes, "scores": scores})
