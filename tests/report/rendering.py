@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-AXE = Path(os.environ.get("AXE_CORE", Path(__file__).parent.parent / "node_modules/axe-core/axe.min.js"))
+AXE = Path(os.environ.get("AXE_CORE", Path(__file__).parent.parent.parent / "node_modules/axe-core/axe.min.js"))
 
 _FRAME = """<!DOCTYPE html><html><body style="margin:0">
 <iframe id="page" style="border:0;width:{width}px;height:{height}px"

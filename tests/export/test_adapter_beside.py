@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_verification import unmerged
 
 from atp import embedded
 from atp.commands.evaluate import load
@@ -13,7 +14,6 @@ from atp.config.schema import ModelConfig
 from atp.errors import UserError
 from atp.masks.adapter import merge_beside
 from atp.run import parts
-from tests.test_verification import unmerged
 
 IDS = torch.arange(3, 15)[None]
 

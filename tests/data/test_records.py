@@ -31,7 +31,7 @@ from atp.data.records import (
 from atp.data.sources import load_embedded, load_files, read_records
 from atp.data.tasks import find_task, load_tasks
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
 
 def write_jsonl(path: Path, rows: list) -> Path:

@@ -16,7 +16,7 @@ from atp.data.tasks import load_tasks
 from atp.evaluate import harness
 from atp.evaluate.quality import evaluate
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TASK = """\
 task: {name}
 dataset_path: json

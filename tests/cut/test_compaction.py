@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -182,9 +183,10 @@ def test_quantised_weights_are_left_alone_with_a_way_out() -> None:
 @pytest.mark.slow
 def test_two_processes_cut_and_go_on_together() -> None:
     ends = {}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     for how in ("compact", "masked"):
         command = [sys.executable, str(Path(__file__).parent / "ddp_compaction.py"), how]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
         ends[how] = [json.loads(line) for line in re.findall(r"\{\"rank\".*?\}", done.stdout)]
     for how, both in ends.items():
         assert sorted(end["rank"] for end in both) == [0, 1]

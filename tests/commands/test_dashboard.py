@@ -15,7 +15,7 @@ import yaml
 from atp.commands import dashboard
 from atp.commands.train import compose_config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SWEEP = ROOT / "dashboards" / "sweep.yaml"
 
 

@@ -153,7 +153,7 @@ def run_python(code: str, home: Path, *arguments: str) -> None:
     # With atp blocked nothing of ours may be on the path; with atp the repository has to be.
     isolated = ["-I"] if code is WITHOUT_ATP else []
     if not isolated:
-        environment["PYTHONPATH"] = str(Path(huggingface.__file__).parents[1])
+        environment["PYTHONPATH"] = str(Path(huggingface.__file__).parents[3])
     command = [sys.executable, *isolated, "-c", code, *arguments]
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-3000:]
