@@ -36,8 +36,10 @@ def component(place: str, node: Mapping[str, Any], **provided: Any) -> Any:
     try:
         factory = get_object(class_path(str(target)))
     except Exception as error:
+        close = difflib.get_close_matches(str(target), [*CLASSES, *CLASSES.values()], n=1)
+        hint = f"did you mean {close[0]!r}? Short names: " if close else "short names: "
         raise UserError(
-            f"{place}._target_ is {target!r}, which cannot be imported: {error}; short names: {', '.join(CLASSES)}"
+            f"{place}._target_ is {target!r}, which cannot be imported: {error}; {hint}{', '.join(CLASSES)}"
         ) from error
     parameters = inspect.signature(factory).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
