@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_layering import ALSO, BESIDE, COMMANDS, FILES, FLOOR, FLOW, PACKAGE, imported
 
 from atp.commands.train import compose_config
 
@@ -64,6 +65,53 @@ def test_readme_is_short_and_shows_the_rooms_of_the_architecture() -> None:
     ]
     assert pictures[0]
     assert pictures[0] == pictures[1]
+
+
+def rooms_shown() -> list[str]:
+    """The folders in the picture of the architecture, from top to bottom."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = re.search(r"^atp/\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+    assert picture
+    return re.findall(r"^  (\w+)/ ", picture[1], re.MULTILINE)
+
+
+def test_the_architecture_shows_the_folders_and_the_table_of_imports() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert sorted(rooms_shown()) == sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+    assert sorted(rooms_shown()) == sorted([*FLOW, *BESIDE])
+    assert set(re.findall(r"(\w+)\.py", text.split("```")[1])) == FLOOR
+    assert set(re.findall(r"^- \*\*`(\w+)/`\*\*:", text, re.MULTILINE)) == set(rooms_shown())
+    every = set(rooms_shown())
+    words = {"no other room": set(), "every room but `commands/`": every - {"commands"}, "every room": every}
+    for room, shown in re.findall(r"^\| `(\w+)/` \| (.+) \|$", text, re.MULTILINE):
+        named = words.get(shown, set(re.findall(r"`(\w+)/`", shown)))
+        assert named - {room} == BESIDE[room], f"{room}/ in docs/architecture.md and in tests/test_layering.py"
+    assert {room for room, _ in re.findall(r"^\| `(\w+)/` \| (.+) \|$", text, re.MULTILINE)} == set(BESIDE)
+
+
+def test_rooms_import_from_those_above_them_in_the_picture() -> None:
+    above = rooms_shown()
+    for path, room in FILES.items():
+        if room in above:
+            used = {name.split(".")[1] for name in imported(path) if name.startswith("atp.")} - FLOOR - {room}
+            assert used <= {*above[: above.index(room)], *ALSO.get(room, ())}, path.relative_to(PACKAGE)
+
+
+def test_every_room_has_its_tests() -> None:
+    assert {room for room in rooms_shown() if not list((ROOT / "tests" / room).glob("test_*.py"))} == set()
+
+
+def test_the_api_page_has_every_module_in_the_order_of_the_rooms() -> None:
+    listed = re.findall(r"^::: atp\.([\w.]+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    doors = {path for path, room in FILES.items() if room in COMMANDS or path.stem == "__main__"}
+    files = {path for path in FILES if path.stem != "__init__"} - doors
+    modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in files}
+    packages = {".".join(path.relative_to(PACKAGE).parent.parts) for path in FILES if path.stem == "__init__"}
+    assert sorted(modules - set(listed)) == [], "not on the page"
+    assert sorted(set(listed) - modules - packages) == [], "on the page, and there is no such module"
+    rooms = list(dict.fromkeys(name.split(".")[0] for name in listed))
+    assert [room for room in rooms if room not in FLOOR] == rooms_shown()
+    assert len(listed) == len(set(listed))
 
 
 def test_readme_names_every_preset() -> None:
