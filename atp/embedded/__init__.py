@@ -1,9 +1,8 @@
 """The base model, tokenizer and corpus that ship with ATP, all three made by this package.
 
-What it is: what `model=embedded data=embedded_<domain>` stand for, so that the main job needs no network.
-Where it sits: below data and pipeline. `records` gives the corpus, `base_dir` the checkpoint, and
-`python -m atp.embedded.pretrain` makes corpus, tokenizer and weights anew.
-What it does NOT know: pruning. Importing it loads neither torch nor transformers.
+`model=embedded data=embedded_<domain>` mean these, so that the main job needs no network. :func:`records` gives the
+corpus and :func:`base_dir` the checkpoint; `python -m atp.embedded.pretrain` makes corpus, tokenizer and weights anew.
+It knows nothing of pruning, and importing it loads neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """PEFT LoRA with masks: the model that trains.
 
-Sits between the loaded base model and the training module: wraps the seven linears with LoRA adapters, multiplies masks
-into the forward pass at the pruning space's sites, and merges adapters back for removal. PEFT's modules are
-known here and in :mod:`atp.masks.adapter`. It knows masks as tensors and nothing of how they come about.
+Sits between the loaded base model and the training module: wraps the seven linears with LoRA adapters and multiplies
+masks into the forward pass at the pruning space's sites (the figure in :mod:`atp.masks`). It knows masks as tensors and
+nothing of how they come about; merging adapters back is in :mod:`atp.masks.merging`.
 
 A site's mask multiplies the *input* of an output projection, before base weight and adapter alike, or the *output* of a
 projection or embedding, after both, so a zero removes the unit's part in both branches. What the other projections
