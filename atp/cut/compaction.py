@@ -52,7 +52,7 @@ def live_units(space: PruningSpace, masks_U: Tensor, before_U: Tensor | None = N
         for kind, axis in layer.axes.items():
             if kind == "query_heads" or live[axis.name].any():
                 continue
-            live[axis.name][int(before[axis.name].argmax())] = 1.0
+            live[axis.name][int(before[axis.name].argmax())] = 1.0  # the first that is still in memory
             if kind == "heads" and "query_heads" in layer.axes:
                 live[layer.axes["query_heads"].name][: layer.group_size] = 1.0
     return live_U
@@ -85,7 +85,7 @@ def compact(
     live, before = space.split(live_U), space.split(before_U)
     states = [optimizer.state for optimizer in optimizers]
     owned = [found for weight in space.weights for found in owned_parameters(masked.peft_model, weight)]
-    for name, parameter, *_ in owned:
+    for name, parameter, *_ in owned:  # all before the first cut: a failure half way would leave shapes that disagree
         if not parameter.is_floating_point():
             raise UserError(f"{name} is stored as {parameter.dtype} and cannot be cut; set prune.compact=false")
     for _, parameter, rows, columns in owned:
@@ -100,6 +100,7 @@ def compact(
 
 def _kept_of(side: Side, live: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Tensor | None:
     """Positions, among the entries that are there, of those that stay."""
+    # Sides speak of the dense layout, tensors may have been cut before: look up where the kept entries are by now.
     kept, there = kept_indices(side, live), kept_indices(side, before)
     return None if kept is None or there is None else torch.searchsorted(there, kept)
 
@@ -127,11 +128,13 @@ def unwrapped(strategy: Any) -> Iterator[None]:
 def _cut_parameter(
     parameter: nn.Parameter, kept: tuple[Tensor | None, ...], states: Iterable[Mapping[Tensor, dict[str, Tensor]]]
 ) -> None:
+    # The parameter object stays and only its data changes, for optimisers know parameters by identity. Moments are cut
+    # with it rather than reset: what stays goes on with the step sizes it had.
     shape = parameter.shape
     for state in states:
         moments = state.get(parameter, {})
         for key, value in moments.items():
-            if isinstance(value, Tensor) and value.shape == shape:
+            if isinstance(value, Tensor) and value.shape == shape:  # the step count, a scalar, stays
                 moments[key] = _sliced(value, kept)
     small = _sliced(parameter.data, kept)
     parameter.grad = None

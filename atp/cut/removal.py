@@ -113,7 +113,7 @@ def slice_tensors(
             tensor = tensor.index_select(0, kept_rows.to(tensor.device))
         if kept_columns is not None:
             tensor = tensor.index_select(1, kept_columns.to(tensor.device))
-        if name in scales:
+        if name in scales:  # norms over fewer dimensions: see PruningSpace.norm_scales
             tensor = (tensor.double() * scales[name]).to(tensor.dtype)
         yield name, tensor
 
@@ -180,7 +180,7 @@ def remove(
         :mod:`atp.model.modeling_atp`; in eval mode.
     """
     sliced = slice_tensors(tensors, space, masks_U)
-    first_name, first = next(sliced)
+    first_name, first = next(sliced)  # the dtype must be known before the model that takes the tensors is built
     small_config = config_after(config, space, masks_U)
     small = build_model(small_config, dtype=dtype or first.dtype, device=device)
     targets, missing, unexpected = small.state_dict(), set(small.state_dict()), []
@@ -191,6 +191,7 @@ def remove(
                 continue
             targets[name].copy_(tensor.detach())
             missing.discard(name)
+    # A tied head may come without a tensor of its own; tie_weights gives it the embedding's.
     tied = set(getattr(small, "_tied_weights_keys", None) or {}) if small.config.tie_word_embeddings else set()
     if unexpected or missing - tied:
         raise RuntimeError(f"removal does not fit the smaller model: missing {missing}, unexpected {unexpected}")

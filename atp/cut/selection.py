@@ -105,6 +105,8 @@ def _check_reachable(choice: ModelChoice, sparsity: float) -> None:
 
 def _greedy(choice: ModelChoice, budget: float) -> None:
     """Cut the lowest-scored unit of all layers that still fits the budget, until none fits."""
+    # Every layer and kind has at most one entry, its next cut, since units of a kind go in the order of their scores.
+    # Costs change with every cut, so an entry's saving is looked up when it is taken, never when it is pushed.
     heap = [(choice.score(*cut), *cut) for cut in choice.cuts() if choice.saving(*cut) > 0]
     heapq.heapify(heap)
     too_big: set[tuple[int, str]] = set()
@@ -114,7 +116,7 @@ def _greedy(choice: ModelChoice, budget: float) -> None:
         saving = choice.saving(index, kind)
         if saving == 0:
             continue
-        if removed + saving > budget + 1e-6 * max(budget, 1e-6):
+        if removed + saving > budget + 1e-6 * max(budget, 1e-6):  # skipped, not the end: a smaller one may still fit
             too_big.add((index, kind))
             continue
         if choice.score(index, kind) != score:  # the groups behind a query-head score have changed since it was pushed
@@ -122,6 +124,8 @@ def _greedy(choice: ModelChoice, budget: float) -> None:
             continue
         choice.cut(index, kind)
         removed += saving
+        # What was too big may fit now: after a KV head has gone, the next query head of its layer saves less. Sorted,
+        # as the order of a set is not to decide anything.
         smaller_now = sorted(cut for cut in too_big if _touches((index, kind), cut, bool(choice.space.hidden)))
         too_big.difference_update(smaller_now)
         for again in ((index, kind), *smaller_now):
@@ -150,6 +154,8 @@ def _uniform(choice: ModelChoice, sparsity: float, budget: float) -> None:
         )
     share = _share(choice, first, 1.0 - sparsity)
     step = first.steps.get("channels", 1)
+    # Combinations are few enough to try all. Best is what leaves the least budget unused, in whole steps of channels,
+    # as less than a step cannot be used; then what cuts heads and channels most alike.
     best: tuple[float, float, Counts] | None = None
     for tried in _tried_counts(choice, first, share):
         trial, per_channel = _with_channels(choice, layers, tried, budget)

@@ -42,6 +42,7 @@ class RoomyLayer(DynamicLayer):
         keys, values = self._buffers
         keys[..., before:after, :] = key_states
         values[..., before:after, :] = value_states
+        # Views, not copies: attention sees as many tokens as there are, and the next step writes behind them.
         self.keys, self.values = keys[..., :after, :], values[..., :after, :]
         return self.keys, self.values
 
@@ -49,6 +50,7 @@ class RoomyLayer(DynamicLayer):
         """Hold these keys and values, [B, K, T, H] each, in place of its own: one below the other."""
         rows, longest = sum(part.shape[0] for part in keys), max(part.shape[-2] for part in keys)
         self._buffers = tuple(  # type: ignore[assignment]
+            # zeros: what is masked is multiplied by a weight of zero, and zero times an uninitialised NaN is NaN
             parts[0].new_zeros((rows, parts[0].shape[1], longest + _ROOM, parts[0].shape[-1]))
             for parts in (keys, values)
         )
@@ -63,7 +65,7 @@ class RoomyLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, which may repeat."""
         super().batch_select_indices(indices)
-        self._buffers = None
+        self._buffers = None  # they hold all rows; the next update makes new ones of the rows that are left
 
 
 def with_room(cache: Any) -> Any:

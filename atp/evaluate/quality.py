@@ -171,6 +171,7 @@ class _Run:
             bytes_of[at] = bytes_of.get(at, 0) + example.text_bytes
             tokens_of[at] = tokens_of.get(at, 0) + example.loss_tokens
         all_nats = sequence_nats(self.model, [example for _, _, example in owned], **self._how)
+        # A long text is several windows and one item: its bytes are shared out by tokens, so that they add up again.
         for (at, task, example), nats in zip(owned, all_nats, strict=True):
             share = example.loss_tokens / max(1, tokens_of[at])
             tallies[task].add(at, nats, example.loss_tokens, bytes_of[at] * share)
@@ -184,7 +185,7 @@ class _Run:
             scores = [sum(one) / size for one, size in zip(nats, self._sizes(record, nats), strict=True)]
             pick = min(range(len(scores)), key=scores.__getitem__)
             picks.setdefault(record.task, []).append((pick, record.label, len(scores)))
-            right = nats[record.label]
+            right = nats[record.label]  # perplexity is over the right choice, whatever was picked
             tallies[record.task].add(at, sum(right), len(right), item.text_bytes[record.label])
         return picks
 

@@ -158,6 +158,8 @@ class Reader:
         places = [[place for ids in parts for place in range(len(ids))] for parts in rows]
         numbers_BQ, _ = right_padded(numbers, -1, self.device)
         places_BQ, _ = right_padded(places, 0, self.device)
+        # Every part continues the same beginning: it has the positions it would have alone, sees the beginning, and of
+        # the row's other tokens only its own earlier ones. Padding has number -1 and sees padding, which nobody reads.
         queries = ids_BQ.shape[1]
         earlier_QQ = torch.ones(queries, queries, dtype=torch.bool, device=self.device).tril()
         own_BQQ = (numbers_BQ[:, :, None] == numbers_BQ[:, None, :]) & earlier_QQ
@@ -188,8 +190,9 @@ class Reader:
             if not start or len(members) < _FEWEST_SHARING:
                 alone.extend(members)
                 continue
+            # What the first and the last in order share, all between them share.
             first, last = (pick(sequences[i] for i in members) for pick in (min, max))
-            most = min(len(sequences[i]) for i in members) - 1
+            most = min(len(sequences[i]) for i in members) - 1  # one token is left to read, for its logits
             same = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
             if min(same, most) * len(members) < _SHARE_WORTH_READING_ONCE * sum(len(sequences[i]) for i in members):
                 alone.extend(members)

@@ -102,6 +102,8 @@ def choice_nats(
 def _choice_batch(
     reader: Reader, items: Sequence[Choices], prefix: State | None, batch_size: int
 ) -> list[list[list[float]]]:
+    # The prompt's last logits score every choice's first token; only what follows that token has to be read. Choices of
+    # one token need no further pass, and the others read all their tokens but the last.
     first_BV, state = reader.prompts([item.prompt for item in items], prefix)
     owners = [owner for owner, item in enumerate(items) for _ in item.continuations]
     firsts = [ids[0] if ids else 0 for item in items for ids in item.continuations]
@@ -114,6 +116,7 @@ def _choice_batch(
         rows = sorted(packs[place] for place in batch)
         of_rows = [owner for owner, _ in rows]
         whole = len(rows) == len(packs) and of_rows == list(range(len(items)))
+        # Reading appends to the cache, so rows get a copy unless this batch is all of them and uses the state up.
         at = state if whole else state.select(torch.tensor(of_rows, device=reader.device))
         for (owner, choices), nats in zip(rows, _pack_nats(reader, at, items, rows), strict=True):
             values = iter(nats)

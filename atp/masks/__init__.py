@@ -14,12 +14,12 @@ Where the masks of one decoder layer multiply (:class:`atp.space.units.Site`), e
        |        +- up_proj ----------(*)--[4]-- down_proj --[5]-- (+) -- x
        +-----------------------------------------------------------+
 
-    [1] output of q_proj and k_proj  per rotary pair, the same in every head         qk_pairs
-    [2] output of v_proj             per KV head x value dimension; in place of [3]  heads, value_dims
+    [1] output of q_proj and k_proj  per rotary pair, the same in every head       qk_pairs
+    [2] output of v_proj             per KV head x value dimension; replaces [3]   heads, value_dims
                                      where no query heads are pruned
-    [3] input of o_proj              per KV head x query head x value dimension      + query_heads
-    [4] input of down_proj           per channel, as a factor of the SwiGLU product  channels
-    [5] output of o_proj, down_proj  per dimension of the residual stream            hidden
+    [3] input of o_proj              per KV head x query head x value dimension    + query_heads
+    [4] input of down_proj           per channel, a factor of the SwiGLU product   channels
+    [5] output of o_proj, down_proj  per dimension of the residual stream          hidden
         and of the embedding
 
 A projection is W x + (alpha / r) B A x: its input is masked before both terms, its output after their sum. ATP's

@@ -30,12 +30,15 @@ class _MaskedSwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        # y = m s(g) u with s = silu:  dy/dg = m u s'(g),  dy/du = m s(g),  dy/dm = s(g) u summed over tokens.
+        # s(g) is formed again: one pass over memory costs less than keeping a third tensor until here.
         (grad,) = gradients
         gate, up, mask = ctx.saved_tensors
         through, gated = grad * up, nn.functional.silu(gate)
         grad_mask = None
         if ctx.needs_input_grad[2]:
-            wide = torch.promote_types(mask.dtype, torch.float32)
+            # Before the mask multiplies in place: a channel whose mask is zero gets the gradient of what it would add.
+            wide = torch.promote_types(mask.dtype, torch.float32)  # a sum over all tokens, which bfloat16 cannot hold
             grad_mask = (through * gated).flatten(0, -2).sum(0, dtype=wide).to(mask)
         if mask is not None:
             factor = mask.to(gate)
@@ -74,7 +77,7 @@ class _VocabularyLoss(torch.autograd.Function):
             log_p = torch.log_softmax(logits, -1, dtype=total.dtype)
             del logits
             total -= log_p.gather(1, labels).sum()
-            if grad_MD is not None:
+            if grad_MD is not None:  # d(-log p[label]) / d logits = p - onehot(label), while this chunk's p is there
                 residual = log_p.exp_().scatter_add_(1, labels, -torch.ones_like(labels, dtype=log_p.dtype))
                 grad_MD[part] = residual.to(head_VD.dtype) @ head_VD
         ctx.save_for_backward(grad_MD)
@@ -83,7 +86,7 @@ class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (grad_MD,) = ctx.saved_tensors
+        (grad_MD,) = ctx.saved_tensors  # formed for a gradient of one; the loss is linear in what comes from above
         return grad_MD * gradients[0].to(grad_MD.dtype), None, None
 
 

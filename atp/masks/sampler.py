@@ -118,6 +118,8 @@ class GumbelSigmoid(Sampler):
         """0/1 masks [U] with the relaxed gate's gradient."""
         soft_U = self.soft(logits_U)
         hard_U = (soft_U >= 0.5).to(soft_U.dtype)
+        # Straight through: the bracket is zero, so the value is the 0/1 mask; it is no constant to autograd, so the
+        # gradient is the relaxed gate's. The order of the sum matters: (hard + soft) - soft would round away from 0/1.
         return hard_U + (soft_U - soft_U.detach())
 
     def keep_probability(self, logits_U: Tensor) -> Tensor:
@@ -146,7 +148,7 @@ class Threshold(Sampler):
     def forward(self, logits_U: Tensor) -> Tensor:
         """0/1 masks [U] with the sigmoid's gradient."""
         soft_U = torch.sigmoid((logits_U + self.offset) / self.temperature)
-        return self.deterministic(logits_U) + (soft_U - soft_U.detach())
+        return self.deterministic(logits_U) + (soft_U - soft_U.detach())  # straight through, as in GumbelSigmoid
 
     def keep_probability(self, logits_U: Tensor) -> Tensor:
         """0 or 1, with the sigmoid's gradient, [U]."""
