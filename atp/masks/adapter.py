@@ -53,7 +53,7 @@ def owned_parameters(
 
 
 def adapter_sides(space: PruningSpace) -> dict[str, tuple[Side | None, Side | None]]:
-    """Sides of the dimensions of what a checkpoint may hold of a linear, by the ending of the parameter's name."""
+    """Map the endings of parameter names in a checkpoint to the sides of their two dimensions."""
     sides: dict[str, tuple[Side | None, Side | None]] = {}
     for weight in space.weights:
         sides[f"{weight.module}.lora_A.default.weight"] = (None, weight.columns)

@@ -73,7 +73,7 @@ class SparsitySchedule:
         return cls(target, warmup_steps, min(round(steps * ramp), freeze_step - warmup_steps), freeze_step, shape)
 
     def phase(self, step: int) -> Phase:
-        """Phase of the optimiser step with this index."""
+        """Return the phase of the optimiser step with this index."""
         if step >= self.freeze_step:
             return Phase.FROZEN
         return Phase.WARMUP if step < self.warmup_steps else Phase.PRUNING
@@ -99,7 +99,7 @@ class Budget(nn.Module, ABC):
         """
 
     def shift(self, sparsity_of: Callable[[float], float], target: float) -> float:
-        """What to add to every logit before sampling; zero unless a budget meets its target that way.
+        """Return the number to add to every logit before sampling; zero for budgets that work through the loss.
 
         Args:
             sparsity_of: Expected sparsity as a (falling) function of the shift.
@@ -118,7 +118,7 @@ class Budget(nn.Module, ABC):
         return zero
 
     def multipliers(self) -> list[nn.Parameter]:
-        """Parameters that ascend while everything else descends; none unless a term has Lagrange multipliers."""
+        """Return the Lagrange multipliers, over which the optimiser must maximise; none for other budgets."""
         return []
 
 
@@ -200,5 +200,5 @@ class Projection(Budget):
         return (low + high) / 2
 
     def forward(self, expected: Tensor, sampled: Tensor, target: float) -> Tensor:
-        """Zero: the target is met already."""
+        """Return zero: the shifted logits meet the target already."""
         return torch.zeros_like(expected)

@@ -22,7 +22,7 @@ GATES = ("binary", "soft", "calibrated")
 
 
 class Gates(nn.Module):
-    """Factors of the kept units.
+    """Factors that multiply what each kept unit computes.
 
     Args:
         num_units: U.
@@ -50,7 +50,7 @@ class Gates(nn.Module):
             self.values_U.copy_(torch.where((masks_U > 0) & (soft_U > 0), soft_U, torch.ones_like(soft_U)))
 
     def forward(self) -> Tensor:
-        """Factor of every unit, [U]; what is masked does not matter."""
+        """Return the factor of every unit, [U]; those of masked units have no effect."""
         return self.values_U * (1.0 + 0.5 * torch.tanh(self.scale_U)) if self.kind == "calibrated" else self.values_U
 
 

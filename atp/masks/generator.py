@@ -26,7 +26,7 @@ class Generator(nn.Module, ABC):
         """Logits of all units, shape [U], float32."""
 
     def warm_start(self, scores_U: Tensor) -> None:
-        """Begin with these logits [U].
+        """Start from these logits [U].
 
         Raises:
             ValueError: This generator computes its logits and cannot be set to given ones.
@@ -35,7 +35,7 @@ class Generator(nn.Module, ABC):
 
     @classmethod
     def check_warm_start(cls) -> None:
-        """Raise what :meth:`warm_start` would, before there are scores: subclasses that take them define it."""
+        """Raise the error of :meth:`warm_start` before scores are measured; subclasses that take scores override it."""
         if cls.warm_start is Generator.warm_start:
             raise UserError(
                 f"prune.warm_start.batches is set, but {cls.__name__} cannot start from given scores; set it to 0 "
@@ -152,8 +152,8 @@ class GRUGenerator(Generator):
 class GradientScores(Generator):
     """LoRAPrune's scores: a running mean of the importance seen while training, as ranks within layer and kind.
 
-    The share of a unit's own layer and kind that matters less than it does, so that one threshold cuts every layer and
-    kind by the same share. Nothing here trains; :meth:`observe` is fed after every backward pass.
+    The rank of a unit is the share of its own layer and kind that is less important, so one threshold cuts the same
+    share of every layer and kind. Nothing here trains; :meth:`observe` is fed after every backward pass.
 
     Args:
         space: The pruning space.
@@ -182,7 +182,7 @@ class GradientScores(Generator):
 
 
 class FixedScores(Generator):
-    """Scores that never train: two-stage pruning, judged once (``prepare/criteria``), cut before the first step.
+    """Scores that never train, for two-stage pruning: measured once (``prepare/criteria``) before the first step.
 
     Args:
         space: The pruning space.

@@ -20,7 +20,7 @@ from atp.space.space import PruningSpace
 def level_shift(
     budget: Budget, sampler: Sampler, space: PruningSpace, logits_U: Tensor, target: float
 ) -> Tensor | float:
-    """What is added to logits so that the expected reduction is what the budget wants of it.
+    """Return the number that the budget adds to all logits, such that the expected reduction is the target.
 
     Args:
         budget: Decides whether and how logits are shifted.

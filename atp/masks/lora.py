@@ -135,7 +135,7 @@ class MaskedModel(nn.Module):
             getattr(linear, "base_layer", linear).register_forward_hook(self._on_frozen_output(weight.rows))
 
     def _fuse_blocks(self) -> set[Side]:
-        """Give FFN blocks the forward pass that forms gate, product and mask at once; sides of the masks it takes."""
+        """Give FFN blocks the fused masked forward pass; return the sides whose masks it applies."""
         fused = set()
         for name, side in self.space.gated_blocks().items():
             block: Any = self.peft_model.get_submodule(_PREFIX + name)
@@ -190,7 +190,7 @@ class MaskedModel(nn.Module):
         return factors.lora_A["default"].weight, factors.lora_B["default"].weight, factors.scaling["default"]
 
     def set_masks(self, masks_U: Tensor | None) -> None:
-        """Masks for the forward passes to come, [U] in [0, 1]; None runs the unmasked model.
+        """Set the masks [U] in [0, 1] of the forward passes to come; None runs the unmasked model.
 
         Gradients flow to ``masks_U`` when it requires them, so masks must be set anew for every backward pass. A
         compact model's masks are fixed; for it this does nothing.
@@ -214,7 +214,7 @@ class MaskedModel(nn.Module):
             self._masks[side] = self._masks[side][left]
 
     def refit(self, live_U: Tensor) -> None:
-        """Note that the weights were cut to ``live_U`` [U], fit the module structure to it, and masks to come."""
+        """Adapt the widths of modules, and later masks, to weights that were cut to ``live_U`` [U]."""
         live = self.space.split(live_U.cpu())
         for weight in self.space.weights:
             _refit(self.peft_model.get_submodule(_PREFIX + weight.module))
@@ -229,7 +229,7 @@ class MaskedModel(nn.Module):
     def fix_masks(self, masks_U: Tensor) -> None:
         """Fix masks for good, after the weights were cut to them.
 
-        They stay only where a live unit is masked out; everywhere else nothing is multiplied any more.
+        A mask that is one for every live unit is dropped: nothing is multiplied there any more.
 
         Args:
             masks_U: Final masks, 0 or 1, [U].
@@ -294,13 +294,13 @@ class MaskedModel(nn.Module):
 
 
 def language_model(model: nn.Module) -> nn.Module:
-    """The causal LM inside masks and adapters, which stay in force; the model itself where there are none."""
+    """Return the causal LM inside masks and adapters, which stay active; a plain model is returned as it is."""
     inner = model.peft_model if isinstance(model, MaskedModel) else model
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
 
 def _refit(module: nn.Module) -> None:
-    """Make the widths that linears and adapters state agree with their weights."""
+    """Set the widths that linears and adapters state to those of their weights."""
     for linear in module.modules():
         if not isinstance(linear, nn.Linear):
             continue

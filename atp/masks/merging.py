@@ -57,7 +57,7 @@ def merged_state(peft_model: PeftModel) -> dict[str, Tensor]:
 
 
 def merge_in_place(peft_model: nn.Module) -> PreTrainedModel:
-    """Merge the adapters into the base model and return it; the PEFT model is used up."""
+    """Merge the adapters into the base model and return it; the PEFT model must not be used afterwards."""
     assert isinstance(peft_model, PeftModel)
     merged = peft_model.merge_and_unload()
     assert isinstance(merged, PreTrainedModel)

@@ -49,7 +49,7 @@ class Sampler(nn.Module, ABC):
         """Noise-free masks [U] in [0, 1]."""
 
     def confidence(self, logits_U: Tensor) -> Tensor:
-        """How sure it is that a unit stays, [U] in [0, 1]: for records and pictures, not for training."""
+        """Return how sure each unit is to stay, [U] in [0, 1], for records and pictures; training does not use it."""
         return self.keep_probability(logits_U)
 
 
@@ -97,8 +97,7 @@ class GumbelSigmoid(Sampler):
     """Straight-through Gumbel-sigmoid with one Gumbel draw (ATP and DISP-LLM; section 1.2 of the methods note).
 
     ``o = sigmoid((z + g + b) / T)`` with ``g = -log(-log u)``; the mask is 1 where o >= 0.5 and its gradient is o's.
-    The noise is
-    asymmetric: P(keep) = 1 - exp(-exp(z + b)), so a unit is surely pruned only far below zero.
+    The noise is asymmetric: P(keep) = 1 - exp(-exp(z + b)), so a unit is surely pruned only far below zero.
 
     Args:
         temperature: T; 0.4 in ATP.
