@@ -1,4 +1,4 @@
-"""Cutting the model that is training: what is decided leaves memory, and the rest of the run works on smaller weights.
+"""Cutting the model while it trains: removed units leave memory, and the remaining steps work on smaller weights.
 
 Sits between the freeze, or an early cut (:mod:`atp.cut.progressive`), and the remaining steps. Base weights, biases,
 adapter factors and optimiser moments lose the rows and columns of removed units; parameters keep their identity, so
@@ -99,7 +99,7 @@ def compact(
 
 
 def _kept_of(side: Side, live: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Tensor | None:
-    """Positions, among the entries that are there, of those that stay."""
+    """Return where the entries that stay lie among the entries still in memory."""
     # Sides speak of the dense layout, tensors may have been cut before: look up where the kept entries are by now.
     kept, there = kept_indices(side, live), kept_indices(side, before)
     return None if kept is None or there is None else torch.searchsorted(there, kept)
@@ -107,7 +107,7 @@ def _kept_of(side: Side, live: Mapping[str, Tensor], before: Mapping[str, Tensor
 
 @contextmanager
 def unwrapped(strategy: Any) -> Iterator[None]:
-    """Take a data-parallel wrapper off inside the block, for it remembers every parameter's shape; others pass.
+    """Remove a data-parallel wrapper inside the block, since it remembers parameters' shapes; otherwise do nothing.
 
     Args:
         strategy: The Lightning trainer's strategy.

@@ -27,7 +27,7 @@ DEFAULT_MIN_UNITS: Mapping[str, int] = {
 }
 """Units every layer keeps of each kind.
 
-One head and one channel avoid the traps of caches and engines with empty blocks.
+With one head and one channel no block is empty, which caches and inference engines often cannot handle.
 """
 
 FIELD = {
@@ -121,17 +121,17 @@ class ModelChoice:
         self.hidden_least = _floor(least["hidden"], round_to, self.hidden)
 
     def size(self, layer: LayerChoice, counts: Counts, cost: CostModel | None = None) -> float:
-        """Cost of a layer that keeps so much, by the budget's measure unless another is given."""
+        """Return the cost of a layer that keeps ``counts``, by the budget's measure unless ``cost`` is given."""
         return layer.layer.cost(counts, cost or self.cost)
 
     def removable(self) -> float:
-        """Cost that goes when every layer is cut to its minimum."""
+        """Return the cost saved when every layer is cut to its minimum."""
         hidden = {"hidden": self.hidden_least} if self.hidden else {}
         smallest = sum(self.size(layer, layer.smallest()._replace(**hidden)) for layer in self.layers)
         return self.space.total_cost - smallest
 
     def cuts(self) -> list[tuple[int, str]]:
-        """Every place where something may be cut: layer and kind."""
+        """List every pair of layer and kind that can be cut."""
         found = [(i, kind) for i, layer in enumerate(self.layers) for kind in layer.scores]
         return [*found, (WHOLE_MODEL, "hidden")] if self.hidden else found
 

@@ -1,4 +1,4 @@
-"""Cutting early what is as good as decided: units that have long been unlikely to stay leave the live model at once.
+"""Early cuts: units that have long been unlikely to stay are cut from the live model before the freeze.
 
 Sits in joint training between the keep probabilities of every step and compaction. At the freeze everything that is not
 kept is cut anyway; this brings part of that forward into the ramp, at the price that a unit once cut cannot come back.
@@ -23,7 +23,7 @@ CUT_SCORE = -1e4
 
 
 class ProgressiveCut(nn.Module):
-    """Which units are gone already, and how long the others have been unlikely.
+    """Tracks which units are cut already, and for how many steps the others have been unlikely to stay.
 
     Args:
         num_units: U.
@@ -51,13 +51,13 @@ class ProgressiveCut(nn.Module):
         self._seen = self._cut = -1
 
     def observe(self, keep_U: Tensor, step: int) -> None:
-        """Note the keep probabilities [U] of an optimiser step; its further forward passes count once."""
+        """Note the keep probabilities [U] of an optimiser step; of its forward passes only the first counts."""
         if step != self._seen:
             self._seen = step
             self.quiet_U.copy_(torch.where(keep_U.detach() < self.below, self.quiet_U + 1, 0))
 
     def is_due(self, step: int, start: int, stop: int) -> bool:
-        """Whether a cut comes before this step of a ramp from ``start`` to ``stop``, and has not been made yet."""
+        """Whether an early cut is due before this step of the ramp from ``start`` to ``stop`` and not made yet."""
         due = {start + round((stop - start) * number / (self.cuts + 1)) for number in range(1, self.cuts + 1)}
         if step not in due or step == self._cut:
             return False
@@ -65,7 +65,7 @@ class ProgressiveCut(nn.Module):
         return True
 
     def decided(self, selected_U: Tensor) -> Tensor:
-        """Units [U] of 0 and 1 that stay after this cut.
+        """Return the units that stay after this cut, [U] of 0 and 1.
 
         Args:
             selected_U: Masks of the final selection on the present scores, [U].
@@ -74,5 +74,5 @@ class ProgressiveCut(nn.Module):
         return torch.where(goes_U, 0.0, self.live_U)
 
     def scores(self, logits_U: Tensor) -> Tensor:
-        """The logits [U], those of cut units at :data:`CUT_SCORE`."""
+        """Return the logits [U], with :data:`CUT_SCORE` for units that were cut."""
         return torch.where(self.live_U > 0, logits_U, CUT_SCORE)

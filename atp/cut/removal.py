@@ -119,7 +119,7 @@ def slice_tensors(
 
 
 def _gone_prefixes(space: PruningSpace, masks: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Beginnings of the names of what belongs to blocks without any unit."""
+    """Return name prefixes of the parameters of blocks that keep no unit."""
     return tuple(
         prefix
         for layer in space.layers
@@ -130,7 +130,7 @@ def _gone_prefixes(space: PruningSpace, masks: Mapping[str, Tensor]) -> tuple[st
 
 
 def slice_adapter(adapter: Adapter, space: PruningSpace, masks_U: Tensor) -> Adapter:
-    """Cut a LoRA adapter as the weights it adds to: A along the kept columns, B along the kept rows.
+    """Cut a LoRA adapter like the weights it adds to: A along the kept columns, B along the kept rows.
 
     Args:
         adapter: The adapter of the dense model.
@@ -165,7 +165,7 @@ def remove(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """Build the smaller model.
+    """Build the smaller model from merged weights and final masks.
 
     Args:
         tensors: Merged weights under the base model's names.
@@ -204,7 +204,7 @@ def max_logit_difference(first: nn.Module, second: nn.Module, batches: Iterable[
     """Largest absolute difference of two models' logits over real (unpadded) positions.
 
     Args:
-        first: A causal LM; eval mode is the caller's matter.
+        first: A causal LM, in eval mode.
         second: Another one with the same vocabulary.
         batches: Mappings with ``input_ids`` and ``attention_mask``, right-padded.
     """

@@ -134,7 +134,7 @@ def _greedy(choice: ModelChoice, budget: float) -> None:
 
 
 def _touches(done: tuple[int, str], other: tuple[int, str], has_hidden: bool) -> bool:
-    """Whether a cut made another one cheaper: kinds of one attention block do, and the residual stream meets all."""
+    """Whether a cut changes what another one saves: within an attention block, and any with the residual stream."""
     if has_hidden and WHOLE_MODEL in (done[0], other[0]):
         return True
     return done[0] == other[0] and done[1] != "channels" and other[1] != "channels"
@@ -178,7 +178,7 @@ def _uniform(choice: ModelChoice, sparsity: float, budget: float) -> None:
 
 
 def _tried_counts(choice: ModelChoice, first: LayerChoice, share: float) -> Iterator[Counts]:
-    """Counts to try for every layer, all channels kept: any number of heads, about ``share`` of the other kinds."""
+    """Yield counts to try for every layer: all channels, any number of heads, about ``share`` of the other kinds."""
     dense = first.layer.dense
 
     def options(kind: str) -> range | list[int]:
@@ -199,7 +199,7 @@ def _tried_counts(choice: ModelChoice, first: LayerChoice, share: float) -> Iter
 def _with_channels(
     choice: ModelChoice, layers: list[LayerChoice], trial: Counts, budget: float
 ) -> tuple[Counts, float]:
-    """The counts with as many channels cut as the budget still asks for, and what a channel of all layers costs."""
+    """Cut as many channels as the budget still asks for; return the counts and the cost of a channel in all layers."""
     first = layers[0] if layers else choice.layers[0]
     step, dense = first.steps.get("channels", 1), first.layer.dense
     per_channel = len(layers) * (choice.size(first, trial) - choice.size(first, trial._replace(channels=0)))
@@ -237,6 +237,6 @@ def _share(choice: ModelChoice, first: LayerChoice, kept: float) -> float:
 
 
 def _around(wanted: float, step: int, least: int, count: int) -> list[int]:
-    """Counts near a wanted one: multiples of the step, or all there is."""
+    """Return counts near a wanted one: multiples of the step, or the whole count."""
     near = round(wanted / step) * step
     return sorted({min(max(near + i * step, least), count) for i in (-2, -1, 0, 1, 2)})
