@@ -117,7 +117,7 @@ def require(tasks: Sequence[str]) -> None:
 
 
 def _figures(figures: dict[str, Any]) -> dict[str, float]:
-    """The numbers of one task, the filter's name left out of theirs."""
+    """Return the numbers of one task; their names lose the harness' filter."""
     return {
         name.split(",")[0]: float(value)
         for name, value in figures.items()

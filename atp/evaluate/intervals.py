@@ -24,7 +24,7 @@ _CHUNK = 50
 
 @dataclass(frozen=True)
 class Items:
-    """What one metric has per item.
+    """The values per item from which a metric is computed.
 
     Attributes:
         statistic: ``mean`` of ``first``; ``perplexity``: exp of the sum of ``first`` (nats) over that of ``second``
@@ -91,7 +91,7 @@ def paired(of: Items, against: Items, *, resamples: int = RESAMPLES, seed: int =
 
 
 def _draws(count: int, resamples: int, seed: int) -> list[np.ndarray]:
-    """Positions [S, N] in chunks, the same for every metric of so many items."""
+    """Draw the resampled positions [S, N], in chunks; all metrics over N items get the same ones."""
     rng = np.random.default_rng((seed, count))
     sizes = [min(_CHUNK, resamples - start) for start in range(0, resamples, _CHUNK)]
     return [rng.integers(0, count, (size, count)) for size in sizes]

@@ -1,4 +1,4 @@
-"""A KV cache with room to grow: decoding writes each token into its place in place of copying everything before it.
+"""A KV cache with room to grow: decoding a token writes its keys and values without copying those before it.
 
 Used by :mod:`atp.evaluate.reading`. transformers' dynamic cache joins old and new keys at every step, which on a CPU is
 the largest single cost of decoding a batch. It knows nothing of models or scores.
@@ -19,7 +19,7 @@ _ROOM = 64  # tokens
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer of the cache whose keys and values are the beginning of larger tensors."""
+    """A cache layer that keeps spare room behind its keys and values, so that appending copies nothing."""
 
     _buffers: tuple[Tensor, Tensor] | None = None
 
@@ -47,7 +47,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def take(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Hold these keys and values, [B, K, T, H] each, in place of its own: one below the other."""
+        """Replace the keys and values by these, [B, K, T, H] each, stacked along the batch."""
         rows, longest = sum(part.shape[0] for part in keys), max(part.shape[-2] for part in keys)
         self._buffers = tuple(  # type: ignore[assignment]
             # zeros: what is masked is multiplied by a weight of zero, and zero times an uninitialised NaN is NaN
@@ -63,13 +63,13 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[..., :longest, :] for buffer in self._buffers)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, which may repeat."""
+        """Keep the rows of these indices, which may repeat."""
         super().batch_select_indices(indices)
         self._buffers = None  # they hold all rows; the next update makes new ones of the rows that are left
 
 
 def with_room(cache: Any) -> Any:
-    """The same cache, its plain layers replaced by ones with room; other kinds of layers are left as they are."""
+    """Replace the plain layers of a cache by :class:`RoomyLayer`, in place; other kinds of layers stay."""
     layers = getattr(cache, "layers", [])
     for place, layer in enumerate(layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
@@ -80,7 +80,7 @@ def with_room(cache: Any) -> Any:
 
 
 def joined(caches: Sequence[Any]) -> Any:
-    """One cache of the rows of all, in order; shorter ones end in zeros. All of their layers must have room."""
+    """Join the rows of several caches into one, shorter ones padded with zeros; all layers must be roomy ones."""
     whole = copy.copy(caches[0])
     whole.layers = []
     for layers in zip(*(cache.layers for cache in caches), strict=True):

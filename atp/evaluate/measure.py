@@ -109,7 +109,7 @@ def compare_speed(
     repeats: int = 5,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Time two models in alternation in one process, so that both meet the same weather on the machine.
+    """Time two models in alternation in one process, so that other load on the machine slows both alike.
 
     The order within a round alternates. A ratio is the median over rounds of dense time over pruned time in that
     round: above 1, the pruned model is faster. Args as in :func:`measure_speed`.

@@ -53,13 +53,13 @@ class Metrics:
 
 @dataclass
 class Tally:
-    """Negative log-likelihood in nats, and over how much: per record, and per window of it."""
+    """Sums of negative log-likelihood (nats), tokens and bytes, per record and per window of text."""
 
     records: dict[int, list[float]] = field(default_factory=dict)
     windows: list[tuple[float, float, float]] = field(default_factory=list)
 
     def add(self, record: int, nats: float, tokens: int, text_bytes: float) -> None:
-        """Add a window of the record at a position."""
+        """Add one window of the record with this index."""
         row = self.records.setdefault(record, [0.0, 0.0, 0.0])
         for column, amount in enumerate((nats, tokens, text_bytes)):
             row[column] += amount

@@ -39,7 +39,7 @@ _T = TypeVar("_T")
 
 
 class Sample(NamedTuple):
-    """What a model makes of a prompt, beside what was to come."""
+    """A prompt, the text that a model generated for it, and the reference text."""
 
     prompt: str
     generated: str
@@ -190,7 +190,7 @@ class _Run:
         return picks
 
     def _sizes(self, record: ChoiceRecord, nats: Sequence[Sequence[float]]) -> list[int]:
-        """What the log-likelihoods of an item's choices are divided by."""
+        """Return the numbers by which the log-likelihoods of an item's choices are divided."""
         way = self.normalise if isinstance(self.normalise, str) else self.normalise.get(record.task, "tokens")
         if way == "tokens":
             return [max(1, len(one)) for one in nats]
@@ -236,7 +236,7 @@ def _metrics(
     texts: Mapping[str, Sequence[tuple[str, str]]],
     running: set[str],
 ) -> Metrics:
-    """Metrics of everything, then of each task; bits per byte for those of running text."""
+    """Compute the metrics over everything, then of each task; bits per byte for tasks of running text."""
     whole = Tally()
     for tally in tallies.values():
         whole.update(tally)

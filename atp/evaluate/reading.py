@@ -91,7 +91,7 @@ class Reader:
         return self.on(None, ids_BT, torch.ones_like(ids_BT), keep=1)[1]
 
     def prompts(self, prompts: Sequence[list[int]], prefix: State | None) -> tuple[Tensor, State]:
-        """Read prompts, what they share from its state; the logits [B, V] of what follows each."""
+        """Read prompts after the state of their shared beginning; return the logits [B, V] of the next token."""
         shared = 0 if prefix is None else int(prefix.lengths_B[0])
         state = None if prefix is None else prefix.repeated(len(prompts))
         pad = left_padded if self.windowed else right_padded
@@ -104,7 +104,7 @@ class Reader:
         return logits_BPV[torch.arange(len(prompts), device=self.device), places_B], state
 
     def prompts_in_portions(self, prompts: Sequence[list[int]], prefix: State | None) -> tuple[Tensor, State]:
-        """The same for prompts that come longest first, in several passes where one would hold too many tokens."""
+        """Do the same in several passes where one would hold too many tokens; prompts come longest first."""
         most = self.tokens_at_once if self.packs else None
         portions = batches([len(ids) for ids in prompts], len(prompts), most)
         logits, states = zip(
@@ -118,15 +118,15 @@ class Reader:
         return torch.cat(logits), State(joined([state.cache for state in states]), torch.cat(masks), lengths_B)
 
     def step(self, state: State, next_B: Tensor) -> tuple[Tensor, State]:
-        """Read one further token of each row; the logits [B, V] of what follows it."""
+        """Read one further token of each row; return the logits [B, V] of the next one."""
         logits_B1V, state = self.on(state, next_B[:, None], torch.ones_like(next_B[:, None]))
         return logits_B1V[:, -1], state
 
     def on(self, state: State | None, ids_BT: Tensor, mask_BT: Tensor, keep: int | Tensor = 0) -> tuple[Tensor, State]:
-        """Read further tokens, padded on either side; the logits of the places ``keep``, of the last one or (0) of all.
+        """Read further tokens, padded on either side; return logits: of the places ``keep``, the last ones, or (0) all.
 
-        The first reading masks nothing: what is padded on the right is seen by nothing before it, and later readings
-        mask it. Attention that is causal and nothing else is the fastest there is.
+        The first reading needs no mask: no token sees the padding to its right, and later readings mask it. Plain
+        causal attention is the fastest.
         """
         lengths_B = mask_BT.sum(-1)
         if state is None and not self.windowed:
@@ -147,9 +147,9 @@ class Reader:
         return out.logits, State(out.past_key_values, mask_BT, lengths_B)
 
     def apart(self, state: State, rows: Sequence[Sequence[list[int]]]) -> Tensor:
-        """Read each row's parts as continuations of it that do not see each other; the logits [B, T, V] of all.
+        """Read each row's parts as continuations that do not see each other; return the logits [B, T, V] of all.
 
-        The state is used up. Only a model that :attr:`packs` reads rows of more than one part.
+        The state must not be used afterwards. Only a model that :attr:`packs` reads rows of more than one part.
         """
         ids_BQ, mask_BQ = right_padded([list(chain(*parts)) for parts in rows], self.pad_id, self.device)
         if not self.packs:
@@ -175,9 +175,9 @@ class Reader:
         return self.model(input_ids=ids_BT, attention_mask=mask, use_cache=True, **named)
 
     def groups(self, sequences: Sequence[list[int]]) -> list[tuple[list[int], int]]:
-        """Group sequences by how they begin; each group with how many tokens all of it share, short of a whole one.
+        """Group sequences by their first tokens; return each group and how many tokens all its members share.
 
-        Sequences that begin like few others, or share little, make one group that shares nothing.
+        The shared part is shorter than every member. Sequences that share little form a group with 0.
         """
         if self.windowed:
             return [(list(range(len(sequences))), 0)] if sequences else []
@@ -202,21 +202,21 @@ class Reader:
 
 
 def _follows_any_mask(config: Any) -> bool:
-    """Whether attention adds a mask as it is given and takes a token's place from its position alone."""
+    """Whether attention adds any mask it is given, and knows the place of a token from its position id alone."""
     if getattr(config, "_attn_implementation", None) not in _ADD_ANY_MASK or getattr(config, "alibi", False):
         return False
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
 def _bias(seen_BQT: Tensor, state: State) -> Tensor:
-    """What to add to the scores of all heads so that only these tokens are seen."""
+    """Return what to add to the attention scores so that each query sees these tokens only."""
     dtype = state.cache.layers[0].keys.dtype
     bias_BQT = torch.zeros(seen_BQT.shape, dtype=dtype, device=seen_BQT.device)
     return bias_BQT.masked_fill_(~seen_BQT, torch.finfo(dtype).min)[:, None]
 
 
 def right_padded(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of one length, and 1 where they hold what was given."""
+    """Pad rows on the right to one length; return them and a mask that is 1 for the given tokens."""
     longest = max(map(len, rows))
     ids_BT = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids in rows], device=device)
     lengths_B = torch.tensor([len(ids) for ids in rows], device=device)
@@ -224,7 +224,7 @@ def right_padded(rows: Sequence[list[int]], pad_id: int, device: torch.device) -
 
 
 def left_padded(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The same with the padding in front."""
+    """Pad as :func:`right_padded` does, in front of the tokens."""
     return tuple(tensor.flip(1) for tensor in right_padded([ids[::-1] for ids in rows], pad_id, device))  # type: ignore[return-value]
 
 

@@ -126,7 +126,7 @@ def _choice_batch(
 
 
 def _packs(items: Sequence[Choices], most: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield items with those of their choices, of more than one token, that share a row: at most so many."""
+    """Yield an item and those of its choices that are read in one row: at most ``most``, of two tokens or more."""
     room = max(_PACK, *(len(item.prompt) for item in items))
     for owner, item in enumerate(items):
         pack: list[int] = []
@@ -146,7 +146,7 @@ def _packs(items: Sequence[Choices], most: int) -> Iterator[tuple[int, list[int]
 def _pack_nats(
     reader: Reader, state: State, items: Sequence[Choices], rows: Sequence[tuple[int, list[int]]]
 ) -> list[list[float]]:
-    """Nats of every token but the first of each row's choices, one after the other, and then of padding."""
+    """Return the nats of each row's choices, without their first tokens, in order; those of padding follow."""
     parts = [[items[owner].continuations[choice] for choice in choices] for owner, choices in rows]
     logits_BTV = reader.apart(state, [[ids[:-1] for ids in choices] for choices in parts])
     next_BT, _ = right_padded([[token for ids in choices for token in ids[1:]] for choices in parts], 0, reader.device)
