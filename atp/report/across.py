@@ -103,7 +103,7 @@ def varies_in_ratio(groups: Sequence[Group]) -> bool:
 
 
 def _parallel(groups: Sequence[Group], metric: str) -> list[Panel]:
-    """Settings that were varied and what came of them, one line per group; none where nothing was varied."""
+    """Chart varied settings beside results, one line per group; none where nothing was varied."""
     settings = [key for key in dict.fromkeys(key for group in groups for key in group.settings) if key != "name"]
     with_result = [group for group in groups if group.figure("eval", "pruned", metric)]
     if not settings or len(with_result) < 2:
@@ -131,7 +131,7 @@ def _references(groups: Sequence[Group], cost: tuple[str, ...], metric: str) -> 
 
 
 def budget_lines(groups: Sequence[Group], metric: str) -> list[tuple[str, str]]:
-    """Answers to the two questions people bring: how small may it get, and what is best at a given size."""
+    """Say in sentences how small a model may get within a given loss, and which is best at each size."""
     _, against = runs.reference(groups)
     lines = []
     for loss in LOSSES:

@@ -294,7 +294,7 @@ def _cost_rows(metrics: Mapping[str, Any]) -> list[Row]:
 
 
 def between(ends: tuple[float, float]) -> str:
-    """An interval in words."""
+    """Format an interval in words."""
     return f"{figure(ends[0])} to {figure(ends[1])}"
 
 
@@ -306,7 +306,7 @@ def _pair(label: str, values: Iterable[float | None], form: Callable[[float], st
 
 
 def percent(fraction: float) -> str:
-    """A fraction in percent."""
+    """Format a fraction in percent."""
     return f"{100 * fraction:.1f}%"
 
 
@@ -315,14 +315,14 @@ def _decimal(value: float) -> str:
 
 
 def figure(value: float) -> str:
-    """A score or a time, with as many digits as tell something."""
+    """Format a score or a time: fewer digits after the point for larger numbers."""
     if abs(value) >= 1e5:
         return f"{value:.3g}"
     return f"{value:,.{3 if abs(value) < 10 else 2 if abs(value) < 100 else 1}f}"
 
 
 def count(value: float) -> str:
-    """A number of parameters, in k, M, B or T."""
+    """Format a number of parameters, in k, M, B or T."""
     return _scaled(value, ("", "k", "M", "B", "T"))
 
 

@@ -49,7 +49,7 @@ def _flat(mapping: Mapping[str, Any] | None, prefix: str = "") -> list[tuple[str
 
 
 def _told(value: Any) -> Any:
-    """A figure with thousands set apart, or with four digits where it is small and not whole."""
+    """Format a figure: thousands separated, or four digits where it is small and not whole."""
     if isinstance(value, int) and value >= 10_000:
         return f"{value:,}"
     if isinstance(value, float):

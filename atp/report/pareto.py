@@ -23,7 +23,7 @@ class Point:
     """One group of runs in a chart: cost and quality with their deviations over seeds (0 for a single run).
 
     Attributes:
-        mark: What stands beside the point; its number where that is empty.
+        mark: Text beside the point; its number where that is empty.
     """
 
     label: str

@@ -130,7 +130,7 @@ def _run_dirs(path: Path) -> list[Path]:
 
 
 def _why(path: Path, error: ValueError) -> str:
-    """The reason for leaving a run out, from what its directory says."""
+    """Return why a run is left out, as its directory tells it."""
     try:
         mark = json.loads((path / "job.json").read_text(encoding="utf-8"))
         return f"{mark['state']}: {mark['reason']}"
