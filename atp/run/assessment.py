@@ -52,7 +52,7 @@ class Assessor:
         self.device = parts.device_of(config)
 
     def place(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Put a model where it is assessed."""
+        """Move a model to the device of evaluation, in eval mode."""
         torch.nn.Module.to(model, self.device)
         return model.eval()
 
@@ -105,7 +105,7 @@ class Assessor:
         return {name: metrics.values[name] for name in ("perplexity", "bits_per_byte")}
 
     def continuations(self, dense: PreTrainedModel, pruned: PreTrainedModel) -> list[dict[str, str]]:
-        """The same few test prompts continued by both models, beside the reference."""
+        """Continue a few test prompts with both models; return both texts beside the reference."""
         settings = self.config.evaluate
         written = [
             samples(

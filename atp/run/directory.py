@@ -165,7 +165,7 @@ class RunDirectory:
         return dict(json.loads((self.path / METRICS).read_text(encoding="utf-8")))
 
     def checkpoint(self, name: str) -> Path:
-        """Where the training called ``name`` keeps its state."""
+        """Return the checkpoint file of the training called ``name``."""
         return self.path / "checkpoints" / f"{name}.ckpt"
 
 
@@ -195,12 +195,12 @@ def _git_commit() -> str | None:
 
 
 def _redone(name: str) -> tuple[str, ...] | None:
-    """Stages that read a setting which changes nothing in training; None for one that does."""
+    """Return the stages to do again when a setting changes; None for a setting that changes training."""
     return next((stages for prefix, stages in _REDONE if name.startswith(prefix)), None)
 
 
 def _differences(saved: Any, now: Any, prefix: str = "") -> dict[str, str]:
-    """What differs, by dotted name; an option that the run's version did not have stood at its default."""
+    """Return what differs, by dotted name; an option that an older version lacked counts as its default."""
     if prefix in _MAY_DIFFER:
         return {}
     if isinstance(saved, dict) and isinstance(now, dict):

@@ -160,7 +160,7 @@ def check_data(cfg: DictConfig) -> int:
 
 
 def _execute(stages: Stages, config: TrainConfig, directory: RunDirectory, origin: dict[str, Any]) -> None:
-    """All stages in order, then metrics and report."""
+    """Do all stages in order, then write metrics, card and final figures."""
     work: dict[str, Callable[[], dict[str, Any]]] = {
         "fit": stages.fit_jointly,
         "export": stages.remove_and_export,
@@ -220,7 +220,7 @@ def _stage(
     directory: RunDirectory,
     shared: SharedResults | None = None,
 ) -> dict[str, Any]:
-    """A stage's result, with the seconds it took; done once however often the run is resumed."""
+    """Return a stage's result with its seconds; a resumed run reads it from its file."""
 
     def timed() -> dict[str, Any]:
         seed_everything(seed, workers=True, verbose=False)

@@ -112,7 +112,7 @@ def to_device(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> 
 
 
 def write_cut(file: Path, model: PreTrainedModel, module: PruningModule) -> None:
-    """Keep a two-stage cut whole or not at all, with the place in the random numbers that its tuning starts from."""
+    """Save a two-stage cut, whole or not at all, with the state of the random generator that tuning starts from."""
     state = {"masks_U": module.final_masks_U.cpu(), "model": model.state_dict(), "random": torch.get_rng_state()}
     with appearing(file) as stage:
         torch.save(state, stage)

@@ -75,7 +75,7 @@ def sweep_of(run_dir: Path) -> Path | None:
 
 
 def mark_job(run_dir: Path, state: str, reason: str) -> None:
-    """Leave word of a job that did not finish."""
+    """Note in ``job.json`` why a job did not finish."""
     write_json(run_dir / JOB, {"state": state, "reason": reason, "time": time.time()})
 
 

@@ -105,7 +105,7 @@ def make_trainer(
 
 
 def device_of(config: TrainConfig) -> torch.device:
-    """Where evaluation runs: beside training."""
+    """Return the device of evaluation: the one that training uses."""
     return torch.device(
         "cuda" if config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
     )

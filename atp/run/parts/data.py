@@ -197,7 +197,7 @@ def load_beyond(config: TrainConfig) -> tuple[dict[str, list[Record]], dict[str,
 
 
 def normalisation(config: TrainConfig) -> dict[str, str] | str:
-    """How choices' log-likelihoods are compared: one way for all, or each task's own."""
+    """Return how choices' log-likelihoods are normalised: one way for all tasks, or each task's own."""
     way = config.evaluate.normalise
     if way == "task":
         return {name: task.normalise for name, task in load_tasks(config.data.tasks_file).items()}
