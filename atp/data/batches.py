@@ -154,7 +154,7 @@ class PruningDataModule(lightning.LightningDataModule):
         return self._loader(self._train)
 
     def calibration_dataloader(self, count: int) -> ResumableLoader:
-        """Return the first training batches as they would be without packing: for what reads where padding is.
+        """Return the first training batches, unpacked: calibration has to know which tokens are padding.
 
         Args:
             count: How many, however short the run is; at most one pass over the data, with a warning.
@@ -191,7 +191,7 @@ class PruningDataModule(lightning.LightningDataModule):
         )
 
     def calibration_batch(self, index: int) -> Batch:
-        """Return a training batch of an order of its own: for steps that learn masks apart from adapters."""
+        """Return a training batch in a random order of its own, for steps that learn masks apart from adapters."""
         self.setup()
         if self._calibration_order is None:
             lengths = [len(example.input_ids) for example in self._train]

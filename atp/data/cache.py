@@ -63,7 +63,7 @@ class TokenCache:
     def examples(self, records: Sequence[Record], encoder: Encoder, loss_on: str) -> list[Example]:
         """Return the examples of all records in order, encoded now or at an earlier time.
 
-        Whichever it is, the encoder has counted the same afterwards.
+        Either way the encoder's counts are the same afterwards.
 
         Args:
             records: What to encode, prompts and templates already applied.

@@ -74,7 +74,7 @@ class Prompt:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it leaves every prompt as it is."""
+        """Whether this prompt adds nothing to any record."""
         return not self.system.strip() and self.template == "{{ prompt }}" and self.chat is None
 
     def render(self, text: str, task: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
