@@ -215,7 +215,7 @@ class LayerSpace:
 
     @property
     def dense(self) -> Counts:
-        """All there is."""
+        """Counts of the dense layer."""
         pairs = self.head_dim // 2
         return Counts(self.num_kv_heads, self.group_size, self.ffn_width, pairs, self.value_dim, self.hidden)
 
@@ -231,7 +231,7 @@ class LayerSpace:
         return LayerCosts(round(head - dense.queries * query), round(query), round(channel), round(fixed))
 
     def cost(self, kept: Counts, model: CostModel = PARAMETERS) -> float:
-        """Cost of the layer with so much of it kept."""
+        """Return the cost of the layer when it keeps ``kept``."""
         q_rows, k_rows = kept.heads * kept.queries * 2 * kept.pairs, kept.heads * 2 * kept.pairs
         v_rows, o_columns = kept.heads * kept.values, kept.heads * kept.queries * kept.values
         attention = kept.hidden * (q_rows + k_rows + v_rows + o_columns)
