@@ -172,7 +172,7 @@ class PruningModule(TuningModule):
         self.progressive.live_U.copy_(compact(self.masked, live_U, optimizers, final=False))
 
     def selected(self, logits_U: Tensor) -> Tensor:
-        """Masks [U] of 0 and 1 that these logits come to."""
+        """Select final masks [U] of 0 and 1 by these logits."""
         return select(
             self.space,
             logits_U,

@@ -1,4 +1,4 @@
-"""Experiment loggers that never stand in the way.
+"""Experiment loggers: wandb, TensorBoard and MLflow, each optional.
 
 Weights & Biases goes online only for a user who is already logged in, otherwise writes offline runs that can be
 synchronised later, and never asks for anything. TensorBoard and MLflow are chosen by one word as well. What the loggers
@@ -238,7 +238,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
 
 
 def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """The same as CSV."""
+    """Format a table as CSV."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)

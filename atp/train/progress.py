@@ -37,11 +37,11 @@ class QuietCollector(Callback):
         gc.freeze()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give it back."""
+        """Put what was set aside back under garbage collection."""
         gc.unfreeze()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give it back."""
+        """Put what was set aside back under garbage collection."""
         gc.unfreeze()
 
 

@@ -120,7 +120,7 @@ class TuningModule(LightningModule):
         return loss
 
     def _take_learnt(self) -> int | None:
-        """The count for the batch at hand, once: a batch that came another way has none."""
+        """Return how many tokens this batch learns and forget it; None if that was not counted."""
         learnt, self._learnt = self._learnt, None
         return learnt
 
