@@ -236,7 +236,7 @@ def _moments(masked: MaskedModel, batches: Batches) -> dict[str, _Moments]:
 
 @contextmanager
 def _gates_open(masked: MaskedModel) -> Iterator[None]:
-    """Evaluation mode with all gates open and adapters off inside the block: it is the base that is judged."""
+    """Run the base model inside the block: evaluation mode, all gates open, adapters off."""
     training = masked.training
     masked.eval()
     masked.set_masks(None)

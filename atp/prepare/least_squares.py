@@ -78,7 +78,7 @@ def restore(
 
 
 def cut_inputs(space: PruningSpace, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs that stay, True or False, [D], of every output projection that loses some of them but not all."""
+    """Return which inputs stay, bool [D], of every output projection that loses some but not all of them."""
     kept = {site.module: site.side.expand(masks) > 0 for site in space.sites if site.on == "input"}
     return {name: kept_D for name, kept_D in kept.items() if not kept_D.all() and kept_D.any()}
 
@@ -113,7 +113,7 @@ def shared_moments(masked: MaskedModel, batches: Iterable[Mapping[str, Tensor]])
 
 
 def _portions(cut: Mapping[str, Tensor]) -> Iterable[list[str]]:
-    """Modules in portions whose moments fit in memory together."""
+    """Split modules into portions whose moments fit in memory together."""
     portion: list[str] = []
     used = 0
     for module, kept_D in cut.items():

@@ -61,7 +61,7 @@ def starting_scores(
     ridge: float = 1e-3,
     seed: int = 0,
 ) -> Start:
-    """Importance as starting logits; of several candidates those whose repaired cut loses least.
+    """Return importance as starting logits; of several candidates, the one whose repaired cut has the lowest loss.
 
     Args:
         masked: The model, not yet compact, on the device of the batches.
