@@ -38,13 +38,13 @@ _SHORT = {path: name for name, path in CLASSES.items()}
 
 
 def class_path(target: str) -> str:
-    """The import path that a ``_target_`` stands for: a short name, a path of before, or a path as it is."""
+    """Return the import path of a ``_target_``: of a short name, of an older path, or a path as it is."""
     module, _, name = target.rpartition(".")
     return CLASSES.get(target, f"{_MOVED[module]}.{name}" if module in _MOVED else target)
 
 
 def with_short_names(node: Any) -> Any:
-    """Plain configuration with every ``_target_`` under its short name: spellings of one class are equal."""
+    """Replace every ``_target_`` by its short name, so that two spellings of one class are equal."""
     if isinstance(node, dict):
         return {
             key: _SHORT.get(class_path(value), value)

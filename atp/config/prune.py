@@ -1,6 +1,6 @@
 """The schema of the ``prune`` group: what is cut, how masks are made and sampled, the start, the repair, the schedule.
 
-Read by :mod:`atp.config.schema`, which holds the other groups and the root. Ranges are checked where a value is used.
+:mod:`atp.config.schema` includes this group beside the others. The code that uses a value checks its range.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from atp.config.option import option
 
 @dataclass
 class ScheduleConfig:
-    """When what happens, as fractions of the run."""
+    """Lengths of warm-up and ramp, and the time of the freeze, as fractions of the run."""
 
     warmup: float = option(0.05, "tune adapters only")
     ramp: float = option(0.25, "raise the target sparsity from zero")
@@ -23,7 +23,7 @@ class ScheduleConfig:
 
 @dataclass
 class WarmStartConfig:
-    """Scores from the importance of the dense model's units: a start for learnt ones, the verdict for fixed ones."""
+    """Importance of the dense model's units: learnt scores start from it, fixed scores are it."""
 
     batches: int = option(0, "training batches to measure it on; 0 starts from the generator's own initialisation")
     criterion: str = option(

@@ -1,10 +1,8 @@
 """The configuration schema: every group and option, with its type, default and meaning.
 
 The first thing in the flow. Hydra composes the YAML files of ``conf/`` onto these dataclasses, so that a misspelled key
-or a wrong type fails before anything runs; ``--help`` prints the help texts. Ranges are checked where a value is used.
-Nothing below the pipeline imports this
-file:
-the other modules take plain keyword arguments.
+or a wrong type fails before anything runs; ``--help`` prints the help texts. The code that uses a value checks its
+range. Only :mod:`atp.run` and :mod:`atp.commands` import this file; the other rooms take plain keyword arguments.
 """
 
 from __future__ import annotations
@@ -78,7 +76,7 @@ class DataConfig:
 
 @dataclass
 class PromptConfig:
-    """What stands around each record's prompt."""
+    """Text before and around each record's prompt."""
 
     name: str = option("none", "short name for reports")
     path: str | None = option(None, "prompt=file: a Jinja template with {{ prompt }}, or a text to stand before")
@@ -240,7 +238,7 @@ def schema_fields(path: str) -> dict[str, type | None]:
 
 
 def schema_default(path: str) -> Any:
-    """What an option is where nothing sets it, as plain data; None for a path that the schema does not have."""
+    """Return the default of an option, as plain data; None for a path that the schema does not have."""
     node: Any = TrainConfig()
     for part in path.split("."):
         if not is_dataclass(node) or part not in node.__dataclass_fields__:
