@@ -42,7 +42,7 @@ _BYTES_PER_WEIGHT = 34 / 32  # q8_0; the fewer, the more filling up pays
 
 @dataclass(frozen=True)
 class GgufLayout:
-    """Everything about the file but the numbers and the vocabulary.
+    """Architecture, metadata and list of tensors of a GGUF file, without the numbers and the vocabulary.
 
     Attributes:
         architecture: llama.cpp's name of the architecture.

@@ -58,7 +58,7 @@ def _rows(blocks: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rounding:
-    """What a type does to numbers.
+    """How a storage type rounds weights and inputs.
 
     Attributes:
         weights: Rounds a matrix [rows, columns].
