@@ -232,7 +232,7 @@ def _verify(directory: Path, arguments: argparse.Namespace, console: Console) ->
 
 
 def embedded_text(records: int = 60) -> str:
-    """Running text that is always there: test records of the embedded corpus, of each domain in turn."""
+    """Return running text that needs no file: test records of the embedded corpus, of each domain in turn."""
     from atp import embedded
 
     texts = [

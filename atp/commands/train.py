@@ -130,7 +130,7 @@ def _sweep_job(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | 
 
 
 class SweepCallback(Callback):
-    """Hydra's word that a sweep begins and ends, on the machine that started it."""
+    """Hydra calls this when a sweep begins and ends, on the machine that started it."""
 
     failed_jobs = 0
 
@@ -143,7 +143,7 @@ class SweepCallback(Callback):
         sweep.start_sweep(Path(config.hydra.sweep.dir), list(config.hydra.overrides.task))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Say what became of the jobs, failed ones with their reason."""
+        """Print how the jobs ended, failed ones with their reason."""
         folder = Path(config.hydra.sweep.dir)
         jobs = sweep.read_jobs(folder)
         SweepCallback.failed_jobs = sum(job.state == "failed" and job.time >= self._started for job in jobs)
