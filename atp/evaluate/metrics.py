@@ -1,6 +1,6 @@
 """Metrics: named figures of one model with what they are over, and how much of a reference another model has kept.
 
-What :mod:`atp.evaluate.quality` fills and results and reports read. It knows nothing of models, records or torch.
+:mod:`atp.evaluate.quality` fills them; a run's results and reports read them. It knows nothing of models or records.
 """
 
 from __future__ import annotations

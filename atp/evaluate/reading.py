@@ -1,8 +1,8 @@
-"""Reading token ids in batches: what was read so far, and forward passes that go on from there.
+"""Reading token ids in batches: the state after what was read, and forward passes that continue from it.
 
-Under :mod:`atp.evaluate.scoring`. What many sequences begin with, such as a prompt's system part or a task's template,
-is read once, and its keys and values are repeated for all of them. Several continuations of one beginning are read as
-one row in which none sees another. It knows nothing of scores, text or tasks.
+Used by :mod:`atp.evaluate.scoring`. A beginning that many sequences share, such as a prompt's system part or a task's
+template, is read once, and its keys and values are repeated for all of them. Several continuations of one beginning
+are read as one row in which none sees another. It knows nothing of scores, text or tasks.
 
 Shape suffixes: B batch, C rows of another batch, P places, Q tokens that ask, T tokens, V vocabulary.
 """

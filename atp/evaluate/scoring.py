@@ -1,7 +1,7 @@
 """Scoring: log-likelihoods and greedy continuations of token ids under any causal LM of transformers.
 
-What :mod:`atp.evaluate` asks of :mod:`atp.evaluate.reading`: right-padded sequences, choices that share the reading of
-their prompt and stand in one row after it, and decoding with the KV cache. It sits between :mod:`atp.data.encoding` and
+It scores whole sequences, the choices of an item (their prompt is read once, and they follow it in one row), and
+decodes with the KV cache, all through :mod:`atp.evaluate.reading`. It sits between :mod:`atp.data.encoding` and
 the metrics. It knows nothing of text, tasks or metrics. Inputs are sorted by length into batches; results come in the
 order of the inputs.
 

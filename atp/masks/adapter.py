@@ -1,4 +1,4 @@
-"""What a LoRA adapter is made of: which unit owns which of its entries; and adapters apart from their base model.
+"""LoRA adapters: which unit owns which entries of their factors, and adapters stored apart from the base model.
 
 Sits between the trained model and whatever cuts or ships it: compaction and removal ask for the sides of an adapter's
 factors, export takes it off the model, writes it in PEFT's format, reads it back and merges it tensor by tensor. It

@@ -1,4 +1,4 @@
-"""What training pursues beside the task: the sparsity schedule and the budget terms.
+"""How much is to be pruned at each step, and the loss term that asks for it: sparsity schedule and budgets.
 
 Sits in the training step: (expected or sampled) sparsity + target -> a scalar added to the task loss. It knows
 fractions, not units, masks or models.

@@ -1,4 +1,4 @@
-"""Forward passes that keep less for their backward pass: the masked SwiGLU product and the loss over a vocabulary.
+"""Forward passes that keep fewer tensors for the backward pass: masked SwiGLU and the loss over a vocabulary.
 
 Sits under the masked model and the training module. Each function computes what the plain expression computes, to
 rounding, and so do its gradients; what differs is what stays in memory between the passes. It knows tensors alone.

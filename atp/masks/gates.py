@@ -1,4 +1,4 @@
-"""Soft gates that stay: what surviving units are scaled by, and how the scales end up in the weights.
+"""Soft gates after the freeze: factors of the kept units, and folding them into the weights.
 
 Sits between the freeze, after which every unit is kept or gone, and removal. A kept unit may go on with a factor of its
 own: the soft value its gate had (Compresso), or one that trains for the rest of the run (GRASPrune's calibration). At

@@ -1,7 +1,7 @@
 """The level of logits: one number added to all of them, by which a budget meets its target at every step.
 
-Between generator and sampler. Where the budget asks for no such thing the shift is zero. On a GPU it is found without
-waiting for the device.
+Used between generator and sampler. The shift is zero for budgets that work through the loss. On a GPU it is found
+without waiting for the device.
 
 Shape suffixes: U units.
 """
