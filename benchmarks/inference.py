@@ -23,8 +23,9 @@ from transformers import LlamaConfig, PreTrainedModel
 from atp.cut.removal import remove, widths_after
 from atp.cut.selection import select
 from atp.evaluate.measure import compare_speed, count_parameters, macs_per_token
+from atp.model.layers import block_parameters
 from atp.model.widths import build_model
-from atp.space.space import PruningSpace, block_parameters
+from atp.space.space import PruningSpace
 from benchmarks.inference_graphs import compare_graphed
 from benchmarks.training_systems import SHAPES
 

@@ -12,17 +12,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers, which reads it once, as it is imported
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from atp.model.families import ALWAYS, FAMILIES
 
 os.environ.setdefault("WANDB_MODE", "offline")
 _caches = tempfile.TemporaryDirectory(prefix="atp-test-cache-")  # gone with the interpreter
@@ -30,12 +22,6 @@ os.environ["ATP_CACHE"] = _caches.name
 
 torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
 
-CLASSES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
 ATTENTION = {"mha": 6, "gqa": 3, "mqa": 1}
 
 
@@ -51,9 +37,9 @@ def tiny_model(
 ) -> PreTrainedModel:
     """A random model: hidden 48, 6 query heads of 8, 20 channels, vocabulary 64, context 64."""
     torch.manual_seed(seed)
-    config_class, model_class = CLASSES[family]
-    biases = {"attention_bias": biased, "mlp_bias": biased} if family == "llama" else {}
-    config = config_class(
+    biases = {name: biased for name in set(FAMILIES[family].biases.values()) - {ALWAYS}}
+    config = AutoConfig.for_model(
+        family,
         vocab_size=vocabulary,
         hidden_size=48,
         intermediate_size=20,
@@ -68,7 +54,7 @@ def tiny_model(
         pad_token_id=0,
         **biases,
     )
-    model = model_class(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():  # biases start at zero and norms at one, which would hide mistakes
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
@@ -84,8 +70,9 @@ SHAPES = [
     )
     for family, attention, tied, biased in itertools.chain(
         itertools.product(("llama",), ATTENTION, (False, True), (False, True)),
-        [("mistral", "gqa", False, False), ("qwen2", "gqa", True, False), ("qwen2", "mha", False, False)],
-        [("qwen3", "gqa", False, False), ("qwen3", "mqa", True, False)],
+        ((family, "gqa", False, False) for family in FAMILIES if family != "llama"),
+        [("qwen2", "gqa", True, False), ("qwen2", "mha", False, False)],
+        [("qwen3", "mqa", True, False), ("qwen3", "gqa", False, True)],
     )
 ]
 

@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "atp"
 FLOOR = {"errors", "atomic", "imports", "loading_lines"}
 FLOW = (
     "config",
+    "model",
     "embedded",
     "data",
-    "model",
     "space",
     "masks",
     "cut",

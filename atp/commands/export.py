@@ -139,7 +139,8 @@ def _carried_card(directory: Path, title: str, config: Any) -> str:
     from huggingface_hub import metadata_load
 
     from atp.export.hf.card import CardFacts, base_license, model_card
-    from atp.model.widths import is_stock, layer_widths
+    from atp.model.families import is_stock
+    from atp.model.widths import layer_widths
 
     card = directory / "README.md"
     known = (metadata_load(card) if card.is_file() else None) or {}

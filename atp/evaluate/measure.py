@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from atp.errors import UserError
+from atp.model.layers import attention_widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -62,10 +63,10 @@ def macs_per_token(model: PreTrainedModel | PreTrainedConfig, context: int) -> i
     for module in model.modules():
         if isinstance(module, nn.Linear):
             macs += module.in_features * module.out_features
-        elif hasattr(module, "q_proj") and hasattr(module, "o_proj"):
+        elif widths := attention_widths(module):
             window = getattr(module, "sliding_window", None)
             keys = min(context, window) if window else context
-            macs += keys * (module.q_proj.out_features + module.o_proj.in_features)
+            macs += keys * sum(widths)
     return macs
 
 

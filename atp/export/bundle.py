@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from atp.errors import UserError
 from atp.export.extras import require
 from atp.export.gguf.file import check_types, export_gguf
-from atp.export.gguf.layout import FILLED_NOTE, UNIFORM, check_layout
+from atp.export.gguf.layout import FILLED_NOTE, PER_LAYER, check_layout
 from atp.export.gguf.vocabulary import gguf_vocabulary
 from atp.export.onnx_graph import check_graph, export_onnx
 from atp.export.verify.verification import Check, mismatches, verify
@@ -65,7 +65,7 @@ def check_formats(
         raise UserError(f"export.max_shard_size is {max_shard_size!r}; give a number and KB, MB, GB or TB, such as 5GB")
     if gguf:
         check_types(gguf)
-        if check_layout(config, uniform=uniform, axes=axes) in UNIFORM.values() and not uniform:
+        if check_layout(config, uniform=uniform, axes=axes) not in PER_LAYER and not uniform:
             log.warning("export.gguf: %s", FILLED_NOTE)
         gguf_vocabulary(tokenizer, config.vocab_size)
     if onnx:

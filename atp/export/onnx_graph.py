@@ -27,6 +27,7 @@ from atp.errors import UserError
 from atp.export.extras import require
 from atp.export.hf.loading import load_exported
 from atp.export.hf.writing import appearing_whole, check_target
+from atp.model.families import family_of
 from atp.model.widths import LayerWidths, layer_widths
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class CachedGraph(nn.Module):
         self.cache = cache
         kinds = getattr(model.config, "layer_types", None) or ()
         self.window = model.config.sliding_window if "sliding_attention" in kinds else None
-        if model.config.model_type.endswith("mistral"):
+        if family_of(model.config).slides_everywhere(model.config):
             self.window = model.config.sliding_window
         self.kinds = set(kinds)
 

@@ -70,17 +70,18 @@ def fold(
     """
     masks = space.split(gates_U.detach().double().cpu())
     by_tensor: dict[str, list[tuple[int, Tensor]]] = {}
+    embeddings, final_norm, head = space.family.embedding_tensors
 
     def put(name: str, dimension: int, side: Side, *, invert: bool = False) -> None:
         factors = side.expand(masks)
         by_tensor.setdefault(name, []).append((dimension, _inverse(factors) if invert else factors))
 
     for site in space.sites:
-        if site.module == "model.embed_tokens":
-            put("model.embed_tokens.weight", 1, site.side)
+        if site.module == space.family.embeddings:
+            put(embeddings, 1, site.side)
             if tied:
-                put("lm_head.weight", 1, site.side)
-                put("model.norm.weight", 0, site.side, invert=True)
+                put(head, 1, site.side)
+                put(final_norm, 0, site.side, invert=True)
         elif site.on == "input":
             put(f"{site.module}.weight", 1, site.side)
         else:
@@ -91,7 +92,8 @@ def fold(
             shaped = (
                 factors.to(tensor.device) if dimension == tensor.dim() - 1 else factors.to(tensor.device).unsqueeze(1)
             )
-            tensor = (tensor.double() * shaped).to(tensor.dtype)
+            offset = space.family.norm_offset if name == final_norm else 0.0
+            tensor = ((tensor.double() + offset) * shaped - offset).to(tensor.dtype)
         yield name, tensor
 
 

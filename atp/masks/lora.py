@@ -29,10 +29,8 @@ from transformers import PreTrainedModel
 
 from atp.errors import UserError
 from atp.masks.fused import masked_swiglu
+from atp.model.families import FFN_ROLES, family_of
 from atp.space.space import PruningSpace, Side, Weight
-
-ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The seven linears of a LLaMA block, the default targets."""
 
 _PREFIX = "base_model.model."
 
@@ -43,7 +41,7 @@ def add_lora(
     r: int = 8,
     alpha: float = 16,
     dropout: float = 0.0,
-    target_modules: Sequence[str] = ALL_LINEARS,
+    target_modules: Sequence[str] | None = None,
 ) -> PeftModel:
     """Wrap a model with trainable float32 LoRA adapters; everything else is frozen.
 
@@ -52,11 +50,13 @@ def add_lora(
         r: Rank.
         alpha: Scale numerator; the adapter's output is multiplied by alpha / r.
         dropout: Dropout before the A factor.
-        target_modules: Names of the linears to adapt.
+        target_modules: Names of the linears to adapt; None adapts the projections of all decoder layers.
 
     Raises:
         ValueError: A bad rank or dropout, or a target that matches no module.
     """
+    if target_modules is None:
+        target_modules = [name.rpartition(".")[2] for name in family_of(model.config).linears.values()]
     if r < 1:
         raise UserError(f"lora.r is {r}; the rank must be at least 1")
     if not 0.0 <= dropout < 1.0:
@@ -136,17 +136,20 @@ class MaskedModel(nn.Module):
 
     def _fuse_blocks(self) -> set[Side]:
         """Give FFN blocks the fused masked forward pass; return the sides whose masks it applies."""
-        fused = set()
+        family, fused = self.space.family, set[Side]()
+        if getattr(self.peft_model.config, "hidden_act", None) not in family.activations:
+            return fused
+        projections = [family.linears[role].rpartition(".")[2] for role in FFN_ROLES]
         for name, side in self.space.gated_blocks().items():
             block: Any = self.peft_model.get_submodule(_PREFIX + name)
-            if type(block.act_fn).__name__ in ("SiLU", "SiLUActivation"):
-                block.forward = functools.partial(self._forward_block, block, side)
-                fused |= {side} if side else set()
+            block.forward = functools.partial(self._forward_block, block, projections, side)
+            fused |= {side} if side else set()
         return fused
 
-    def _forward_block(self, block: Any, side: Side | None, hidden: Tensor) -> Tensor:
+    def _forward_block(self, block: Any, projections: Sequence[str], side: Side | None, hidden: Tensor) -> Tensor:
         mask = self._masks.get(side) if side else None
-        output: Tensor = block.down_proj(masked_swiglu(block.gate_proj(hidden), block.up_proj(hidden), mask))
+        gate, up, down = (getattr(block, name) for name in projections)
+        output: Tensor = down(masked_swiglu(gate(hidden), up(hidden), mask))
         return output
 
     def _on_input(self, side: Side) -> Any:

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from atp.imports import after_import
-from atp.model.widths import FAMILIES, PER_LAYER_PREFIX
+from atp.model.families import FAMILIES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -54,7 +54,7 @@ class _Placeholder:
 def _register_placeholders(registry: ModuleType) -> None:
     if "atp.model.modeling_atp" in sys.modules:
         return
-    for name in FAMILIES:
-        model_type = PER_LAYER_PREFIX + name
+    for family in FAMILIES.values():
+        model_type = family.per_layer_type
         placeholder = type(f"Placeholder_{model_type}", (_Placeholder,), {"model_type": model_type})
         registry.AutoConfig.register(model_type, placeholder, exist_ok=True)

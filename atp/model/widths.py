@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from atp.errors import UserError
+from atp.model.families import Family, family_of
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-PER_LAYER_PREFIX = "atp_"
 
 # Keys of a saved config that describe where it came from or how it was stored, not the architecture.
 _NOT_ARCHITECTURE = (
@@ -32,9 +30,6 @@ _NOT_ARCHITECTURE = (
     "quantization_config",
     "_name_or_path",
 )
-# Llama keys that mean nothing to Mistral; the biases are known to be off by the time they are dropped, and a Mistral
-# config with layer_types is read as another architecture.
-_LLAMA_ONLY = ("attention_bias", "mlp_bias", "pretraining_tp", "layer_types")
 
 
 @dataclass(frozen=True)
@@ -92,32 +87,6 @@ class LayerWidths:
         return self.intermediate_size > 0
 
 
-def family(config: PreTrainedConfig) -> str:
-    """Names the family of a dense or pruned config.
-
-    Args:
-        config: A config of a supported family.
-
-    Returns:
-        One of FAMILIES.
-
-    Raises:
-        ValueError: If the model type is not supported.
-    """
-    name = str(config.model_type).removeprefix(PER_LAYER_PREFIX)
-    if name not in FAMILIES:
-        raise UserError(
-            f"model_type={config.model_type!r} is not supported: ATP prunes {', '.join(FAMILIES)}. "
-            "Use a checkpoint of one of these families (Llama 1/2/3 and their derivatives are 'llama')."
-        )
-    return name
-
-
-def is_stock(config: PreTrainedConfig) -> bool:
-    """Tells whether a config belongs to a class of transformers itself, so that loading it needs no code of ours."""
-    return config.model_type in FAMILIES
-
-
 def layer_widths(config: PreTrainedConfig) -> list[LayerWidths]:
     """Reads the widths of every layer from a config.
 
@@ -130,7 +99,7 @@ def layer_widths(config: PreTrainedConfig) -> list[LayerWidths]:
     Raises:
         ValueError: If the model type is not supported.
     """
-    family(config)
+    family_of(config)
     widths = []
     for layer in config.per_layer_config:
         skip = getattr(layer, "skip", ())
@@ -175,7 +144,7 @@ def pruned_config(
     Raises:
         ValueError: If the family is not supported, or the widths do not fit the base model.
     """
-    base_family = family(base_config)
+    family = family_of(base_config)
     dense = layer_widths(base_config)
     _check_widths(dense, widths)
     if hidden_size is not None and not 0 < hidden_size <= base_config.hidden_size:
@@ -191,10 +160,10 @@ def pruned_config(
         fields["rms_norm_eps"] = fields["rms_norm_eps"] * epsilon_factor
     first = widths[0]
     if first.has_attention and first.has_mlp and not first.is_slim and all(layer == first for layer in widths):
-        stock = _stock_config(base_family, fields, first)
+        stock = _stock_config(family, fields, first)
         if stock is not None:
             return stock
-    return _per_layer_config(base_family, fields, widths)
+    return _per_layer_config(family, fields, widths)
 
 
 def build_model(
@@ -222,7 +191,7 @@ def build_model(
 
     from atp.model import modeling_atp
 
-    family(config)
+    family_of(config)
     modeling_atp.register()
     config_class = modeling_atp.CONFIG_CLASSES.get(config.model_type)
     if config_class is not None and not isinstance(config, config_class):  # loaded through the file beside the weights
@@ -255,27 +224,24 @@ def _check_widths(dense: Sequence[LayerWidths], widths: Sequence[LayerWidths]) -
                 )
 
 
-def _stock_config(base_family: str, fields: Mapping[str, Any], widths: LayerWidths) -> PreTrainedConfig | None:
+def _stock_config(family: Family, fields: Mapping[str, Any], widths: LayerWidths) -> PreTrainedConfig | None:
     """Makes the stock config for one size in all layers, or None where no stock class holds it."""
     from transformers import AutoConfig
 
-    model_type = base_family
-    values = dict(fields)
-    if base_family == "llama" and values["hidden_size"] % widths.num_attention_heads:
-        if values.get("attention_bias") or values.get("mlp_bias"):
-            return None
-        # LlamaConfig refuses such head counts since transformers 5.4. Mistral without a sliding window has the same
-        # tensors and computes the same function.
-        model_type = "mistral"
-        values = {key: value for key, value in values.items() if key not in _LLAMA_ONLY}
-        values["sliding_window"] = None
-    values["num_attention_heads"] = widths.num_attention_heads
-    values["num_key_value_heads"] = widths.num_key_value_heads
-    values["intermediate_size"] = widths.intermediate_size
-    return AutoConfig.for_model(model_type, **values)
+    for stock in family.stock:
+        if stock.heads_divide_hidden and fields["hidden_size"] % widths.num_attention_heads:
+            continue
+        if any(fields.get(name) for name in stock.unless):
+            continue
+        values = {key: value for key, value in fields.items() if key not in stock.without} | dict(stock.fields)
+        values["num_attention_heads"] = widths.num_attention_heads
+        values["num_key_value_heads"] = widths.num_key_value_heads
+        values["intermediate_size"] = widths.intermediate_size
+        return AutoConfig.for_model(stock.model_type, **values)
+    return None
 
 
-def _per_layer_config(base_family: str, fields: Mapping[str, Any], widths: Sequence[LayerWidths]) -> PreTrainedConfig:
+def _per_layer_config(family: Family, fields: Mapping[str, Any], widths: Sequence[LayerWidths]) -> PreTrainedConfig:
     """Makes the per-layer config; its global widths stay those of the base model."""
     from atp.model import modeling_atp
 
@@ -295,4 +261,4 @@ def _per_layer_config(base_family: str, fields: Mapping[str, Any], widths: Seque
         if skip := [name for name, present in absent if not present]:
             overrides["skip"] = skip
         per_layer[index] = overrides
-    return modeling_atp.CONFIG_CLASSES[PER_LAYER_PREFIX + base_family](**{**fields, "per_layer_config": per_layer})
+    return modeling_atp.CONFIG_CLASSES[family.per_layer_type](**{**fields, "per_layer_config": per_layer})

@@ -37,13 +37,13 @@ from atp.export.verify.verification import as_plain
 from atp.masks.adapter import Adapter, extract_adapter
 from atp.masks.gates import fold
 from atp.masks.merging import base_tensors, merge_in_place, merged_tensors
-from atp.model.widths import is_stock
+from atp.model.families import is_stock
+from atp.model.layers import block_parameters
 from atp.run import parts
 from atp.run.assessment import PROMPTS_COUNTED, Assessor
 from atp.run.directory import RunDirectory, saved_overrides
 from atp.run.preparation import Preparation, read_cut, to_device, write_cut
 from atp.run.trained import load_trained, write_masks
-from atp.space.space import block_parameters
 from atp.train.aware import AwareModule
 from atp.train.checkpoints import RunCheckpoint
 from atp.train.joint import PruningModule

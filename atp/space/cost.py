@@ -13,7 +13,7 @@ import statistics
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 
 from atp.atomic import write_json
 from atp.errors import UserError
+from atp.model.families import family_of
+from atp.model.layers import decoder_layers, layer_parts
 from atp.space.units import PARAMETERS, CostModel
 
 log = logging.getLogger(__name__)
@@ -93,15 +95,15 @@ def measured_latency(model: PreTrainedModel, context: int) -> CostModel:
     Projections and attention are timed at the dense and at half their widths; the slope between the two is what a kept
     entry costs, which leaves out the overhead of launching an operation that no width changes.
     """
-    layer = next((x for x in model.get_submodule("model.layers").children() if _has_both(x)), None)
-    if layer is None:
+    family = family_of(model.config)
+    layers = (layer_parts(family, layer) for layer in decoder_layers(model).values())
+    parts = next((parts for parts in layers if {"output", "down"} <= set(parts.roles)), None)
+    if parts is None:
         raise UserError("prune.budget_of is latency, but no layer of this model has both attention and FFN")
-    like: Any = layer
-    down: nn.Linear = like.mlp.down_proj
-    output: nn.Linear = like.self_attn.o_proj
+    down, output = cast(nn.Linear, parts.linear("down")), cast(nn.Linear, parts.linear("output"))
     attention = _slope_ms(output.in_features, lambda n: _linear(output, n)) / output.out_features
     ffn = _slope_ms(down.in_features, lambda n: _linear(down, n)) / down.out_features
-    head_dim = int(like.self_attn.head_dim)
+    head_dim = parts.head_dim
     heads = output.in_features // head_dim
 
     def attend(kept: int) -> Any:
@@ -119,11 +121,6 @@ def measured_latency(model: PreTrainedModel, context: int) -> CostModel:
         context,
     )
     return cost
-
-
-def _has_both(layer: nn.Module) -> bool:
-    names = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    return {"self_attn.o_proj", "mlp.down_proj"} <= names
 
 
 def _linear(like: nn.Linear, width: int) -> Any:

@@ -1,7 +1,7 @@
 """A decoder layer in the words of units: which axes it has, and which rows and columns of its weights they own.
 
-Between a Hugging Face model and the pruning space that is made of these parts. It reads module names and shapes and
-knows nothing of masks, costs or scores.
+Between the model room, which reads a layer by roles, and the pruning space that is made of these parts. It knows no
+module name by heart, and nothing of masks, costs or scores.
 
 Shape suffixes as in :mod:`atp.space.space`.
 """
@@ -9,14 +9,17 @@ Shape suffixes as in :mod:`atp.space.space`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 
+from atp.errors import UserError
+from atp.model.families import family_of
+from atp.model.layers import LayerParts, layer_parts
 from atp.space.units import WHOLE_MODEL, Axis, Factor, LayerSpace, Side, Site, Weight
 
-OUTPUTS = {"heads": "self_attn.o_proj", "channels": "mlp.down_proj"}
-"""Output projection of the block that each kind makes up."""
+OUTPUTS = {"heads": "output", "channels": "down"}
+"""Role of the output projection of the block that each kind makes up."""
 
 
 class Description:
@@ -35,7 +38,8 @@ class Description:
         self.sites: list[Site] = []
         self.others: dict[str, tuple[Side, Side]] = {}
         self._offset = 0
-        self.width = cast(nn.Embedding, model.get_submodule("model.embed_tokens")).embedding_dim
+        self.family = family_of(getattr(model, "config", None))
+        self.width = cast(nn.Embedding, model.get_submodule(self.family.embeddings)).embedding_dim
         self.hidden: Axis | None = None
         self.stream = Side(self.width)
         if "hidden" in kinds:
@@ -43,37 +47,39 @@ class Description:
 
     def _add_stream(self, model: nn.Module) -> None:
         """The axis of the residual stream, which embeddings, norms and the output head share."""
+        if self.family.multipliers:
+            raise UserError(
+                f"prune.space holds 'hidden', but {self.family.model_type} scales the residual stream by "
+                f"{', '.join(self.family.multipliers)}, which depend on its width; take 'hidden' out"
+            )
         self.hidden = self._axis(WHOLE_MODEL, "hidden", self.width)
         self.stream = Side(self.width, (Factor(self.hidden),))
-        self.sites.append(Site("model.embed_tokens", self.stream, "output"))
+        self.sites.append(Site(self.family.embeddings, self.stream, "output"))
+        embeddings, final_norm, head = self.family.embedding_tensors
+        norms = tuple(f".{norm.module}.weight" for norm in self.family.norms if norm.over == "stream")
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if name in (embeddings, head):
                 self.others[name] = (Side(parameter.shape[0]), self.stream)
-            elif name == "model.norm.weight" or name.endswith("layernorm.weight"):
+            elif name == final_norm or name.endswith(norms):
                 self.others[name] = (self.stream, Side(1))
 
     def add_layer(self, index: int, prefix: str, layer: nn.Module, *, prunable: bool = True) -> None:
         """Describe a decoder layer; one that is not prunable has weights and no axes."""
-        linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        described = self._describe(index, prefix, layer, linears, self.kinds if prunable else ())
+        parts = layer_parts(self.family, layer)
+        described = self._describe(index, prefix, parts, self.kinds if prunable else ())
         self.layers.append(described)
-        self._add_weights(described, linears)
+        self._add_weights(described, parts.linears)
         if "qk_pairs" in described.axes or (self.hidden and described.num_heads):
             per_head = Side(described.head_dim, _tiled(described, "qk_pairs", 2))
-            for name in ("q_norm", "k_norm"):
-                if f"self_attn.{name}" in dict(layer.named_modules()):
-                    self.others[f"{prefix}.self_attn.{name}.weight"] = (per_head, Side(1))
+            for module in parts.norms.values():
+                self.others[f"{prefix}.{module}.weight"] = (per_head, Side(1))
 
-    def _describe(
-        self, index: int, prefix: str, layer: nn.Module, linears: Mapping[str, nn.Linear], kinds: tuple[str, ...]
-    ) -> LayerSpace:
-        q_proj, k_proj, down_proj = (linears.get(n) for n in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"))
-        attention: Any = layer.get_submodule("self_attn")
-        head_dim = cast(int, attention.head_dim) if q_proj is not None else 0
-        num_heads = q_proj.out_features // head_dim if q_proj is not None else 0
-        num_kv_heads = k_proj.out_features // head_dim if k_proj is not None else 0
-        value_dim = int(getattr(attention, "value_dim", head_dim))
-        ffn_width = down_proj.in_features if down_proj is not None else 0
+    def _describe(self, index: int, prefix: str, parts: LayerParts, kinds: tuple[str, ...]) -> LayerSpace:
+        query, key, down = (parts.linear(role) for role in ("query", "key", "down"))
+        head_dim, value_dim = parts.head_dim, parts.value_dim
+        num_heads = query.out_features // head_dim if query is not None else 0
+        num_kv_heads = key.out_features // head_dim if key is not None else 0
+        ffn_width = down.in_features if down is not None else 0
         sizes = {
             "heads": num_kv_heads,
             "query_heads": num_heads if num_heads > num_kv_heads else 0,
@@ -84,6 +90,7 @@ class Description:
         axes = {kind: self._axis(index, kind, size) for kind, size in sizes.items() if size and kind in kinds}
         if self.hidden:
             axes["hidden"] = self.hidden
+        biased = frozenset(role for role, name in parts.roles.items() if parts.linears[name].bias is not None)
         return LayerSpace(
             prefix,
             num_heads,
@@ -92,11 +99,17 @@ class Description:
             value_dim if num_heads else 0,
             ffn_width,
             self.width,
-            rotary_dim=int(getattr(attention, "rotary_dim", head_dim)),
-            rotary_pairs=tuple(getattr(attention, "rotary_pairs", None) or range(head_dim // 2)),
+            rotary_dim=parts.rotary_dim,
+            rotary_pairs=parts.rotary_pairs,
             axes=axes,
-            biased=frozenset(name.rpartition(".")[2] for name, linear in linears.items() if linear.bias is not None),
-            output_bias=tuple(k for k, name in OUTPUTS.items() if name in linears and linears[name].bias is not None),
+            biased=biased,
+            output_bias=tuple(kind for kind, role in OUTPUTS.items() if role in biased),
+            modules={role: f"{prefix}.{name}" for role, name in parts.roles.items()},
+            norms={over: f"{prefix}.{name}" for over, name in parts.norms.items()},
+            blocks={
+                kind: tuple(f"{prefix}.{name}" for name in self.family.block_modules(block))
+                for kind, block in (("heads", "attention"), ("channels", "mlp"))
+            },
         )
 
     def _axis(self, layer: int, kind: str, size: int) -> Axis:
@@ -113,27 +126,29 @@ class Description:
         outputs = Side(layer.num_heads * layer.value_dim, _head_factors(layer, "value_dims", shared=False))
         channels = Side(layer.ffn_width, (Factor(layer.axes["channels"]),) if "channels" in layer.axes else ())
         sides = {
-            "self_attn.q_proj": (queries, self.stream),
-            "self_attn.k_proj": (keys, self.stream),
-            "self_attn.v_proj": (values, self.stream),
-            "self_attn.o_proj": (self.stream, outputs),
-            "mlp.gate_proj": (channels, self.stream),
-            "mlp.up_proj": (channels, self.stream),
-            "mlp.down_proj": (self.stream, channels),
+            "query": (queries, self.stream),
+            "key": (keys, self.stream),
+            "value": (values, self.stream),
+            "output": (self.stream, outputs),
+            "gate": (channels, self.stream),
+            "up": (channels, self.stream),
+            "down": (self.stream, channels),
         }
+        roles = {module: role for role, module in layer.modules.items()}
         for name, linear in linears.items():
-            rows, columns = sides.get(name, (Side(linear.out_features), Side(linear.in_features)))
             module = f"{layer.prefix}.{name}"
-            self.weights.append(Weight(module, rows, columns, linear.bias is not None))
-            if name in OUTPUTS.values():
+            role = roles.get(module, "")
+            rows, columns = sides.get(role, (Side(linear.out_features), Side(linear.in_features)))
+            self.weights.append(Weight(module, rows, columns, linear.bias is not None, role))
+            if role in OUTPUTS.values():
                 if columns.factors:  # attention is linear in the values, so that their mask may act on them
-                    by_value = name == "self_attn.o_proj" and "query_heads" not in layer.axes
-                    source = (f"{layer.prefix}.self_attn.v_proj", values) if by_value else None
+                    by_value = role == "output" and "query_heads" not in layer.axes
+                    source = (layer.modules["value"], values) if by_value else None
                     self.sites.append(Site(module, columns, source=source))
                 if self.hidden:
                     self.sites.append(Site(module, self.stream, "output"))
-            elif name in ("self_attn.q_proj", "self_attn.k_proj") and "qk_pairs" in layer.axes:
-                tile = 2 * (layer.num_heads if name.endswith("q_proj") else layer.num_kv_heads)
+            elif role in ("query", "key") and "qk_pairs" in layer.axes:
+                tile = 2 * (layer.num_heads if role == "query" else layer.num_kv_heads)
                 self.sites.append(Site(module, Side(linear.out_features, _tiled(layer, "qk_pairs", tile)), "output"))
 
 

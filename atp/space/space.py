@@ -10,13 +10,14 @@ Shape suffixes: U units, D hidden, N query heads, K KV heads, H head dim, F FFN 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from atp.errors import UserError
-from atp.space.describe import OUTPUTS, Description
+from atp.model.families import ATTENTION_ROLES, Family, family_of
+from atp.model.layers import decoder_layers, set_group_size
+from atp.space.describe import Description
 from atp.space.units import (
     KINDS,
     PARAMETERS,
@@ -31,7 +32,6 @@ from atp.space.units import (
 )
 
 __all__ = [
-    "FAMILIES",
     "KINDS",
     "Axis",
     "Factor",
@@ -41,12 +41,7 @@ __all__ = [
     "Side",
     "Site",
     "Weight",
-    "block_parameters",
 ]
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Base ``model_type`` values whose decoder layers this file can describe; each also in its per-layer form
-``atp_<family>``."""
 
 
 class PruningSpace:
@@ -58,6 +53,7 @@ class PruningSpace:
         weights: Every prunable linear weight of the decoder blocks.
         sites: Where masks act in the forward pass.
         others: Sides of further tensors that shrink with units but are in no budget (norms, embeddings), by name.
+        family: The model's row in the table of families.
 
     Attributes:
         cost: What the budget counts; parameters unless set otherwise.
@@ -71,13 +67,15 @@ class PruningSpace:
         axes: Sequence[Axis],
         weights: Sequence[Weight],
         sites: Sequence[Site],
-        others: Mapping[str, tuple[Side, Side]] | None = None,
+        others: Mapping[str, tuple[Side, Side]],
+        family: Family,
     ) -> None:
         self.layers = tuple(layers)
         self.axes = tuple(axes)
         self.weights = tuple(weights)
         self.sites = tuple(sites)
-        self.others = dict(others or {})
+        self.others = dict(others)
+        self.family = family
         self.cost: CostModel = PARAMETERS
         self.num_units = sum(axis.size for axis in self.axes)
         self.total_parameters = sum(w.rows.size * w.columns.size + w.has_bias * w.rows.size for w in self.weights)
@@ -90,7 +88,7 @@ class PruningSpace:
         """Describe a Hugging Face causal LM, dense or already pruned.
 
         Args:
-            model: A model of one of :data:`FAMILIES`, not yet wrapped by PEFT.
+            model: A model of a family of :data:`atp.model.families.FAMILIES`, not yet wrapped by PEFT.
             kinds: Unit kinds to prune. ``query_heads`` needs grouped-query attention: every group keeps the same
                 number.
             protect: Layers of which nothing is pruned; negative indices count from the end.
@@ -98,25 +96,23 @@ class PruningSpace:
         Raises:
             ValueError: Unknown family or kind, a protected layer that is not there, or no unit to prune.
         """
-        model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-        if model_type.removeprefix("atp_") not in FAMILIES:
-            raise UserError(
-                f"model_type is {model_type!r}, which has no pruning space; supported: {', '.join(FAMILIES)}"
-            )
+        family = family_of(getattr(model, "config", None))
         wanted = tuple(kinds)
         for kind in wanted:
             if kind not in KINDS:
                 raise UserError(f"prune.space holds {kind!r}; known kinds: {', '.join(KINDS)}")
         if hasattr(model, "peft_config"):
             raise UserError("the model is wrapped by PEFT already; describe its space before adding adapters")
-        layers = list(model.get_submodule("model.layers").children())
+        layers = decoder_layers(model)
         protected = _protected(protect, len(layers))
         builder = Description(wanted, model)
-        for index, layer in enumerate(layers):
-            builder.add_layer(index, f"model.layers.{index}", layer, prunable=index not in protected)
-        space = cls(builder.layers, builder.axes, builder.weights, builder.sites, builder.others)
+        for index, (name, layer) in enumerate(layers.items()):
+            builder.add_layer(index, name, layer, prunable=index not in protected)
+        space = cls(builder.layers, builder.axes, builder.weights, builder.sites, builder.others, family)
         if not space.num_units:
-            raise UserError(f"prune.space is {list(wanted)}, which gives this {model_type} model no unit to prune")
+            raise UserError(
+                f"prune.space is {list(wanted)}, which gives this {family.model_type} model no unit to prune"
+            )
         return space
 
     def split(self, flat_U: Tensor) -> dict[str, Tensor]:
@@ -152,12 +148,11 @@ class PruningSpace:
         total = flat_U.new_zeros(())
         for weight in self.weights:
             rows, columns = count(weight.rows), count(weight.columns)
-            per_entry = cost.attention if ".self_attn." in weight.module else cost.ffn
+            per_entry = cost.attention if weight.role in ATTENTION_ROLES else cost.ffn
             total = total + per_entry * (rows * columns) + (cost.bias * rows if weight.has_bias else 0)
-            name = weight.module.rpartition(".")[2]
-            if cost.scores and name in ("q_proj", "o_proj"):
-                total = total + cost.scores * (rows if name == "q_proj" else columns)
-            if cost.cache and name in ("k_proj", "v_proj"):
+            if cost.scores and weight.role in ("query", "output"):
+                total = total + cost.scores * (rows if weight.role == "query" else columns)
+            if cost.cache and weight.role in ("key", "value"):
                 total = total + cost.cache * rows
         return total
 
@@ -230,8 +225,8 @@ class PruningSpace:
     def gated_blocks(self) -> dict[str, Side | None]:
         """Names of the FFN blocks, and the side of their channels where those are pruned."""
         masked = {site.module: site.side for site in self.sites if site.on == "input"}
-        names = [layer.prefix for layer in self.layers if layer.ffn_width]
-        return {f"{name}.mlp": masked.get(f"{name}.{OUTPUTS['channels']}") for name in names}
+        layers = [layer for layer in self.layers if layer.ffn_width]
+        return {layer.blocks["channels"][0]: masked.get(layer.modules["down"]) for layer in layers}
 
     def refit_groups(self, module_named: Callable[[str], nn.Module], live: Mapping[str, Tensor]) -> None:
         """Tell attention modules how many query heads per KV head are left after their weights were cut.
@@ -246,8 +241,7 @@ class PruningSpace:
                 continue
             queries_KG = live[axis.name].view(layer.num_kv_heads, layer.group_size)
             left = queries_KG[live[layer.axes["heads"].name] > 0] if "heads" in layer.axes else queries_KG
-            attention: Any = module_named(f"{layer.prefix}.self_attn")
-            attention.num_key_value_groups = int(left.sum(1).max())
+            set_group_size(module_named(layer.blocks["heads"][0]), int(left.sum(1).max()))
 
     def norm_scales(self, masks: Mapping[str, Tensor]) -> tuple[dict[str, float], float]:
         """What keeps RMSNorms the same function once dimensions with mask zero are gone.
@@ -262,26 +256,19 @@ class PruningSpace:
         factors: dict[str, float] = {}
         hidden = self.hidden
         ratio = hidden.size / float(masks[hidden.name].sum()) if hidden else 1.0
-        for name, (rows, _) in self.others.items():
-            if "norm" in name and any(f.axis.kind == "hidden" for f in rows.factors):
+        for name, (rows, columns) in self.others.items():
+            if columns.size == 1 and any(f.axis.kind == "hidden" for f in rows.factors):
                 factors[name] = ratio**0.5
         for layer in self.layers:
-            for short in ("q", "k"):
-                name = f"{layer.prefix}.self_attn.{short}_norm.weight"
-                if name not in self.others:
+            for role, norm in layer.norms.items():
+                if f"{norm}.weight" not in self.others:
                     continue
                 axis = layer.axes.get("qk_pairs")
                 own = axis.size / float(masks[axis.name].sum()) if axis else 1.0
-                factors[name] = own**0.5
+                factors[f"{norm}.weight"] = own**0.5
                 for tensor in ("weight", "bias"):
-                    factors[f"{layer.prefix}.self_attn.{short}_proj.{tensor}"] = (ratio / own) ** 0.5
+                    factors[f"{layer.modules[role]}.{tensor}"] = (ratio / own) ** 0.5
         return {name: factor for name, factor in factors.items() if factor != 1.0}, ratio
-
-
-def block_parameters(model: nn.Module) -> int:
-    """Parameters of the linears of a model's decoder blocks: the denominator of sparsity."""
-    layers = model.get_submodule("model.layers")
-    return sum(p.numel() for m in layers.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False))
 
 
 def _protected(protect: Iterable[int], num_layers: int) -> set[int]:

@@ -8,8 +8,8 @@ It knows no module name, no mask and no method.
   heads, or one dimension of the residual stream in all layers;
 * an :class:`Axis` is the set of like units of one layer (or of the whole model); all axes lie end to end in one flat
   vector of U units;
-* a :class:`Side` is one dimension of a weight matrix, as a product of axes (the rows of ``q_proj`` belong to KV heads,
-  query heads *and* rotary pairs);
+* a :class:`Side` is one dimension of a weight matrix, as a product of axes (the rows of the query projection belong to
+  KV heads, query heads *and* rotary pairs);
 * a :class:`Weight` has a row side and a column side, from which its remaining size and its kept indices follow;
 * a :class:`Site` is a place in the forward pass where multiplying by a side's mask has the effect of removing its
   units;
@@ -89,12 +89,21 @@ class Side:
 
 @dataclass(frozen=True)
 class Weight:
-    """A linear layer's weight [rows, columns] (and bias [rows]) with the sides that decide what is left of it."""
+    """A linear layer's weight [rows, columns] (and bias [rows]) with the sides that decide what is left of it.
+
+    Attributes:
+        module: Name of the linear.
+        rows: Side of its outputs.
+        columns: Side of its inputs.
+        has_bias: Whether it has a bias.
+        role: Which projection it is (:data:`atp.model.families.ROLES`); empty for any other linear.
+    """
 
     module: str
     rows: Side
     columns: Side
     has_bias: bool
+    role: str = ""
 
     def count(self, masks: Mapping[str, Tensor]) -> Tensor | int:
         """Kept (or expected) parameters, bias included."""
@@ -191,8 +200,11 @@ class LayerSpace:
         rotary_dim: Head dimension that rotary frequencies were made for; more than ``head_dim`` in a pruned model.
         rotary_pairs: Which of its pairs the layer has.
         axes: Axes by kind, that of the residual stream included.
-        biased: Names of the projections that carry a bias (``q_proj``).
+        biased: Roles of the projections that carry a bias.
         output_bias: Kinds whose output projection carries a bias, so that the block may not vanish as a whole.
+        modules: Module of each projection that the layer has, by role.
+        norms: Modules of the norms of queries and keys, by what they normalise.
+        blocks: Modules that go when a kind has no unit left, by kind; the block itself first.
     """
 
     prefix: str
@@ -207,6 +219,9 @@ class LayerSpace:
     axes: Mapping[str, Axis] = field(default_factory=dict)
     biased: frozenset[str] = frozenset()
     output_bias: tuple[str, ...] = ()
+    modules: Mapping[str, str] = field(default_factory=dict)
+    norms: Mapping[str, str] = field(default_factory=dict)
+    blocks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def group_size(self) -> int:
@@ -235,10 +250,9 @@ class LayerSpace:
         q_rows, k_rows = kept.heads * kept.queries * 2 * kept.pairs, kept.heads * 2 * kept.pairs
         v_rows, o_columns = kept.heads * kept.values, kept.heads * kept.queries * kept.values
         attention = kept.hidden * (q_rows + k_rows + v_rows + o_columns)
-        bias = q_rows * ("q_proj" in self.biased) + k_rows * ("k_proj" in self.biased)
-        bias += v_rows * ("v_proj" in self.biased)
-        bias += kept.hidden * (("o_proj" in self.biased) + ("down_proj" in self.biased))
-        bias += kept.channels * (("gate_proj" in self.biased) + ("up_proj" in self.biased))
+        rows = {"query": q_rows, "key": k_rows, "value": v_rows, "output": kept.hidden}
+        rows |= {"gate": kept.channels, "up": kept.channels, "down": kept.hidden}
+        bias = sum(rows[role] for role in self.biased)
         beside = model.scores * (q_rows + o_columns) + model.cache * (k_rows + v_rows)
         ffn = 3 * kept.hidden * kept.channels
         return model.attention * attention + model.ffn * ffn + model.bias * bias + beside
@@ -246,7 +260,4 @@ class LayerSpace:
     @property
     def absent_blocks(self) -> dict[str, tuple[str, ...]]:
         """Parameter name prefixes that go when a kind has no unit left, by kind."""
-        return {
-            "heads": (f"{self.prefix}.self_attn.", f"{self.prefix}.input_layernorm."),
-            "channels": (f"{self.prefix}.mlp.", f"{self.prefix}.post_attention_layernorm."),
-        }
+        return {kind: tuple(f"{module}." for module in modules) for kind, modules in self.blocks.items()}

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
 
 from atp.model import modeling_atp
-from atp.model.widths import LayerWidths, build_model, family, is_stock, layer_widths, pruned_config
+from atp.model.families import family_of, is_stock
+from atp.model.widths import LayerWidths, build_model, layer_widths, pruned_config
 
 LAYERS, HIDDEN, CHANNELS, VOCAB = 4, 32, 24, 61
 LLAMA3_ROPE = {
@@ -325,7 +326,7 @@ def test_one_size_for_all_layers_gives_a_stock_class_where_one_can_hold_it(case,
     config = pruned_config(case.config(), widths_of(case, SHAPES[shape]))
     assert config.model_type == model_type
     assert is_stock(config) == (not model_type.startswith("atp_"))
-    assert family(config) == model_type.removeprefix("atp_")
+    assert family_of(config).model_type == model_type.removeprefix("atp_")
     assert layer_widths(config) == widths_of(case, SHAPES[shape])
 
 

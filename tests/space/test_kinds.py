@@ -19,7 +19,8 @@ from atp.export.hf.loading import load_exported
 from atp.export.hf.writing import export_hf
 from atp.masks.lora import MaskedModel, add_lora
 from atp.masks.merging import merged_state
-from atp.space.space import PruningSpace, block_parameters
+from atp.model.layers import block_parameters
+from atp.space.space import PruningSpace
 from atp.space.units import KINDS, CostModel
 
 BATCH = tiny_batch()

@@ -162,7 +162,7 @@ def test_not_finite_scores_are_refused() -> None:
 def test_unknown_family_kind_and_empty_space() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    with pytest.raises(ValueError, match=r"'gpt2'.*supported: llama"):
+    with pytest.raises(ValueError, match=r"'gpt2'.*ATP prunes llama"):
         PruningSpace.from_model(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16)))
     with pytest.raises(ValueError, match="'neurons'; known kinds"):
         PruningSpace.from_model(_MODEL, ("neurons",))

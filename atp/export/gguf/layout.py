@@ -28,10 +28,11 @@ from transformers import PreTrainedConfig
 
 from atp.errors import UserError
 from atp.export.gguf.tensors import NEIGHBOURS, GgufTensor, layer_tensors
-from atp.model.widths import LayerWidths, family, layer_widths
+from atp.model.families import FAMILIES, family_of
+from atp.model.widths import LayerWidths, layer_widths
 
-UNIFORM = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-PER_LAYER = {"llama": "deci", "mistral": "deci", "qwen2": "deci", "qwen3": "openelm"}
+PER_LAYER = frozenset(family.gguf[1] for family in FAMILIES.values())
+"""llama.cpp's architectures whose layers may differ in width; the table of families names them."""
 FILLED_NOTE = (
     "llama.cpp has no architecture for Qwen3 with widths per layer and an untied head or scaled rotary frequencies; "
     "GGUF files hold it with zeros up to the widest layer. Prune with prune.shape=uniform for small ones"
@@ -67,20 +68,21 @@ def gguf_architecture(config: PreTrainedConfig, *, uniform: bool) -> str:
         uniform: Whether all layers have the same widths, and every layer both blocks.
 
     Returns:
-        Its name; one of :data:`UNIFORM` for widths per layer means that :func:`gguf_layout` fills up all layers with
-        zeros to one size, as no other architecture computes the model.
+        Its name; one not in :data:`PER_LAYER` for widths per layer means that :func:`gguf_layout` fills up all layers
+        with zeros to one size, as no other architecture computes the model.
 
     Raises:
         ValueError: No architecture of llama.cpp computes this model; the message says what would.
     """
-    name = family(config)
-    if getattr(config, "hidden_act", "silu") != "silu":
-        raise UserError(f"GGUF: hidden_act={config.hidden_act!r} has no llama.cpp architecture here; only silu has")
-    if name == "qwen3" and getattr(config, "attention_bias", False):
+    family = family_of(config)
+    whole, per_layer = family.gguf
+    activation = getattr(config, "hidden_act", "silu")
+    if activation not in family.activations:
+        raise UserError(f"GGUF: hidden_act={activation!r} has no llama.cpp architecture here; only silu has")
+    if whole == "qwen3" and family.has_bias(config, "output"):
         raise UserError("GGUF: llama.cpp's Qwen3 has no bias in its output projection; export without attention_bias")
-    if name == "qwen3" and not uniform and not _fits_openelm(config):
-        return UNIFORM[name]
-    return (UNIFORM if uniform else PER_LAYER)[name]
+    fits = per_layer != "openelm" or _fits_openelm(config)
+    return per_layer if fits and not uniform else whole
 
 
 def check_layout(config: PreTrainedConfig, *, uniform: bool, axes: Sequence[str] = ()) -> str:
@@ -145,7 +147,7 @@ def gguf_layout(config: PreTrainedConfig, *, block: int = 1) -> GgufLayout:
     notes += window_notes
     if any(layer.is_slim for layer in widths):
         notes += ("dimensions removed inside heads are zeros in this file, as llama.cpp knows one head size",)
-    counts = _counts(written, as_lists=architecture in PER_LAYER.values())
+    counts = _counts(written, as_lists=architecture in PER_LAYER)
     fields = {
         "vocab_size": config.vocab_size,
         "context_length": context,
@@ -169,12 +171,13 @@ def gguf_layout(config: PreTrainedConfig, *, block: int = 1) -> GgufLayout:
 def _outer_tensors(config: PreTrainedConfig) -> list[GgufTensor]:
     """Tensors outside the layers."""
     table = (config.vocab_size, config.hidden_size)
+    embeddings, final_norm, head = family_of(config).embedding_tensors
     tensors = [
-        GgufTensor("token_embd.weight", table, ("model.embed_tokens.weight",)),
-        GgufTensor("output_norm.weight", table[1:], ("model.norm.weight",)),
+        GgufTensor("token_embd.weight", table, (embeddings,)),
+        GgufTensor("output_norm.weight", table[1:], (final_norm,)),
     ]
     if not config.tie_word_embeddings:
-        tensors.append(GgufTensor("output.weight", table, ("lm_head.weight",)))
+        tensors.append(GgufTensor("output.weight", table, (head,)))
     return tensors
 
 
@@ -197,7 +200,7 @@ def _written(
     """The widths of the file's layers, and what to say of them."""
     filled = [_with_blocks(layer, index, architecture, head_dim) for index, layer in enumerate(widths)]
     notes: tuple[str, ...] = ()
-    if architecture not in PER_LAYER.values() and len(set(filled)) > 1:
+    if architecture not in PER_LAYER and len(set(filled)) > 1:
         kv_heads = max(layer.num_key_value_heads for layer in filled)
         group = max(layer.num_attention_heads // layer.num_key_value_heads for layer in filled)
         channels = max(layer.intermediate_size for layer in filled)
@@ -268,7 +271,7 @@ def _rotary(config: PreTrainedConfig, architecture: str, head_dim: int) -> tuple
 def _context(config: PreTrainedConfig) -> tuple[int, tuple[str, ...]]:
     """Longest context that llama.cpp computes as transformers does; these architectures know no sliding window."""
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    windowed |= family(config) == "mistral" and getattr(config, "sliding_window", None) is not None
+    windowed |= family_of(config).slides_everywhere(config)
     window = config.sliding_window if windowed else _LONGEST_EXACT_CONTEXT
     if window >= config.max_position_embeddings:
         return int(config.max_position_embeddings), ()

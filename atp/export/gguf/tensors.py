@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from atp.model.widths import LayerWidths, family
+from atp.model.families import ATTENTION_ROLES, Family, family_of
+from atp.model.widths import LayerWidths
 
 NEIGHBOURS = ("llama", "deci")
 """Architectures that rotate neighbouring dimensions."""
@@ -90,83 +91,88 @@ def _halves_to_neighbours(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return paired.transpose(1, 2).reshape(rows.shape)
 
 
-_BLOCKS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+_NAMES = {
+    "query": "attn_q",
+    "key": "attn_k",
+    "value": "attn_v",
+    "output": "attn_output",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
 }
+_ROTATED = ("query", "key")
+_FUSED = ("query", "key", "value")
 
 
 def layer_tensors(
     config: PreTrainedConfig, architecture: str, index: int, kept: LayerWidths, written: LayerWidths
 ) -> list[GgufTensor]:
     """Tensors of one layer; those of a block that is written but absent are zero, its norms one."""
+    family = family_of(config)
+    layer = f"{family.layers}.{index}"
     queries, keys = (count * written.head_dim for count in (written.num_attention_heads, written.num_key_value_heads))
     channels, hidden = written.intermediate_size, config.hidden_size
     shapes = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (channels, hidden),
-        "mlp.up_proj": (channels, hidden),
-        "mlp.down_proj": (hidden, channels),
+        "query": (queries, hidden),
+        "key": (keys, hidden),
+        "value": (keys, hidden),
+        "output": (hidden, queries),
+        "gate": (channels, hidden),
+        "up": (channels, hidden),
+        "down": (hidden, channels),
     }
-    tensors = _norms(config, index, kept, written)
+    tensors = _norms(config, family, index, kept, written)
     if architecture == "openelm":
-        fused = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        sources = tuple(f"model.layers.{index}.{module}.weight" for module in fused) if kept.has_attention else ()
-        spread = _spread(kept, *fused) if sources else {}
+        sources = tuple(f"{layer}.{family.linears[role]}.weight" for role in _FUSED) if kept.has_attention else ()
+        spread = _spread(kept, *_FUSED) if sources else {}
         tensors.append(GgufTensor(f"blk.{index}.attn_qkv.weight", (queries + 2 * keys, hidden), sources, **spread))
-        shapes = {module: shape for module, shape in shapes.items() if module not in fused}
-    permuted = {"self_attn.q_proj": written.num_attention_heads, "self_attn.k_proj": written.num_key_value_heads}
-    for module, shape in shapes.items():
+        shapes = {role: shape for role, shape in shapes.items() if role not in _FUSED}
+    permuted = {"query": written.num_attention_heads, "key": written.num_key_value_heads}
+    halves_become_neighbours = architecture in NEIGHBOURS and family.rotary == "halves"
+    for role, shape in shapes.items():
         if 0 in shape:
             continue
-        heads = permuted.get(module, 0) if architecture in NEIGHBOURS else 0
-        present = kept.has_attention if module.startswith("self_attn") else kept.has_mlp
-        name, source = f"blk.{index}.{_BLOCKS[module]}", f"model.layers.{index}.{module}"
+        heads = permuted.get(role, 0) if halves_become_neighbours else 0
+        present = kept.has_attention if role in ATTENTION_ROLES else kept.has_mlp
+        name, source = f"blk.{index}.{_NAMES[role]}", f"{layer}.{family.linears[role]}"
         sources = (f"{source}.weight",) if present else ()
-        places = _places(kept, written, module) if present else {}
+        places = _places(kept, written, role) if present else {}
         tensors.append(GgufTensor(f"{name}.weight", shape, sources, heads, **places))
-        if present and _has_bias(config, module):
+        if present and family.has_bias(config, role):
             places = {} if places.get("axis") == 1 else places  # these rows are the residual stream
             tensors.append(GgufTensor(f"{name}.bias", shape[:1], (f"{source}.bias",), heads, **places))
     return tensors
 
 
-def _norms(config: PreTrainedConfig, index: int, kept: LayerWidths, written: LayerWidths) -> list[GgufTensor]:
+def _norms(
+    config: PreTrainedConfig, family: Family, index: int, kept: LayerWidths, written: LayerWidths
+) -> list[GgufTensor]:
     """The norms of the blocks that are written."""
-
-    def norm(name: str, source: str, size: int, present: bool) -> GgufTensor:
-        sources = (f"model.layers.{index}.{source}.weight",) if present else ()
-        return GgufTensor(f"blk.{index}.{name}.weight", (size,), sources, filling=(1.0,))
-
+    names = {"query": "attn_q_norm", "key": "attn_k_norm"}
     tensors = []
-    if written.has_attention:
-        tensors.append(norm("attn_norm", "input_layernorm", config.hidden_size, kept.has_attention))
-    if written.has_attention and family(config) == "qwen3":
-        tensors += [
-            norm(f"attn_{part}_norm", f"self_attn.{part}_norm", written.head_dim, kept.has_attention) for part in "qk"
-        ]
-    return [*tensors, norm("ffn_norm", "post_attention_layernorm", config.hidden_size, kept.has_mlp)]
+    for norm in family.norms:
+        is_attention = norm.block == "attention"
+        if is_attention and not written.has_attention:
+            continue
+        name = names.get(norm.over, "attn_norm" if is_attention else "ffn_norm")
+        size = config.hidden_size if norm.over == "stream" else written.head_dim
+        present = kept.has_attention if is_attention else kept.has_mlp
+        sources = (f"{family.layers}.{index}.{norm.module}.weight",) if present else ()
+        tensors.append(GgufTensor(f"blk.{index}.{name}.weight", (size,), sources, filling=(1.0,)))
+    return tensors
 
 
-def _places(kept: LayerWidths, written: LayerWidths, module: str) -> dict[str, Any]:
+def _places(kept: LayerWidths, written: LayerWidths, role: str) -> dict[str, Any]:
     """Where the units of a projection stand in the file's, if it has more of them, or whole heads for slim ones."""
-    axis = int(module.endswith(("o_proj", "down_proj")))
-    if module.startswith("mlp"):
+    axis = int(role in ("output", "down"))
+    if role not in ATTENTION_ROLES:
         have: tuple[int, ...] = (kept.intermediate_size,)
         want: tuple[int, ...] = (written.intermediate_size,)
         places: dict[str, Any] = {}
     else:
-        grouped = module.endswith(("q_proj", "o_proj"))
+        grouped = role in ("query", "output")
         have, want = _head_grid(kept, grouped, written.head_dim), _head_grid(written, grouped, written.head_dim)
-        places = _spread(kept, module)
+        places = _spread(kept, role)
     return {**places, "axis": axis, "grid": None if have == want else (have, want)}
 
 
@@ -176,7 +182,7 @@ def _head_grid(widths: LayerWidths, grouped: bool, head_dim: int) -> tuple[int, 
     return widths.num_key_value_heads, per_group, head_dim
 
 
-def _spread(kept: LayerWidths, *modules: str) -> dict[str, Any]:
+def _spread(kept: LayerWidths, *roles: str) -> dict[str, Any]:
     """Where the dimensions of slim heads go in whole ones, for the weights of an attention block."""
     if not kept.is_slim:
         return {}
@@ -184,11 +190,5 @@ def _spread(kept: LayerWidths, *modules: str) -> dict[str, Any]:
     pairs = kept.rotary_pairs or tuple(range(half))
     rotary = (*pairs, *(pair + half for pair in pairs))
     values = tuple(range(kept.value_dim or kept.head_dim))
-    positions = tuple(rotary if module.endswith(("q_proj", "k_proj")) else values for module in modules)
+    positions = tuple(rotary if role in _ROTATED else values for role in roles)
     return {"kept": positions, "head_dim": kept.head_dim}
-
-
-def _has_bias(config: PreTrainedConfig, module: str) -> bool:
-    if family(config) == "qwen2":
-        return module in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    return bool(getattr(config, "attention_bias" if module.startswith("self_attn") else "mlp_bias", False))

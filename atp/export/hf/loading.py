@@ -21,7 +21,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from atp.errors import UserError
 from atp.masks.adapter import ADAPTER_FOLDER, Adapter, read_adapter
 from atp.model import modeling_atp
-from atp.model.widths import build_model, family
+from atp.model.families import family_of
+from atp.model.widths import build_model
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -57,7 +58,7 @@ class StoredModel:
                     found[name] = tuple(stored.get_slice(name).get_shape())
                     self._files[name] = file
         if self.config.tie_word_embeddings:
-            found.pop("lm_head.weight", None)
+            found.pop(_head(self.config), None)
         if problems := differences(self.shapes, found):
             raise UserError(f"the weights in {self.directory} do not fit its config.json: {problems}")
         folder = self.directory / ADAPTER_FOLDER
@@ -133,8 +134,12 @@ def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     model = build_model(config, dtype=torch.float32, device="meta")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight")
+        shapes.pop(_head(config))
     return shapes
+
+
+def _head(config: PreTrainedConfig) -> str:
+    return f"{family_of(config).head}.weight"
 
 
 def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
@@ -165,7 +170,7 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"{directory / 'config.json'} cannot be read: {error}") from error
-    family(config)
+    family_of(config)
     return config
 
 

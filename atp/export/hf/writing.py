@@ -34,7 +34,8 @@ from atp.export.hf.loading import INDEX_FILE, differences, expected_shapes
 from atp.loading_lines import load_lines
 from atp.masks.adapter import ADAPTER_FOLDER, Adapter
 from atp.model import modeling_atp
-from atp.model.widths import family, is_stock, layer_widths
+from atp.model.families import family_of, is_stock
+from atp.model.widths import layer_widths
 
 logger = logging.getLogger(__name__)
 
@@ -163,18 +164,18 @@ def check_target(target: Path, overwrite: bool, marker: str = "config.json") -> 
 
 def _checked_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The tensors to store, once they are known to be what the model's config describes."""
-    family(model.config)
+    family = family_of(model.config)
     tensors = dict(model.state_dict())
     if any(".lora_" in name or ".base_layer." in name for name in tensors):
         raise UserError("the model still carries LoRA adapters; merge them first (merge_and_unload)")
     if any(tensor.is_meta for tensor in tensors.values()):
         raise UserError("the model has tensors without data (meta device); load its weights first")
     if model.config.tie_word_embeddings:
-        embeddings, head = tensors["model.embed_tokens.weight"], tensors.pop("lm_head.weight")
+        embeddings, head = tensors[f"{family.embeddings}.weight"], tensors.pop(f"{family.head}.weight")
         if head.data_ptr() != embeddings.data_ptr() and not torch.equal(head, embeddings):
             raise UserError(
-                "config.tie_word_embeddings is set, but lm_head and the embeddings differ, and only one would be "
-                "stored; set config.tie_word_embeddings=False to keep both"
+                "config.tie_word_embeddings is set, but the output head and the embeddings differ, and only one would "
+                "be stored; set config.tie_word_embeddings=False to keep both"
             )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if problems := differences(expected_shapes(model.config), shapes):

@@ -18,7 +18,7 @@ from atp.config.schema import ModelConfig
 from atp.errors import UserError
 from atp.masks.adapter import has_adapter, merge_beside
 from atp.model import modeling_atp
-from atp.model.widths import family
+from atp.model.families import family_of
 from atp.run.parts.quantization import bitsandbytes_settings
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.dev
         settings = bitsandbytes_settings(config, DTYPES[config.dtype])
         packed = {"quantization_config": settings, "device_map": {"": device}}
     try:
-        family(AutoConfig.from_pretrained(source, revision=config.revision))
+        family_of(AutoConfig.from_pretrained(source, revision=config.revision))
         model = AutoModelForCausalLM.from_pretrained(
             source,
             revision=config.revision,

@@ -1,0 +1,213 @@
+"""The table of model families: every name and convention by which one family differs from another, as data.
+
+At the bottom of the model room. Widths, pruning space, masked model, removal, costs, exports and tests read the rows
+and ask no ``model_type`` of their own, so a new family is a row here (and its classes in the per-layer modeling file).
+Projections are spoken of by *role* everywhere else: ``query``, ``key``, ``value``, ``output``, ``gate``, ``up`` and
+``down``. The table imports nothing and knows nothing of masks, LoRA or files. Names and conventions were read in
+transformers 5.23, llama.cpp's in its sources (see :mod:`atp.export.gguf.layout`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from atp.errors import UserError
+
+PER_LAYER_PREFIX = "atp_"
+"""What a family's ``model_type`` begins with in its form with widths per layer."""
+
+ATTENTION_ROLES = ("query", "key", "value", "output")
+FFN_ROLES = ("gate", "up", "down")
+ROLES = (*ATTENTION_ROLES, *FFN_ROLES)
+"""The linears of a decoder layer, in the order of the forward pass."""
+
+ALWAYS = "always"
+"""In :attr:`Family.biases`: the bias is there whatever the config says."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A root-mean-square norm of a decoder layer.
+
+    Attributes:
+        module: Its name in the layer.
+        block: ``attention`` or ``mlp``: with which block it goes.
+        over: What it normalises: ``stream`` (the residual stream), or ``query`` or ``key`` (each head of them).
+    """
+
+    module: str
+    block: str
+    over: str = "stream"
+
+
+@dataclass(frozen=True)
+class StockClass:
+    """A class of transformers that can hold a pruned model of one width for all layers.
+
+    Attributes:
+        model_type: Its ``model_type``.
+        heads_divide_hidden: Whether it takes only head counts that divide the hidden size.
+        unless: Config fields that must be off, as the class has no weights for them.
+        without: Config fields of the family that the class does not know.
+        fields: Config fields that it needs to compute the same.
+    """
+
+    model_type: str
+    heads_divide_hidden: bool = False
+    unless: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one family is called and how it computes.
+
+    Attributes:
+        model_type: Its ``model_type`` in transformers.
+        stock: Stock classes for widths that are equal in all layers, the first that fits is taken.
+        gguf: llama.cpp's architecture for equal widths, and the one for widths per layer.
+        biases: Config field that gives a projection its bias, by role; :data:`ALWAYS` where no field does.
+        norms: Norms of a decoder layer.
+        norm_offset: What norms add to their weight before it multiplies (1 where the stored weight is the distance from
+            one).
+        windows: Config field that says where attention slides: ``layer_types`` names the layers, ``sliding_window``
+            alone means all of them.
+        rotary: Which dimensions of a head rotate together: ``halves`` (i and i + H/2) or ``neighbours`` (2i, 2i + 1).
+        multipliers: Config fields that scale the residual stream, embeddings or logits. Where there are any, the
+            dimensions of the stream cannot be pruned.
+        activations: ``hidden_act`` values that are SiLU, for which the fused FFN pass is written.
+        linears: Module of each projection in a decoder layer, by role.
+        attention: Module of the attention block in a decoder layer.
+        mlp: Module of the FFN block in a decoder layer.
+        layers: Module of the decoder layers.
+        embeddings: Module of the input embeddings.
+        final_norm: Module of the norm before the output head.
+        head: Module of the output head, which shares the embeddings' weight where ``tie_word_embeddings`` is set.
+    """
+
+    model_type: str
+    stock: tuple[StockClass, ...]
+    gguf: tuple[str, str]
+    biases: Mapping[str, str] = field(default_factory=dict)
+    norms: tuple[Norm, ...] = (Norm("input_layernorm", "attention"), Norm("post_attention_layernorm", "mlp"))
+    norm_offset: float = 0.0
+    windows: str = "layer_types"
+    rotary: str = "halves"
+    multipliers: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ("silu", "swish")
+    linears: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "query": "self_attn.q_proj",
+            "key": "self_attn.k_proj",
+            "value": "self_attn.v_proj",
+            "output": "self_attn.o_proj",
+            "gate": "mlp.gate_proj",
+            "up": "mlp.up_proj",
+            "down": "mlp.down_proj",
+        }
+    )
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    layers: str = "model.layers"
+    embeddings: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+
+    @property
+    def per_layer_type(self) -> str:
+        """The ``model_type`` of its form with widths per layer."""
+        return PER_LAYER_PREFIX + self.model_type
+
+    def has_bias(self, config: Any, role: str) -> bool:
+        """Whether a config gives the projection of a role a bias."""
+        name = self.biases.get(role)
+        return name is not None and (name == ALWAYS or bool(getattr(config, name, False)))
+
+    def block_of(self, role: str) -> str:
+        """Module of the block that the projection of a role belongs to."""
+        return self.attention if role in ATTENTION_ROLES else self.mlp
+
+    def norm_over(self, over: str) -> Norm | None:
+        """The norm of ``query`` or ``key``, where the family has it."""
+        return next((norm for norm in self.norms if norm.over == over), None)
+
+    def block_modules(self, block: str) -> tuple[str, ...]:
+        """What goes with a block (``attention`` or ``mlp``) that has no unit left: the block and its norms' modules."""
+        inside = {"attention": self.attention, "mlp": self.mlp}[block]
+        beside = (norm.module for norm in self.norms if norm.block == block and not norm.module.startswith(inside))
+        return (inside, *beside)
+
+    def slides_everywhere(self, config: Any) -> bool:
+        """Whether every layer of a config attends over a sliding window."""
+        return self.windows == "sliding_window" and getattr(config, "sliding_window", None) is not None
+
+    @property
+    def embedding_tensors(self) -> tuple[str, str, str]:
+        """Tensors of the input embeddings, of the last norm and of the output head."""
+        return f"{self.embeddings}.weight", f"{self.final_norm}.weight", f"{self.head}.weight"
+
+
+_HEAD_NORMS = (Norm("self_attn.q_norm", "attention", "query"), Norm("self_attn.k_norm", "attention", "key"))
+# A Mistral without a window has Llama's tensors and computes the same, and takes any head count; LlamaConfig refuses
+# those that do not divide the hidden size since transformers 5.4. A Mistral config with layer_types is read as another
+# architecture.
+_LLAMA_AS_MISTRAL = StockClass(
+    "mistral",
+    unless=("attention_bias", "mlp_bias"),
+    without=("attention_bias", "mlp_bias", "pretraining_tp", "layer_types"),
+    fields={"sliding_window": None},
+)
+
+FAMILIES: dict[str, Family] = {
+    row.model_type: row
+    for row in (
+        Family(
+            "llama",
+            stock=(StockClass("llama", heads_divide_hidden=True), _LLAMA_AS_MISTRAL),
+            gguf=("llama", "deci"),
+            biases=dict.fromkeys(ATTENTION_ROLES, "attention_bias") | dict.fromkeys(FFN_ROLES, "mlp_bias"),
+        ),
+        Family("mistral", stock=(StockClass("mistral"),), gguf=("llama", "deci"), windows="sliding_window"),
+        Family(
+            "qwen2",
+            stock=(StockClass("qwen2"),),
+            gguf=("qwen2", "deci"),
+            biases=dict.fromkeys(("query", "key", "value"), ALWAYS),
+        ),
+        Family(
+            "qwen3",
+            stock=(StockClass("qwen3"),),
+            gguf=("qwen3", "openelm"),
+            biases=dict.fromkeys(ATTENTION_ROLES, "attention_bias"),
+            norms=(Norm("input_layernorm", "attention"), *_HEAD_NORMS, Norm("post_attention_layernorm", "mlp")),
+        ),
+    )
+}
+"""The rows, by ``model_type``."""
+
+
+def family_of(config: Any) -> Family:
+    """The row of a dense or pruned model's config.
+
+    Args:
+        config: A config, or anything with its ``model_type``.
+
+    Raises:
+        UserError: The model type is not in the table.
+    """
+    model_type = getattr(config, "model_type", None)
+    name = str(model_type).removeprefix(PER_LAYER_PREFIX)
+    if name not in FAMILIES:
+        raise UserError(
+            f"model_type={model_type!r} is not supported: ATP prunes {', '.join(FAMILIES)}. "
+            "Use a checkpoint of one of these families (Llama 1/2/3 and their derivatives are 'llama')."
+        )
+    return FAMILIES[name]
+
+
+def is_stock(config: Any) -> bool:
+    """Tells whether a config belongs to a class of transformers itself, so that loading it needs no code of ours."""
+    return config.model_type in FAMILIES
