@@ -113,7 +113,7 @@ def slice_tensors(
             tensor = tensor.index_select(0, kept_rows.to(tensor.device))
         if kept_columns is not None:
             tensor = tensor.index_select(1, kept_columns.to(tensor.device))
-        if name in scales:  # norms over fewer dimensions: see PruningSpace.norm_scales
+        if name in scales:
             tensor = (tensor.double() * scales[name]).to(tensor.dtype)
         yield name, tensor
 

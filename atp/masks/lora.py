@@ -135,7 +135,7 @@ class MaskedModel(nn.Module):
             getattr(linear, "base_layer", linear).register_forward_hook(self._on_frozen_output(weight.rows))
 
     def _fuse_blocks(self) -> set[Side]:
-        """Give FFN blocks the fused masked forward pass; return the sides whose masks it applies."""
+        """Give FFN blocks the forward pass that forms gate, product and mask at once; sides of the masks it takes."""
         fused = set()
         for name, side in self.space.gated_blocks().items():
             block: Any = self.peft_model.get_submodule(_PREFIX + name)
