@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import re
 import shlex
@@ -112,6 +114,30 @@ def test_the_api_page_has_every_module_in_the_order_of_the_rooms() -> None:
     rooms = list(dict.fromkeys(name.split(".")[0] for name in listed))
     assert [room for room in rooms if room not in FLOOR] == rooms_shown()
     assert len(listed) == len(set(listed))
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    module, rest = name, []
+    while True:
+        with contextlib.suppress(ModuleNotFoundError):
+            if importlib.util.find_spec(module):
+                break
+        module, _, last = module.rpartition(".")
+        rest.insert(0, last)
+    found = importlib.import_module(module) if rest else None
+    try:
+        functools.reduce(getattr, rest, found)
+    except AttributeError:
+        return False
+    return True
+
+
+def test_references_in_docstrings_lead_somewhere() -> None:
+    reference = re.compile(r":(?:mod|class|func|meth|data|attr):`~?(atp(?:\.\w+)+)`")
+    named = {name: path for path in FILES for name in reference.findall(path.read_text(encoding="utf-8"))}
+    assert len(named) > 50
+    assert {name: path.name for name, path in named.items() if not exists(name)} == {}
 
 
 def test_readme_names_every_preset() -> None:

@@ -121,7 +121,7 @@ class ModelChoice:
         self.hidden_least = _floor(least["hidden"], round_to, self.hidden)
 
     def size(self, layer: LayerChoice, counts: Counts, cost: CostModel | None = None) -> float:
-        """Return the cost of a layer that keeps ``counts``, by the budget's measure unless ``cost`` is given."""
+        """Cost of a layer that keeps so much, by the budget's measure unless another is given."""
         return layer.layer.cost(counts, cost or self.cost)
 
     def removable(self) -> float:

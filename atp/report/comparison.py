@@ -294,7 +294,7 @@ def _cost_rows(metrics: Mapping[str, Any]) -> list[Row]:
 
 
 def between(ends: tuple[float, float]) -> str:
-    """Format an interval in words."""
+    """An interval in words."""
     return f"{figure(ends[0])} to {figure(ends[1])}"
 
 
@@ -315,7 +315,7 @@ def _decimal(value: float) -> str:
 
 
 def figure(value: float) -> str:
-    """Format a score or a time: fewer digits after the point for larger numbers."""
+    """A score or a time, with as many digits as tell something."""
     if abs(value) >= 1e5:
         return f"{value:.3g}"
     return f"{value:,.{3 if abs(value) < 10 else 2 if abs(value) < 100 else 1}f}"

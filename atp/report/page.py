@@ -184,13 +184,13 @@ def _training_panels(report: RunReport) -> list[Panel]:
 
 
 def _numbered(report: RunReport, prefix: str) -> dict[str, Curve | None]:
-    """Return the curves whose names start with ``prefix``, by the rest of their names."""
+    """Curves whose names start alike, by what follows."""
     found = {name.removeprefix(prefix): curve for name, curve in report.curves.items() if name.startswith(prefix)}
     return {name.removesuffix("_mib").replace("_", " "): curve for name, curve in found.items()}
 
 
 def _evolution_panels(report: RunReport) -> list[Panel]:
-    """Chart the share kept by layer and step, per kind of unit; then the entropy and the flips of masks."""
+    """Share kept by layer and step, per kind of unit; then how undecided and how restless the masks were."""
     panels = []
     for kind, rows in report.masks.items():
         curves = [report.curves.get(f"{kind}_kept/layer_{layer:02d}") for layer in range(len(rows))]

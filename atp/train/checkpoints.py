@@ -81,7 +81,7 @@ class RunCheckpoint(Callback):
             self.save(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the signal handlers; saved checkpoints stay."""
+        """Give signals back; what was saved stays."""
         self._restore_signals()
 
     def save(self, trainer: Trainer, pl_module: LightningModule) -> None:

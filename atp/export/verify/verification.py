@@ -137,7 +137,7 @@ def _check_code(directory: Path) -> None:
 
 
 def _tasks(directory: Path, quantised: Sequence[str]) -> list[dict[str, Any]]:
-    """List what is to be checked, in a fixed order."""
+    """What there is to check, in a fixed order."""
     adapted = (directory / "adapter" / "adapter_config.json").is_file()
     tasks: list[dict[str, Any]] = [{"format": "adapter" if adapted else "hf", "path": str(directory)}]
     tasks += [{**tasks[0], "quantised": kind} for kind in quantised]
@@ -160,7 +160,7 @@ def _gguf_type(task: dict[str, Any]) -> str:
 
 
 def _described(stored: StoredModel, task: dict[str, Any]) -> Check:
-    """Describe a format before it is run."""
+    """What is known of a format before it is run."""
     kind, path = task["format"], Path(task["path"])
     name = f"gguf {_gguf_type(task)}" if kind == "gguf" else " ".join([kind, *filter(None, [task.get("quantised")])])
     if kind in ("hf", "adapter"):

@@ -168,7 +168,7 @@ def _chosen_prompt(config: TrainConfig) -> PromptConfig:
 
 
 def load_scored(config: TrainConfig, name: str, most: int) -> list[Record]:
-    """Test records of an embedded domain or task or of a known task (:func:`atp.data.sources.scored_records`)."""
+    """Test records of an embedded domain or task or of a known task (:func:`atp.data.domains.scored_records`)."""
     path = config.evaluate.path if config.evaluate.path is not None else config.data.path
     path = path if config.data.source == "tasks" or config.evaluate.path is not None else None
     return scored_records(name, most=most, seed=config.seed, path=path, tasks_file=config.data.tasks_file)
