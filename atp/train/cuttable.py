@@ -40,7 +40,7 @@ def why_not_early(module: PruningModule) -> str:
     if module.round_to != 1:
         return f"prune.round_to is {module.round_to}, not 1"
     if module.calibration is not None:
-        return "the cut is restored (prune.restore.batches), which needs the dense layers"
+        return "the cut is repaired (prune.repair.batches), which needs the dense layers"
     if isinstance(module.generator, GradientScores):
         return "the generator scores by gradients of what would be cut"
     return ""
