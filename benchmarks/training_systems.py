@@ -214,7 +214,7 @@ class Workload:
                 torch.manual_seed(1)
                 module.generator.warm_start(torch.randn(module.space.num_units))
                 module.freeze_masks()
-                module.compact()
+                module.cut_live_model()
             else:
                 module.schedule = SparsitySchedule(0.5, 0, 0, _NEVER)
             return module

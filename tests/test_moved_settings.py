@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from test_report import make_metrics
 
 from atp.commands import train
 from atp.commands.train import compose_config
@@ -17,6 +18,7 @@ from atp.config.help import help_text
 from atp.config.names import class_path
 from atp.config.schema import TrainConfig, config_dir
 from atp.errors import UserError
+from atp.report.runs import find_runs, varied_settings
 from atp.run import pipeline
 from atp.run.directory import RunDirectory
 from atp.run.parts import check_start
@@ -32,12 +34,12 @@ CASES = [  # what a user gave before, what is given now, what the warnings say
     (["optim.distill=0.3", "seed=1"], ["prune.distill.logits=0.3", "seed=1"], ["is now prune.distill.logits"]),
     (
         ["prune.prompt.train=true"],
-        ["prompt=collaborative", "prompt.train=true", "prompt.inference=false"],
+        ["prompt=collaborative", "prompt.inference=false", "prompt.train=true"],
         ["prompt.train"],
     ),
     (
         ["prompt=none", "prune.prompt={train: true, text: 'Be brief.'}"],
-        ["prompt=collaborative", "prompt.train=true", 'prompt.system="Be brief."', "prompt.inference=false"],
+        ["prompt=collaborative", "prompt.inference=false", "prompt.train=true", 'prompt.system="Be brief."'],
         ["prompt.train", "prompt.system"],
     ),
     (["prune=compresso", "prune.prompt.inference=false"], ["prune=compresso", "prompt.inference=false"], []),
@@ -134,9 +136,9 @@ def test_older_names_are_swept(caplog: pytest.LogCaptureFixture) -> None:
         "prune.warm_start.criterion=taylor,wanda",
         "prune.prompt.train=true,false",
     ]
-    assert train._readable(swept) == [
+    assert train._readable([*swept, "--cfg", "job"]) == [
         *("-m", "prune.repair.batches=1,2", "prune.warm_start.criterion=[taylor],[wanda]"),
-        *("prompt=collaborative", "prompt.train=true,false", "prompt.inference=false"),
+        *("prompt=collaborative", "prompt.inference=false", "prompt.train=true,false", "--cfg", "job"),
     ]
 
 
@@ -258,3 +260,17 @@ def test_an_old_run_is_exported_again(tmp_path: Path, monkeypatch: pytest.Monkey
     assert config.prune.warm_start.criterion == ["fisher"]
     assert class_path(config.prune.generator["_target_"]) == "atp.masks.generator.FreeLogits"
     check_start(config.prune)
+
+
+def test_runs_of_before_and_of_now_are_compared_by_the_same_names(tmp_path: Path) -> None:
+    old = old_run(tmp_path / "old")
+    new = tmp_path / "new"
+    new.mkdir()
+    settings = plain("experiment=smoke", "prune=compresso", "prune.repair.batches=4", "prune.distill.logits=0.3")
+    (new / "config.json").write_text(json.dumps({"overrides": [], "config": settings}))
+    for path in (old, new):
+        (path / "metrics.json").write_text(json.dumps(make_metrics()))
+    runs, left_out = find_runs([old, new], moved.with_new_settings)
+    assert not left_out
+    varied = [key for key in varied_settings(runs) if key.startswith(("prune.", "prompt.", "optim."))]
+    assert {key for key in varied if "_target_" not in key} == {"prune.repair.batches", "prune.budget_of"}

@@ -259,7 +259,9 @@ def _of_first_job(overrides: Sequence[str]) -> list[str]:
 
 def _prompt_of(arguments: Sequence[str]) -> str:
     """Name of the prompt that arguments come to."""
-    return str(compose_config(_of_first_job(_parse(arguments).overrides)).prompt.name)
+    parsed = _parse(arguments)
+    own = [f"hydra.searchpath=['{Path(parsed.config_dir).resolve()}']"] if parsed.config_dir else []
+    return str(compose_config([*_of_first_job(parsed.overrides), *own]).prompt.name)
 
 
 def _check_data(overrides: Sequence[str]) -> int:

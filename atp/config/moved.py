@@ -72,20 +72,20 @@ def with_new_overrides(overrides: Sequence[str], prompt_of: Callable[[list[str]]
             continue
         _refuse_both(name, new, given)
         _tell(f"{name} is now {new}")
-        renamed = f"{sign}{new}" + (f"={value}" if value is not None else "")
-        if not name.startswith(_PROMPT):
-            found.append(renamed)
-        elif (new, value) != ("prompt.system", "null"):
-            prompt.append(renamed)
-    return _with_methods_prompt(found, prompt, prompt_of(found)) if prompt else found
+        if (new, value) != ("prompt.system", "null"):
+            found.append(f"{sign}{new}" + (f"={value}" if value is not None else ""))
+            prompt += found[-1:] if name.startswith(_PROMPT) else []
+    if not prompt:
+        return found
+    return _with_methods_prompt(found, prompt, prompt_of([one for one in found if one not in prompt]))
 
 
-def with_new_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+def with_new_settings(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """The whole configuration of an earlier run under the names of now.
 
     Args:
         settings: Nested plain data, as ``config.json`` holds it.
-        where: The file, for the warning.
+        where: The file, for the warning; without it nothing is told.
 
     Raises:
         UserError: A setting stands there under both of its names.
@@ -96,7 +96,7 @@ def with_new_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]
     told |= {name: moved[name] for name in LISTS if name in moved}
     if with_prompt is not settings:
         told["prune.prompt"] = "prompt"
-    if told:
+    if told and where:
         _tell(f"{where} has older names: {', '.join(f'{old} is now {new}' for old, new in told.items())}")
     return _nested(flat)
 
@@ -171,15 +171,17 @@ def _renamed(flat: Flat, where: str) -> tuple[Flat, dict[str, str]]:
 
 
 def _with_methods_prompt(found: list[str], own: list[str], prompt: str) -> list[str]:
-    """Overrides with those of ``prune.prompt``, which meant the collaborative prompt where no other was chosen."""
+    """Overrides in which ``own``, once of ``prune.prompt``, mean the collaborative prompt where no other is chosen."""
     if prompt == _METHODS_PROMPT:
-        return [*found, *own]
+        return found
     if prompt != "none":
         _tell(f"{', '.join(own)} is ignored, as it was under its older name: prompt={prompt} stands")
-        return found
-    given = {_parts(override)[1] for override in (*found, *own)}
+        return [override for override in found if override not in own]
+    given = {_parts(override)[1] for override in found}
     off = [f"{name}=false" for name in _SWITCHES if name not in given]
-    return [*(o for o in found if o != "prompt=none"), f"prompt={_METHODS_PROMPT}", *own, *off]
+    at = found.index(own[0])  # in its place, for Hydra takes no overrides on both sides of a flag
+    added = [*found[:at], f"prompt={_METHODS_PROMPT}", *off, *found[at:]]
+    return [override for override in added if override != "prompt=none"]
 
 
 def _prompt_of_now(settings: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -91,7 +91,7 @@ class PruneConfig:
     round_to: int = option(1, "kept FFN channels and hidden dimensions are multiples of this")
     budget_of: str = option("parameters", "what sparsity counts: parameters, macs, latency (measured here) or memory")
     latency_table: str | None = option(None, "file of measured latencies; unset measures them once per run")
-    budget_context: int = option(1024, "tokens in the cache, for a budget of macs, latency or memory")
+    budget_context: int = option(1024, "tokens in the key-value cache, for a budget of macs, latency or memory")
     protect_layers: list[int] = option([], "layers of which nothing is pruned; negative ones count from the end")
     min_heads: int = option(1, "KV heads every layer keeps; 0 lets attention blocks vanish")
     min_channels: int = option(1, "FFN channels every layer keeps; 0 lets FFN blocks vanish")

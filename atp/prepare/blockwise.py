@@ -31,7 +31,7 @@ from atp.cut.removal import kept_indices, remove
 from atp.errors import UserError
 from atp.masks.lora import MaskedModel, language_model
 from atp.masks.merging import merged_tensors
-from atp.prepare.least_squares import Batches, Moments, cut_inputs, fit_kept, repair_outputs
+from atp.prepare.least_squares import BatchSource, Moments, cut_inputs, fit_kept, repair_outputs
 from atp.space.space import LayerSpace
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Repair:
         return [site.module for site in masked.space.sites if site.on == "input"]
 
 
-def repair(masked: MaskedModel, masks_U: Tensor, batches: Batches, settings: Repair | None = None) -> list[str]:
+def repair(masked: MaskedModel, masks_U: Tensor, batches: BatchSource, settings: Repair | None = None) -> list[str]:
     """Change base weights, in place, so that the masked model does what the whole one did.
 
     Adapters count as part of their projections and stay as they are. Weights of removed units keep their values; masks

@@ -25,7 +25,7 @@ from atp.errors import UserError
 from atp.masks.lora import MaskedModel
 from atp.space.space import PruningSpace
 
-Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
+BatchSource = Callable[[], Iterable[Mapping[str, Tensor]]]
 
 _LARGEST_GRAM_BYTES = 2**31
 
@@ -34,7 +34,7 @@ _LARGEST_GRAM_BYTES = 2**31
 def repair_outputs(
     masked: MaskedModel,
     masks_U: Tensor,
-    batches: Batches,
+    batches: BatchSource,
     *,
     ridge: float = 1e-3,
     moments: Mapping[str, Tensor] | None = None,
@@ -127,7 +127,7 @@ def _portions(cut: Mapping[str, Tensor]) -> Iterable[list[str]]:
         yield portion
 
 
-def _second_moments(masked: MaskedModel, modules: Sequence[str], batches: Batches) -> dict[str, Tensor]:
+def _second_moments(masked: MaskedModel, modules: Sequence[str], batches: BatchSource) -> dict[str, Tensor]:
     """Sum of x x^T over real tokens, for the inputs of the named projections in the unmasked model."""
     with Moments(masked, modules) as moments, masked.unmasked():
         for batch in batches():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from atp.cut.compaction import can_compact
+from atp.cut.compaction import can_cut_live
 from atp.masks.generator import GradientScores
 from atp.space.space import PruningSpace
 
@@ -24,7 +24,7 @@ def why_uncut(space: PruningSpace, gates: str, *, taught: bool) -> str:
         gates: What kept units are scaled by (``prune.gates``).
         taught: Whether the dense base is still needed as a teacher and cannot be loaded anew.
     """
-    if not can_compact(space):
+    if not can_cut_live(space):
         return "of prune.space only heads, query_heads and channels can be cut while training"
     if gates != "binary":
         return f"prune.gates is {gates}, which scales what is kept until the end"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from atp.cut.compaction import compact, unwrapped
+from atp.cut.compaction import cut_live, unwrapped
 from atp.cut.progressive import ProgressiveCut
 from atp.cut.selection import select
 from atp.errors import UserError
@@ -146,7 +146,7 @@ class PruningModule(TuningModule):
                 self._repair(self.final_masks_U)
             if self.compaction:
                 with unwrapped(self.trainer.strategy):
-                    self.compact(self.trainer.optimizers)
+                    self.cut_live_model(self.trainer.optimizers)
         elif self.progressive and self.progressive.is_due(
             self.global_step, self.schedule.warmup_steps, self.schedule.freeze_step
         ):
@@ -170,7 +170,7 @@ class PruningModule(TuningModule):
     def _cut_early(self, live_U: Tensor, optimizers: Iterable[Optimizer] = ()) -> None:
         """Cut the live model to ``live_U`` [U]; masks go on being learnt for what is left."""
         assert self.progressive is not None
-        self.progressive.live_U.copy_(compact(self.masked, live_U, optimizers, final=False))
+        self.progressive.live_U.copy_(cut_live(self.masked, live_U, optimizers, final=False))
 
     def selected(self, logits_U: Tensor) -> Tensor:
         """Masks [U] of 0 and 1 that these logits come to."""
@@ -198,9 +198,9 @@ class PruningModule(TuningModule):
         sparsity, target = float(self.space.sparsity(masks_U.double())), self.schedule.target
         log.info("masks frozen at step %d: block sparsity %.4f (target %.4f)", self.global_step, sparsity, target)
 
-    def compact(self, optimizers: Iterable[Optimizer] = ()) -> None:
+    def cut_live_model(self, optimizers: Iterable[Optimizer] = ()) -> None:
         """Cut the live model, and the moments of its optimisers, to the final masks."""
-        compact(self.masked, self.final_masks_U, optimizers)
+        cut_live(self.masked, self.final_masks_U, optimizers)
         self.is_compact.fill_(True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -217,7 +217,7 @@ class PruningModule(TuningModule):
             self._cut_early(state["progressive.live_U"])
         if bool(state["is_compact"]) and not self.is_compact:
             self.final_masks_U.copy_(state["final_masks_U"])
-            self.compact()
+            self.cut_live_model()
 
     def frozen_masks(self) -> Tensor:
         """What the model is multiplied by once masks are final, [U]: masks times the kept units' gates."""
