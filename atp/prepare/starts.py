@@ -41,7 +41,7 @@ class Start:
     Attributes:
         name: Criterion, and what was added to attention.
         scores_U: The scores [U].
-        losses: Nats per token of every candidate's repaired cut, by name; empty where there was no choice.
+        losses: Nats per token of every candidate's repaired cut, by name; empty for a single one.
     """
 
     name: str
@@ -65,7 +65,7 @@ def starting_scores(
 
     Args:
         masked: The model, not yet compact, on the device of the batches.
-        batches: Calibration batches; importance reads all, the choice the first :data:`COMPARED`.
+        batches: Calibration batches; importance reads all, the comparison the first :data:`COMPARED`.
         select: From scores to masks, 0 or 1, [U].
         criteria: Names of importances, see :func:`atp.prepare.criteria.importance`; several are alternatives.
         ranking: How scores become comparable, see :func:`atp.prepare.criteria.rank`.
