@@ -58,7 +58,7 @@ def there(monkeypatch: pytest.MonkeyPatch) -> None:
             r"set them to \[fisher\] and \[0\.0\]",
         ),
         (("model.quantization=int8", "prune.warm_start.attention=[0,1]"), r"set them to \[fisher\] and \[0\.0\]"),
-        (("model.quantization=nf4", "prune=loraprune"), "GradientScores.*generator=free"),
+        (("model.quantization=nf4", "prune=loraprune"), "gradient_scores.*generator=free"),
     ],
 )
 def test_what_needs_the_weights_is_refused(there: None, overrides: tuple[str, ...], message: str) -> None:
