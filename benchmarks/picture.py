@@ -18,16 +18,16 @@ from atp.atomic import write_bytes
 from atp.report.across import across_panels
 from atp.report.page import report_panels
 from atp.report.panel import file_bytes
-from atp.report.record import RunReport
-from atp.report.runs import Run, data_differs, find_runs, group_runs
+from atp.report.record import RunRecord
+from atp.report.runs import FinishedRun, data_differs, find_runs, group_runs
 
 TARGET = Path(__file__).parent.parent / "docs" / "pictures" / "result.png"
 _COLOURS = 128  # flat charts look the same, at a third of the bytes
 
 
-def draw(found: list[Run], shown: Run) -> bytes:
+def draw(found: list[FinishedRun], shown: FinishedRun) -> bytes:
     """PNG: quality against size over all runs, then quality, widths and channels of one of them."""
-    panels = report_panels(RunReport.load(shown.path))
+    panels = report_panels(RunRecord.load(shown.path))
     chosen = [*across_panels(group_runs(found), "perplexity")[:1], *panels["quality"][-1:]]
     chosen += [*panels["widths"][:1], *panels["masks"][-1:]]
     picture = Image.open(io.BytesIO(file_bytes(chosen, "png", 2)))

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from atp.atomic import write_json
 from atp.commands.train import compose_config
-from atp.config.prune import WarmStartConfig
 from atp.config.schema import TrainConfig
 from atp.cut.removal import widths_after
 from atp.cut.selection import select
@@ -37,22 +36,22 @@ from atp.train.tuning import TuningModule
 
 REFERENCES = ("dense", "dense_lora", "scratch")
 CONTROL = "shuffled"
-_RESTORED = ("prune.restore.batches=16", "prune.restore.epochs=0")
-_REBUILT = ("prune.restore.batches=64", "prune.restore.epochs=5")
+_LEAST_SQUARES = ("prune.repair.batches=16", "prune.repair.epochs=0")
+_BLOCKWISE = ("prune.repair.batches=64", "prune.repair.epochs=5")
 _TAUGHT = ("prune.distill.hidden=10", "prune.distill.until=0.4")
 
 ARMS: dict[str, tuple[str, ...]] = {
     "": (),
-    "distill": ("optim.distill=0.5",),
-    "restored": _RESTORED,
+    "distill": ("prune.distill.logits=0.5",),
+    "least_squares": _LEAST_SQUARES,
     "uncut": ("prune.compact=false",),
-    "restored_distill": (*_RESTORED, "optim.distill=0.5"),
+    "least_squares_distill": (*_LEAST_SQUARES, "prune.distill.logits=0.5"),
     "hidden": _TAUGHT,
-    "restored_hidden": (*_RESTORED, *_TAUGHT),
-    "rebuilt": _REBUILT,
-    "rebuilt_hidden": (*_REBUILT, *_TAUGHT),
+    "least_squares_hidden": (*_LEAST_SQUARES, *_TAUGHT),
+    "blockwise": _BLOCKWISE,
+    "blockwise_hidden": (*_BLOCKWISE, *_TAUGHT),
     "throughout": ("prune.distill.hidden=10", "prune.distill.until=1"),
-    "bare": ("prune.restore.batches=0", "prune.restore.epochs=0", "prune.distill.hidden=0", "optim.distill=0"),
+    "bare": ("prune.repair.batches=0", "prune.repair.epochs=0", "prune.distill.hidden=0", "prune.distill.logits=0"),
 }
 """What may be added to any method, by name."""
 
@@ -103,7 +102,7 @@ class ShuffledStages(Stages):
 
     masks_U: Tensor
 
-    def _warm_start(self, module: PruningModule, settings: WarmStartConfig) -> None:
+    def _warm_start(self, module: PruningModule) -> None:
         module.generator.warm_start(self.masks_U)
 
 

@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import Callback
 
 REPOSITORY = Path(__file__).parent.parent
 AIMS_S = {"first step": 8.0, "imports": 5.0}
-JOBS = {"first step": ["prune.warm_start.batches=0", "prune.restore.batches=0"], "first step after warm start": []}
+JOBS = {"first step": ["prune.warm_start.batches=0", "prune.repair.batches=0"], "first step after warm start": []}
 _MARK = "ATP_STARTUP_MARK"
 _IMPORT = """
 import importlib, json, sys, time

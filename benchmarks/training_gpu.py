@@ -135,8 +135,8 @@ class Section:
             base.save_pretrained(folder)
             del base
             flags += ["model=local", f"model.path={folder}", "model.quantization=nf4", "model.dtype=bfloat16"]
-            flags += ["prune.warm_start.criterion=fisher", "prune.warm_start.attention=[0.0]", "prune.compact=false"]
-            flags += ["prune.restore.batches=0"]
+            flags += ["prune.warm_start.criterion=[fisher]", "prune.warm_start.attention=[0.0]", "prune.compact=false"]
+            flags += ["prune.repair.batches=0"]
             work = Workload(replace(shape, tokens=cell["tokens"]), self.device, self.dtype, tuple(flags))
             steps, peak = self._try(work, "joint", lambda: _on_quantized(work))
         return {**cell, "system": "joint", **_figures(steps, peak, shape.batch * cell["tokens"])}

@@ -39,9 +39,9 @@ STEP_SYSTEMS = ("plain", "joint", "taught", "alternate", "compact", "taylor")
 """Systems whose single steps are compared; ``compact`` and ``taylor`` train half of the blocks, ``taught`` learns from
 the dense base's hidden states as well."""
 _BARE = (
-    "prune.restore.batches=0",
-    "prune.restore.epochs=0",
-    "prune.warm_start.criterion=taylor",
+    "prune.repair.batches=0",
+    "prune.repair.epochs=0",
+    "prune.warm_start.criterion=[taylor]",
     "prune.warm_start.attention=[0.0]",
 )
 """The preset without choice of its start and repair of the cut: mask learning alone."""
@@ -214,7 +214,7 @@ class Workload:
                 torch.manual_seed(1)
                 module.generator.warm_start(torch.randn(module.space.num_units))
                 module.freeze_masks()
-                module.compact()
+                module.cut_live_model()
             else:
                 module.schedule = SparsitySchedule(0.5, 0, 0, _NEVER)
             return module
@@ -241,8 +241,8 @@ class Workload:
         module.load_dense = self.base
         self._warm_start(module, config.prune.warm_start, calibration)
         if not bare:
-            module.calibration = lambda: self._placed(calibration[: config.prune.restore.batches])
-            module.restore_start()
+            module.calibration = lambda: self._placed(calibration[: config.prune.repair.batches])
+            module.repair_start()
         return module
 
     def two_stage(self, calibration: Sequence[Batch] = ()) -> TuningModule:
@@ -267,7 +267,7 @@ class Workload:
             masked,
             batches,
             module.selected,
-            criterion=settings.criterion,
+            criteria=settings.criterion,
             ranking=settings.ranking,
             gain=settings.gain,
             attention=settings.attention,

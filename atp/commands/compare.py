@@ -21,11 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from atp.config.moved import with_new_settings
 from atp.errors import UserError
 from atp.report.comparison import metric_names
-from atp.report.pareto import compact
-from atp.report.record import RunReport, number
-from atp.report.runs import FIGURES, Run, data_differs, flatten, varied_settings
+from atp.report.pareto import short_number
+from atp.report.record import RunRecord, number
+from atp.report.runs import FIGURES, FinishedRun, data_differs, flatten, varied_settings
 from atp.report.uncertainty import interval
 
 
@@ -79,7 +80,7 @@ class Difference:
         return None if self.low is None or self.high is None else self.low > 0 or self.high < 0
 
 
-def mask_overlaps(a: RunReport, b: RunReport) -> list[Overlap]:
+def mask_overlaps(a: RunRecord, b: RunRecord) -> list[Overlap]:
     """Compare kept units per kind and layer, then over all layers.
 
     Raises:
@@ -127,18 +128,18 @@ def figure_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Diffe
     return found
 
 
-def load(path: Path) -> tuple[RunReport, Run]:
+def load(path: Path) -> tuple[RunRecord, FinishedRun]:
     """Read a run both ways that are needed here.
 
     Raises:
         ValueError: It is no finished run; the message says what is missing.
     """
-    report = RunReport.load(path)
+    report = RunRecord.load(path)
     try:
-        settings = flatten(json.loads((path / "config.json").read_text(encoding="utf-8"))["config"])
+        settings = flatten(with_new_settings(json.loads((path / "config.json").read_text(encoding="utf-8"))["config"]))
     except (OSError, ValueError, KeyError):
         settings = {}
-    return report, Run(path, report.metrics, settings)
+    return report, FinishedRun(path, report.metrics, settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -224,7 +225,7 @@ def _figure_table(differences: Sequence[Difference]) -> Table:
 
 
 def _told(value: float) -> str:
-    return compact(value) if abs(value) >= 1e4 else f"{value:.4g}"
+    return short_number(value) if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def run(model_name: str, options: Options, console: Console) -> dict[str, Any]:
     result: dict[str, Any] = {"models": {}, "harness": {}, "prompt": {}}
     for name in names:
         model, tokenizer = load(name, options.dtype)
-        prompt = load_prompt(name, options.prompt)
+        prompt = prompt_to_ask_with(name, options.prompt)
         every = [record for records in sets.values() for record in records]
         cost = prompt.cost(every, tokenizer, _length(model, options))
         result["prompt"][name] = {**prompt.plain(), **cost}
@@ -210,7 +210,7 @@ def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     return torch.nn.Module.to(model, device).eval(), tokenizer
 
 
-def load_prompt(model_name: str, chosen: str) -> Prompt:
+def prompt_to_ask_with(model_name: str, chosen: str) -> Prompt:
     """Return the prompt to ask with: none, a ``prompt.json``, or for ``auto`` the one beside the model, if any."""
     if chosen == "none":
         return Prompt()

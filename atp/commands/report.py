@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from atp.config.moved import with_new_settings
 from atp.errors import UserError
 from atp.report.across import write_across
 from atp.report.page import write_report
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(paths: Sequence[Path], out: Path | None, metric: str) -> int:
-    found, left_out = find_runs(paths)
+    found, left_out = find_runs(paths, with_new_settings)
     for path, reason in left_out:
         sys.stderr.write(f"left out: {path}: {reason}\n")
     if not found:

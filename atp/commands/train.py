@@ -31,7 +31,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from atp.config.help import help_text
+from atp.config.moved import with_new_overrides
 from atp.config.schema import config_dir, register_schema, schema_fields
+from atp.config.sources import install
 from atp.errors import UserError
 from atp.imports import uncollected, without_plots
 from atp.run import sweep
@@ -56,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sweep's job.
     """
     register_schema()
+    install()
     without_plots()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
@@ -165,10 +168,12 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
         ValueError: What is wrong, where, and the nearest valid name.
     """
     register_schema()
+    install()
+    readable = _readable(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir(), version_base="1.3"):
-            return compose("train", overrides=_readable(overrides))
+            return compose("train", overrides=readable)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
 
@@ -230,22 +235,33 @@ def _check(arguments: Sequence[str]) -> None:
     parsed = _parse(arguments)
     if parsed.config_name or parsed.config_dir or parsed.config_path:
         return
-    overrides = list(parsed.overrides)
+    cfg = compose_config(_of_first_job(parsed.overrides))
+    missing = OmegaConf.missing_keys(cfg)
+    if missing:
+        raise UserError(f"{sorted(missing)[0]} is not set; add {sorted(missing)[0]}=<value>")
+
+
+def _of_first_job(overrides: Sequence[str]) -> list[str]:
+    """Overrides of the configuration alone, each swept one with its first value."""
     try:
-        swept = OverridesParser.create().parse_overrides(overrides)
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
         raise UserError(explain(error)) from None
     first = []
-    for text, override in zip(overrides, swept, strict=True):
+    for text, override in zip(overrides, parsed, strict=True):
         if override.is_sweep_override():
             value = next(iter(override.sweep_string_iterator()))
             text = f"{override.get_key_element()}={value}"
         if not override.key_or_group.startswith("hydra"):
             first.append(text)
-    cfg = compose_config(first)
-    missing = OmegaConf.missing_keys(cfg)
-    if missing:
-        raise UserError(f"{sorted(missing)[0]} is not set; add {sorted(missing)[0]}=<value>")
+    return first
+
+
+def _prompt_of(arguments: Sequence[str]) -> str:
+    """Name of the prompt that arguments come to."""
+    parsed = _parse(arguments)
+    own = [f"hydra.searchpath=['{Path(parsed.config_dir).resolve()}']"] if parsed.config_dir else []
+    return str(compose_config([*_of_first_job(parsed.overrides), *own]).prompt.name)
 
 
 def _check_data(overrides: Sequence[str]) -> int:
@@ -256,10 +272,10 @@ def _check_data(overrides: Sequence[str]) -> int:
 
 
 def _readable(arguments: Sequence[str]) -> list[str]:
-    """Replace ``prompt=<file>`` by the group's ``file`` with that path, and let open mappings take new keys."""
+    """Arguments for Hydra: older names replaced, ``prompt=<file>`` as its group has it, open mappings take new keys."""
     presets = {path.stem for path in (Path(config_dir()) / "prompt").glob("*.yaml")}
     found: list[str] = []
-    for argument in arguments:
+    for argument in with_new_overrides(arguments, _prompt_of):
         key, _, value = argument.partition("=")
         chosen = value.strip("'\"")
         if key == "prompt.instructions" and value:

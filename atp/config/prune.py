@@ -26,9 +26,10 @@ class WarmStartConfig:
     """Importance of the dense model's units: learnt scores start from it, fixed scores are it."""
 
     batches: int = option(0, "training batches to measure it on; 0 starts from the generator's own initialisation")
-    criterion: str = option(
-        "fisher",
-        "importance: fisher, taylor, wanda, fluctuation, magnitude, random; a+b: both, a|b: the better repaired",
+    criterion: list[str] = option(
+        ["fisher"],
+        "importance: fisher, taylor, wanda, fluctuation, magnitude or random; a+b joins two; of several in the list "
+        "the one whose repaired cut loses least",
     )
     attention: list[float] = option(
         [0.0], "added to the starting logits of attention units; of several, the best likewise"
@@ -40,7 +41,7 @@ class WarmStartConfig:
 
 
 @dataclass
-class RestoreConfig:
+class RepairConfig:
     """Repair of the cut: o_proj and down_proj by least squares and, with epochs, all kept weights, layer by layer."""
 
     batches: int = option(0, "calibration batches; 0 for none")
@@ -52,8 +53,9 @@ class RestoreConfig:
 
 @dataclass
 class DistillConfig:
-    """Learning from the dense base's hidden states; off at zero."""
+    """Learning from the dense base; off at zero."""
 
+    logits: float = option(0.0, "weight of its next-token distribution in the task loss, 0 to 1")
     hidden: float = option(0.0, "weight of the squared distance from its hidden states; falls linearly to zero")
     until: float = option(1.0, "fraction of the run over which it falls; every step until then asks the dense base")
 
@@ -77,15 +79,6 @@ class LassoConfig:
 
 
 @dataclass
-class PrunePromptConfig:
-    """The collaborative prompt as part of a method (Compresso): prompt=collaborative with these switches."""
-
-    train: bool = option(False, "put it before training and validation prompts")
-    inference: bool = option(False, "put it before test prompts; the pruned model is then to be used with it")
-    text: str | None = option(None, "the text; unset takes this project's own")
-
-
-@dataclass
 class PruneConfig:
     """What is pruned and how the decision is learnt: generator x sampler x budget."""
 
@@ -98,7 +91,7 @@ class PruneConfig:
     round_to: int = option(1, "kept FFN channels and hidden dimensions are multiples of this")
     budget_of: str = option("parameters", "what sparsity counts: parameters, macs, latency (measured here) or memory")
     latency_table: str | None = option(None, "file of measured latencies; unset measures them once per run")
-    budget_context: int = option(1024, "tokens in the cache, for a budget of macs, latency or memory")
+    budget_context: int = option(1024, "tokens in the key-value cache, for a budget of macs, latency or memory")
     protect_layers: list[int] = option([], "layers of which nothing is pruned; negative ones count from the end")
     min_heads: int = option(1, "KV heads every layer keeps; 0 lets attention blocks vanish")
     min_channels: int = option(1, "FFN channels every layer keeps; 0 lets FFN blocks vanish")
@@ -111,10 +104,9 @@ class PruneConfig:
     update: str = option("joint", "joint: masks and adapters in one pass; alternate: masks on a batch of their own")
     lora_aware: bool = option(False, "mask the frozen weights only while training; evaluation masks both")
     lasso: LassoConfig = field(default_factory=LassoConfig)
-    prompt: PrunePromptConfig = field(default_factory=PrunePromptConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    restore: RestoreConfig = field(default_factory=RestoreConfig)
+    repair: RepairConfig = field(default_factory=RepairConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     compact: bool = option(
         True, "cut the live model once masks are frozen: later steps cost what the small model costs"

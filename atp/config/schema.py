@@ -107,7 +107,6 @@ class OptimConfig:
     lr: float = option(1e-3, "peak learning rate of the adapters")
     weight_decay: float = option(0.0, "weight decay of the adapters")
     warmup: float = option(0.05, "fraction of the run over which rates rise")
-    distill: float = option(0.0, "weight of the dense base's next-token distribution in the task loss, 0 to 1")
     min_lr_ratio: float = option(0.1, "where the cosine ends, as a fraction of the peak")
 
 

@@ -32,7 +32,7 @@ from atp.space.space import PruningSpace, Side
 log = logging.getLogger(__name__)
 
 
-def can_compact(space: PruningSpace) -> bool:
+def can_cut_live(space: PruningSpace) -> bool:
     """Whether the live model can be cut: head dimensions and the residual stream need other modules, not fewer rows."""
     return {axis.kind for axis in space.axes} <= {"heads", "query_heads", "channels"}
 
@@ -59,7 +59,7 @@ def live_units(space: PruningSpace, masks_U: Tensor, before_U: Tensor | None = N
 
 
 @torch.no_grad()
-def compact(
+def cut_live(
     masked: MaskedModel, masks_U: Tensor, optimizers: Iterable[Optimizer] = (), *, final: bool = True
 ) -> Tensor:
     """Cut a masked model, and the state of its optimisers, to masks, in place.

@@ -41,7 +41,7 @@ FIELD = {
 _ROUNDED = ("channels", "hidden")
 
 
-class LayerChoice:
+class LayerLedger:
     """What is still kept of one layer, and in which order its units go."""
 
     def __init__(self, layer: LayerSpace, scores: Mapping[str, Tensor], least: Mapping[str, int], step: int) -> None:
@@ -102,7 +102,7 @@ class LayerChoice:
         return found
 
 
-class ModelChoice:
+class ModelLedger:
     """What is still kept of the model, and what each possible next cut would save."""
 
     def __init__(
@@ -113,14 +113,14 @@ class ModelChoice:
         least = _least(space, min_units)
         scores = space.split(scores_U)
         self.space, self.cost = space, space.cost
-        self.layers = [LayerChoice(layer, scores, least, round_to) for layer in space.layers]
+        self.layers = [LayerLedger(layer, scores, least, round_to) for layer in space.layers]
         self.hidden_step = round_to
         self.hidden_scores = scores[space.hidden.name] if space.hidden else torch.zeros(0)
         self.hidden_order = torch.argsort(self.hidden_scores, stable=True).tolist()
         self.hidden = len(self.hidden_order)
         self.hidden_least = _floor(least["hidden"], round_to, self.hidden)
 
-    def size(self, layer: LayerChoice, counts: Counts, cost: CostModel | None = None) -> float:
+    def size(self, layer: LayerLedger, counts: Counts, cost: CostModel | None = None) -> float:
         """Cost of a layer that keeps so much, by the budget's measure unless another is given."""
         return layer.layer.cost(counts, cost or self.cost)
 

@@ -166,7 +166,7 @@ class PruningDataModule(lightning.LightningDataModule):
         if count > there and count not in self._short_of:
             self._short_of.add(count)
             log.warning(
-                "calibration: %d batches asked for (prune.warm_start.batches, prune.restore.batches), but the training "
+                "calibration: %d batches asked for (prune.warm_start.batches, prune.repair.batches), but the training "
                 "data holds %d of data.batch_size=%d; these are used",
                 count,
                 there,

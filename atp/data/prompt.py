@@ -30,12 +30,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COLLABORATIVE = (
-    "You are being made smaller: some of your attention heads and channels are switched off for good. Work with what "
-    "is left. Rely on what this task needs, let the rest go, and answer as you did when you were whole."
-)
-"""The text of ``prompt=collaborative`` and of methods that bring the prompt along; after Compresso, our own wording."""
-
 PROMPT_FILE = "prompt.json"
 """What a run and an exported model keep their prompt in."""
 

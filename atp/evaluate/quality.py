@@ -93,7 +93,7 @@ def evaluate(
         raise UserError("there are no records to evaluate on; give more data, or a data.test_path")
     _check_context(model, max_length)
     encoder = Encoder(tokenizer, max_length, close=False, stride=stride)
-    run = _Run(model, encoder, batch_size, _device(model, device), normalise)
+    run = _Evaluation(model, encoder, batch_size, _device(model, device), normalise)
     tallies: dict[str, Tally] = {record.task: Tally() for record in records}
     with evaluating(model):
         run.tally_sequences(records, tallies)
@@ -136,14 +136,14 @@ def samples(
         ValueError: ``max_length`` exceeds the model's context, or leaves no room for prompts.
     """
     _check_context(model, max_length)
-    run = _Run(model, Encoder(tokenizer, max_length), batch_size, _device(model, device))
+    run = _Evaluation(model, Encoder(tokenizer, max_length), batch_size, _device(model, device))
     pairs = [_prompt_and_reference(record) for record in _spread(records, count)]
     with evaluating(model):
         texts = run.generate([prompt for prompt, _ in pairs], max_new_tokens)
     return [Sample(prompt, text, reference) for (prompt, reference), text in zip(pairs, texts, strict=True)]
 
 
-class _Run:
+class _Evaluation:
     """A model, its encoder and how to run it: the steps of an evaluation."""
 
     def __init__(

@@ -7,7 +7,7 @@ weights of one decoder layer after the other:
     minimise over W'_l   mean over tokens of  |f_l(h'; W'_l) - h_l|^2 / |h_l|^2
 
 with h_l the dense model's hidden states after layer l and h' what the cut layers below make of the same tokens, so that
-a layer also learns to mend what those left over (block-wise reconstruction, as BRECQ, arXiv 2102.05426, does for
+a layer also learns to mend what those left over (block-wise repair, as BRECQ, arXiv 2102.05426, does for
 quantised layers; for pruned ones EBFT, arXiv 2402.12419). The weights are trained whole, which adapters of a low rank
 cannot do later, and one layer at a time, so that gradients and moments of one layer are in memory. It knows masked
 models and batches; nothing of how masks were chosen or what is trained afterwards.
@@ -31,7 +31,7 @@ from atp.cut.removal import kept_indices, remove
 from atp.errors import UserError
 from atp.masks.lora import MaskedModel, language_model
 from atp.masks.merging import merged_tensors
-from atp.prepare.least_squares import Batches, Moments, cut_inputs, fit_kept, restore
+from atp.prepare.least_squares import BatchSource, Moments, cut_inputs, fit_kept, repair_outputs
 from atp.space.space import LayerSpace
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ _FINAL_RATE = 0.05
 
 
 @dataclass(frozen=True)
-class Restoration:
+class Repair:
     """How a cut is repaired.
 
     Attributes:
@@ -57,9 +57,9 @@ class Restoration:
 
     def __post_init__(self) -> None:
         if self.epochs < 0:
-            raise UserError(f"prune.restore.epochs is {self.epochs}; it cannot be negative (0: least squares alone)")
+            raise UserError(f"prune.repair.epochs is {self.epochs}; it cannot be negative (0: least squares alone)")
         if self.lr <= 0:
-            raise UserError(f"prune.restore.lr is {self.lr}; it must be positive (0.05 is usual)")
+            raise UserError(f"prune.repair.lr is {self.lr}; it must be positive (0.05 is usual)")
 
     def modules(self, masked: MaskedModel) -> list[str]:
         """Linears whose base weights :func:`repair` may change."""
@@ -68,7 +68,7 @@ class Restoration:
         return [site.module for site in masked.space.sites if site.on == "input"]
 
 
-def repair(masked: MaskedModel, masks_U: Tensor, batches: Batches, settings: Restoration | None = None) -> list[str]:
+def repair(masked: MaskedModel, masks_U: Tensor, batches: BatchSource, settings: Repair | None = None) -> list[str]:
     """Change base weights, in place, so that the masked model does what the whole one did.
 
     Adapters count as part of their projections and stay as they are. Weights of removed units keep their values; masks
@@ -86,25 +86,25 @@ def repair(masked: MaskedModel, masks_U: Tensor, batches: Batches, settings: Res
     Raises:
         ValueError: No batch, a negative ridge, or activations that are not finite.
     """
-    settings = settings or Restoration()
+    settings = settings or Repair()
     if not settings.epochs:
-        return restore(masked, masks_U, batches, ridge=settings.ridge)
+        return repair_outputs(masked, masks_U, batches, ridge=settings.ridge)
     training = masked.training
     masked.eval()
     try:
-        return _Reconstruction(masked, masks_U.detach(), list(batches()), settings).run()
+        return _Blockwise(masked, masks_U.detach(), list(batches()), settings).run()
     finally:
         masked.train(training)
 
 
-class _Reconstruction:
+class _Blockwise:
     """One run over the layers of a masked model and of the smaller model that its masks describe."""
 
     def __init__(
-        self, masked: MaskedModel, masks_U: Tensor, batches: Sequence[Mapping[str, Tensor]], settings: Restoration
+        self, masked: MaskedModel, masks_U: Tensor, batches: Sequence[Mapping[str, Tensor]], settings: Repair
     ) -> None:
         if not batches:
-            raise UserError("prune.restore: no calibration batch; raise prune.restore.batches or add training data")
+            raise UserError("prune.repair: no calibration batch; raise prune.repair.batches or add training data")
         self.masked, self.settings, self.batches = masked, settings, batches
         self.space, self.masks = masked.space, masked.space.split(masks_U.cpu())
         dense: Any = language_model(masked)
@@ -118,7 +118,7 @@ class _Reconstruction:
         self.names: list[str] = []
 
     def run(self) -> list[str]:
-        """Reconstruct every layer; names of the changed base weights."""
+        """Repair every layer; names of the changed base weights."""
         prefixes = [layer.prefix for layer in self.space.layers]
         with self.masked.unmasked():
             whole = _Inputs(self.masked, [self.masked.linear(name) for name in prefixes], self.batches)
@@ -130,7 +130,7 @@ class _Reconstruction:
             self._write_back(layer)
             with torch.no_grad():
                 left.advance(index, self.small.get_submodule(layer.prefix))
-            log.info("restoration: layer %d of %d, error %.3f -> %.3f", index + 1, len(prefixes), first, last)
+            log.info("repair: layer %d of %d, error %.3f -> %.3f", index + 1, len(prefixes), first, last)
         return self.names
 
     def _dense_layer(self, index: int, layer: LayerSpace, whole: _Inputs, left: _Inputs) -> None:
@@ -184,8 +184,8 @@ class _Reconstruction:
             weight.requires_grad_(False)
         if not math.isfinite(errors[-1]):
             raise UserError(
-                f"prune.restore: the error of {layer.prefix} is {errors[-1]}; lower prune.restore.lr "
-                f"(now {self.settings.lr}) or set prune.restore.epochs=0"
+                f"prune.repair: the error of {layer.prefix} is {errors[-1]}; lower prune.repair.lr "
+                f"(now {self.settings.lr}) or set prune.repair.epochs=0"
             )
         block.to(self.dtype)
         return errors[0], errors[-1]

@@ -154,7 +154,7 @@ def fluctuation(masked: MaskedModel, batches: Batches) -> Tensor:
     """FLAP's weighted fluctuation: variance of a unit's activations times the squared norm of the weights they meet.
 
     The weighted input feature variance of An et al. 2023 (arXiv 2312.11983); its standardisation over layers is the
-    ranking ``zscore``. FLAP's bias compensation is left to restoration, which fits more than the mean.
+    ranking ``zscore``. FLAP's bias compensation is left to the repair of the cut, which fits more than the mean.
     """
     variances = {module: moments.variance() for module, moments in _moments(masked, batches).items()}
     return _at_sites(masked, lambda weight_OI, module: weight_OI.square() * variances[module])

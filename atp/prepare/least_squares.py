@@ -5,7 +5,7 @@ kept columns are fitted by least squares so that they reproduce the dense projec
 
     W'_K = W C_{:,K} (C_{K,K} + ridge)^-1,    C = sum over tokens of x x^T
 
-(the reconstruction of Optimal Brain Surgeon at whole columns; Hassibi and Stork 1993, for LLMs FLAP, arXiv 2312.11983,
+(the weight update of Optimal Brain Surgeon at whole columns; Hassibi and Stork 1993, for LLMs FLAP, arXiv 2312.11983,
 and SlimGPT, arXiv 2412.18110, use relatives of it). Inputs x are the dense model's, so one pass serves all layers. It
 knows masked models and batches, and nothing of how masks were chosen or what is trained afterwards.
 
@@ -25,16 +25,16 @@ from atp.errors import UserError
 from atp.masks.lora import MaskedModel
 from atp.space.space import PruningSpace
 
-Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
+BatchSource = Callable[[], Iterable[Mapping[str, Tensor]]]
 
 _LARGEST_GRAM_BYTES = 2**31
 
 
 @torch.no_grad()
-def restore(
+def repair_outputs(
     masked: MaskedModel,
     masks_U: Tensor,
-    batches: Batches,
+    batches: BatchSource,
     *,
     ridge: float = 1e-3,
     moments: Mapping[str, Tensor] | None = None,
@@ -59,7 +59,7 @@ def restore(
         ValueError: No batch, a negative ridge, or activations that are not finite.
     """
     if ridge < 0:
-        raise UserError(f"prune.restore.ridge is {ridge}; it cannot be negative")
+        raise UserError(f"prune.repair.ridge is {ridge}; it cannot be negative")
     cut = cut_inputs(masked.space, masked.space.split(masks_U.detach()))
     training = masked.training
     masked.eval()
@@ -127,7 +127,7 @@ def _portions(cut: Mapping[str, Tensor]) -> Iterable[list[str]]:
         yield portion
 
 
-def _second_moments(masked: MaskedModel, modules: Sequence[str], batches: Batches) -> dict[str, Tensor]:
+def _second_moments(masked: MaskedModel, modules: Sequence[str], batches: BatchSource) -> dict[str, Tensor]:
     """Sum of x x^T over real tokens, for the inputs of the named projections in the unmasked model."""
     with Moments(masked, modules) as moments, masked.unmasked():
         for batch in batches():
@@ -180,7 +180,7 @@ class Moments:
         missing = set(self._modules) - set(self._by_module)
         if missing or not all(torch.isfinite(gram).all() for gram in self._by_module.values()):
             raise UserError(
-                "prune.restore: the calibration batches gave no finite activations; check the data, try "
-                "model.dtype=float32, or set prune.restore.batches=0"
+                "prune.repair: the calibration batches gave no finite activations; check the data, try "
+                "model.dtype=float32, or set prune.repair.batches=0"
             )
         return self._by_module

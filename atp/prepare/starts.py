@@ -22,7 +22,7 @@ from atp.errors import UserError
 from atp.masks.lora import MaskedModel
 from atp.masks.loss import causal_loss
 from atp.prepare.criteria import CRITERIA, RANKINGS, importances, rank
-from atp.prepare.least_squares import restore, shared_moments
+from atp.prepare.least_squares import repair_outputs, shared_moments
 from atp.space.space import PruningSpace
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Start:
     Attributes:
         name: Criterion, and what was added to attention.
         scores_U: The scores [U].
-        losses: Nats per token of every candidate's repaired cut, by name; empty where there was no choice.
+        losses: Nats per token of every candidate's repaired cut, by name; empty for a single one.
     """
 
     name: str
@@ -54,7 +54,7 @@ def starting_scores(
     batches: Sequence[Mapping[str, Tensor]],
     select: Callable[[Tensor], Tensor],
     *,
-    criterion: str,
+    criteria: Sequence[str],
     ranking: str = "layer",
     gain: float = 1.0,
     attention: Sequence[float] = (0.0,),
@@ -65,10 +65,9 @@ def starting_scores(
 
     Args:
         masked: The model, not yet compact, on the device of the batches.
-        batches: Calibration batches; importance reads all, the choice the first :data:`COMPARED`.
+        batches: Calibration batches; importance reads all, the comparison the first :data:`COMPARED`.
         select: From scores to masks, 0 or 1, [U].
-        criterion: Name of an importance, see :func:`atp.prepare.criteria.importance`; several, between bars, are
-            alternatives.
+        criteria: Names of importances, see :func:`atp.prepare.criteria.importance`; several are alternatives.
         ranking: How scores become comparable, see :func:`atp.prepare.criteria.rank`.
         gain: Factor on ranked scores.
         attention: Alternatives of what is added to attention units.
@@ -78,15 +77,16 @@ def starting_scores(
     Raises:
         ValueError: An unknown criterion or ranking, no batch, or no alternative.
     """
-    names = [name.strip() for name in criterion.split("|")]
-    unknown = [one for name in names for one in name.split("+") if one not in CRITERIA]
+    if not criteria:
+        raise UserError(f"prune.warm_start.criterion is empty; name at least one: {', '.join(CRITERIA)}")
+    unknown = [one for name in criteria for one in name.split("+") if one not in CRITERIA]
     if unknown:
         raise UserError(f"prune.warm_start.criterion is {unknown[0]!r}; known: {', '.join(CRITERIA)}")
     if ranking not in RANKINGS:
         raise UserError(f"prune.warm_start.ranking is {ranking!r}; known: {', '.join(RANKINGS)}")
     candidates(masked.space, {}, attention)  # refuses what it would refuse after minutes of measuring
-    measured = importances(names, masked, batches, seed)
-    ranked = {name: gain * rank(ranking, masked.space, measured[name].cpu()) for name in names}
+    measured = importances(criteria, masked, batches, seed)
+    ranked = {name: gain * rank(ranking, masked.space, measured[name].cpu()) for name in criteria}
     found = candidates(masked.space, ranked, attention)
     if len(found) == 1:
         ((name, scores_U),) = found.items()
@@ -163,7 +163,7 @@ def repaired_losses(
         masks_U = select(scores_U)
         key = masks_U.cpu().bool().numpy().tobytes()
         if key not in seen:
-            restore(masked, masks_U.to(scores_U.device), lambda: batches, ridge=ridge, moments=moments)
+            repair_outputs(masked, masks_U.to(scores_U.device), lambda: batches, ridge=ridge, moments=moments)
             seen[key] = _masked_loss(masked, masks_U.to(scores_U.device), loss, batches)
             for module, weight in dense.items():
                 masked.base_weight(module).copy_(weight)

@@ -17,7 +17,7 @@ from atp.report import pareto, runs
 from atp.report.comparison import lower_is_better, metric_names
 from atp.report.html import render
 from atp.report.panel import Panel, file_bytes
-from atp.report.runs import Group, Run
+from atp.report.runs import FinishedRun, Group
 
 LOSSES = (1.0, 2.0, 5.0, 10.0)
 _COSTS = {
@@ -32,7 +32,7 @@ _COSTS = {
 
 
 def write_across(
-    found: Sequence[Run], left_out: Sequence[tuple[Path, str]], folder: Path, metric: str = "perplexity"
+    found: Sequence[FinishedRun], left_out: Sequence[tuple[Path, str]], folder: Path, metric: str = "perplexity"
 ) -> Path:
     """Write `report.html`, `table.md`, `table.csv` and the charts as pictures.
 
@@ -138,7 +138,7 @@ def budget_lines(groups: Sequence[Group], metric: str) -> list[tuple[str, str]]:
         best = runs.smallest_within(groups, loss)
         answer = "none of these runs"
         if best is not None:
-            answer = f"{best.label} ({pareto.compact(_mean(best, 'parameters', 'pruned') or 0)} parameters)"
+            answer = f"{best.label} ({pareto.short_number(_mean(best, 'parameters', 'pruned') or 0)} parameters)"
         lines.append((f"smallest model within {loss:g}% of {against} (mean recovery)", answer))
     for group in runs.best_per_size(groups, metric):
         target, quality = _mean(group, "sparsity", "target") or 0.0, _mean(group, "eval", "pruned", metric)
@@ -151,7 +151,7 @@ def _mean(group: Group, *keys: str) -> float | None:
     return None if spread is None else spread.mean
 
 
-def _told(run: Run) -> str:
+def _told(run: FinishedRun) -> str:
     told: Mapping[str, Any] = run.metrics.get("run") or {}
     return f"{told.get('name') or run.path.name}, seed {told.get('seed', '?')}"
 

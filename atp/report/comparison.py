@@ -261,7 +261,7 @@ def _quality_rows(metrics: Mapping[str, Any]) -> list[Row]:
         details = ["lower is better"] * lower_is_better(metric) + ([] if items is None else [f"n={items:,.0f}{unit}"])
         label = clean(metric) + (f" ({', '.join(details)})" if details else "")
         scores = {model: number(metrics, "eval", model, metric) for model in evaluated_models(metrics)}
-        cells = {model: figure(score) for model, score in scores.items() if score is not None}
+        cells = {model: rounded(score) for model, score in scores.items() if score is not None}
         sure = {model: interval(metrics, model, metric) for model in cells}
         ranges = {model: between(ends) for model, ends in sure.items() if ends is not None}
         rows.append(Row(label, cells, "" if kept is None else f"{kept:.1f}%", ranges=ranges))
@@ -281,7 +281,7 @@ def _cost_rows(metrics: Mapping[str, Any]) -> list[Row]:
     both = ("dense", "pruned")
     rows = [_pair("MACs per token", [number(metrics, "macs", f"{model}_per_token") for model in both], _macs)]
     for kind, label in (("prefill", "prefill latency (ms)"), ("decode", "decode latency (ms/token)")):
-        row = _pair(label, [number(metrics, "speed", model, f"{kind}_latency_ms") for model in both], figure)
+        row = _pair(label, [number(metrics, "speed", model, f"{kind}_latency_ms") for model in both], rounded)
         ratio = speed_ratio(metrics, kind)
         rows.append(Row(label, row.cells, "" if ratio is None else f"{ratio:.2f}x speed"))
     rates = [number(metrics, "speed", model, "prefill_tokens_per_s") for model in both]
@@ -295,7 +295,7 @@ def _cost_rows(metrics: Mapping[str, Any]) -> list[Row]:
 
 def between(ends: tuple[float, float]) -> str:
     """An interval in words."""
-    return f"{figure(ends[0])} to {figure(ends[1])}"
+    return f"{rounded(ends[0])} to {rounded(ends[1])}"
 
 
 def _pair(label: str, values: Iterable[float | None], form: Callable[[float], str]) -> Row:
@@ -314,7 +314,7 @@ def _decimal(value: float) -> str:
     return f"{value:,.1f}"
 
 
-def figure(value: float) -> str:
+def rounded(value: float) -> str:
     """A score or a time, with as many digits as tell something."""
     if abs(value) >= 1e5:
         return f"{value:.3g}"

@@ -9,11 +9,11 @@ from typing import Any
 from atp.report.comparison import (
     between,
     count,
-    figure,
     lower_is_better,
     metric_names,
     model_label,
     percent,
+    rounded,
     speed_note,
     speed_ratio,
 )
@@ -48,7 +48,7 @@ def headlines(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for metric in metric_names(metrics):
         value = number(metrics, "eval", "pruned", metric)
         if value is not None and (metric == "perplexity" or metric.endswith("accuracy")):
-            found.append((clean(metric), figure(value), "; ".join(_beside(metrics, metric))))
+            found.append((clean(metric), rounded(value), "; ".join(_beside(metrics, metric))))
     for kind in ("prefill", "decode"):
         ratio = speed_ratio(metrics, kind)
         if ratio is not None:
@@ -61,6 +61,6 @@ def _beside(metrics: Mapping[str, Any], metric: str) -> list[str]:
     """What stands below a score: its interval, the dense models' scores, the direction where it is not obvious."""
     ends = interval(metrics, "pruned", metric)
     others = [(model_label(model), number(metrics, "eval", model, metric)) for model in ("dense_lora", "dense")]
-    told = ", ".join(f"{label} {figure(value)}" for label, value in others if value is not None)
+    told = ", ".join(f"{label} {rounded(value)}" for label, value in others if value is not None)
     remarks = [] if ends is None else [f"95% interval {between(ends)}"]
     return [*remarks, told, *["lower is better"] * lower_is_better(metric)]

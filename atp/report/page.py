@@ -1,7 +1,7 @@
 """What a finished run has to show: `report.html` and pictures in its directory, and the table on the terminal.
 
 Last station of the flow. A run directory is the only input, so a report can be made again at any time, on any machine:
-`record` reads the directory, `comparison` lays out the figures, `figures` makes the charts, and this file brings
+`record` reads the directory, `comparison` lays out the figures, `charts` draws them, and this file brings
 them together on one self-contained page.
 
 It does not know models, data sets, configuration classes or how any figure was measured.
@@ -17,7 +17,7 @@ from typing import Any
 
 from atp.atomic import write_bytes
 from atp.loading_lines import load_lines
-from atp.report import figures, mask_panels, panel
+from atp.report import charts, mask_panels, panel
 from atp.report.comparison import (
     comparison_rows,
     comparison_table,
@@ -31,9 +31,9 @@ from atp.report.evidence import evidence
 from atp.report.headlines import headlines
 from atp.report.html import render
 from atp.report.panel import Panel
-from atp.report.record import Curve, RunReport, number
+from atp.report.record import Curve, RunRecord, number
 
-__all__ = ["RunReport", "comparison_table", "write_report"]
+__all__ = ["RunRecord", "comparison_table", "write_report"]
 
 _HEADS_PICTURED = 128  # units in a row; wider masks are pictured by the share kept in blocks
 _WIDTH_NAMES = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
@@ -64,7 +64,7 @@ def write_report(run_dir: Path | str) -> Path:
     Raises:
         ValueError: If `metrics.json` is missing or malformed; the message names the file and the key.
     """
-    report = RunReport.load(run_dir)
+    report = RunRecord.load(run_dir)
     panels = report_panels(report)
     for name in ("masks", "evolution", "training", "widths"):
         for file_format in ("png", "svg"):
@@ -91,7 +91,7 @@ def write_report(run_dir: Path | str) -> Path:
     return path
 
 
-def report_panels(report: RunReport) -> dict[str, list[Panel]]:
+def report_panels(report: RunRecord) -> dict[str, list[Panel]]:
     """Make the charts of a run.
 
     Args:
@@ -120,10 +120,10 @@ def _width_panels(metrics: Mapping[str, Any]) -> list[Panel]:
     channels, dense_channels = columns["intermediate_size"]
     dots = (groups, "KV heads kept") if dense_groups != dense_heads else (None, "")
     return [
-        figures.widths_panel(
+        charts.widths_panel(
             "width-heads", "Attention heads left in each layer", "query heads", heads, dense_heads, *dots
         ),
-        figures.widths_panel("width-channels", "FFN channels left in each layer", "channels", channels, dense_channels),
+        charts.widths_panel("width-channels", "FFN channels left in each layer", "channels", channels, dense_channels),
     ]
 
 
@@ -151,7 +151,7 @@ def _mask_panel(kind: str, grid: list[list[int]]) -> Panel:
     return mask_panels.share_panel(name, f"Share of {words} kept", words, grid)
 
 
-def _training_panels(report: RunReport) -> list[Panel]:
+def _training_panels(report: RunRecord) -> list[Panel]:
     def logged(columns: Mapping[str, str]) -> dict[str, Curve | None]:
         return {label: report.curves.get(column) for label, column in columns.items()}
 
@@ -179,17 +179,17 @@ def _training_panels(report: RunReport) -> list[Panel]:
         curves = {label: curve for label, curve in candidates.items() if curve and any(map(math.isfinite, curve[1]))}
         if curves and (unit != "budget loss" or any(any(values) for _, values in curves.values())):
             name = f"training-{len(panels)}"
-            panels.append(figures.curves_panel(name, title, unit, curves, report.phases, percent))
+            panels.append(charts.curves_panel(name, title, unit, curves, report.phases, percent))
     return panels
 
 
-def _numbered(report: RunReport, prefix: str) -> dict[str, Curve | None]:
+def _numbered(report: RunRecord, prefix: str) -> dict[str, Curve | None]:
     """Curves whose names start alike, by what follows."""
     found = {name.removeprefix(prefix): curve for name, curve in report.curves.items() if name.startswith(prefix)}
     return {name.removesuffix("_mib").replace("_", " "): curve for name, curve in found.items()}
 
 
-def _evolution_panels(report: RunReport) -> list[Panel]:
+def _evolution_panels(report: RunRecord) -> list[Panel]:
     """Share kept by layer and step, per kind of unit; then how undecided and how restless the masks were."""
     panels = []
     for kind, rows in report.masks.items():
@@ -214,11 +214,11 @@ def _evolution_panels(report: RunReport) -> list[Panel]:
         there = {label: curve for label, curve in candidates.items() if curve and any(map(math.isfinite, curve[1]))}
         if there:
             name = f"evolution-{len(panels)}"
-            panels.append(figures.curves_panel(name, title, unit, there, report.phases))
+            panels.append(charts.curves_panel(name, title, unit, there, report.phases))
     return panels
 
 
-def _kept_percent(report: RunReport, kind: str) -> Curve | None:
+def _kept_percent(report: RunRecord, kind: str) -> Curve | None:
     """Scale a logged count of kept units to percent; what was logged as a fraction is read as one."""
     curve = report.curves.get(f"mask/{kind}_kept")
     if curve is None:
@@ -247,11 +247,11 @@ def _quality_panels(metrics: Mapping[str, Any]) -> list[Panel]:
     panels: list[Panel] = []
     if fractions:
         unit = "score (higher is better)"
-        panels.append(figures.quality_panel("quality-tasks", "Task metrics on held-out data", unit, fractions, labels))
+        panels.append(charts.quality_panel("quality-tasks", "Task metrics on held-out data", unit, fractions, labels))
     chosen = {metric: row for metric, row in scores.items() if metric.rsplit("/", 1)[-1] == "perplexity" and row}
     if chosen:
         unit = "perplexity (lower is better)"
-        panels.append(figures.quality_panel("quality-perplexity", "Perplexity on held-out data", unit, chosen, labels))
+        panels.append(charts.quality_panel("quality-perplexity", "Perplexity on held-out data", unit, chosen, labels))
     return panels
 
 
@@ -261,10 +261,10 @@ def _cost_panels(metrics: Mapping[str, Any]) -> list[Panel]:
         dense, pruned = number(metrics, *dense_keys), number(metrics, *pruned_keys)
         if dense and pruned is not None and math.isfinite(dense) and math.isfinite(pruned):
             items.append((label, 100 * pruned / dense, f"{form.format(pruned)}, dense {form.format(dense)}"))
-    return [figures.relative_panel("cost", "What the pruned model costs", items)] if items else []
+    return [charts.relative_panel("cost", "What the pruned model costs", items)] if items else []
 
 
-def _certainty(report: RunReport) -> str:
+def _certainty(report: RunRecord) -> str:
     """Say how decided the gates were, where the scores are probabilities."""
     flat = [score for rows in report.scores.values() for row in rows for score in row]
     if not flat or not all(0 <= score <= 1 for score in flat):

@@ -4,7 +4,7 @@ A `Panel` holds what to draw and its text alternative. It is rendered with real 
 placeholder colours that become CSS variables, so that a chart inside a page follows the reader's light or dark theme.
 Figures are made without pyplot, so nothing here leaves state behind or needs a display.
 
-It does not know what the charts show (`figures` does), nor pages and run directories.
+It does not know what the charts show (`charts` does), nor pages and run directories.
 """
 
 import io

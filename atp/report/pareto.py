@@ -78,16 +78,16 @@ def pareto_panel(
         ax.set_xlabel(cost)
         ax.set_ylabel(quality)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
         ax.grid(color=palette.faint, linewidth=0.4, alpha=0.6)
         legend(ax)
 
     told = [
-        f"{i}: {p.label}: {compact(p.cost)}, {p.quality:.4g}"
+        f"{i}: {p.label}: {short_number(p.cost)}, {p.quality:.4g}"
         + (f" plus or minus {p.quality_deviation:.2g} over {p.count} seeds" if p.count > 1 else "")
         for i, p in enumerate(points, 1)
     ]
-    told += [f"{label}: {compact(x)}, {y:.4g}" for label, x, y in references]
+    told += [f"{label}: {short_number(x)}, {y:.4g}" for label, x, y in references]
     return Panel(name, title, f"Scatter chart of {quality} against {cost}. {'; '.join(told)}.", 2.9, draw)
 
 
@@ -148,7 +148,7 @@ def parallel_panel(
     return Panel(name, title, f"Parallel coordinates, one line per group of runs. {'; '.join(told)}.", 2.9, draw)
 
 
-def compact(value: float) -> str:
+def short_number(value: float) -> str:
     """A figure in few characters: 1.23M, 4.56k, 0.789."""
     for power, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= power:
@@ -171,5 +171,5 @@ def _positions(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, st
 
 def _text(value: Any) -> str:
     if isinstance(value, float):
-        return compact(value) if abs(value) >= 1e4 else f"{value:.4g}"
+        return short_number(value) if abs(value) >= 1e4 else f"{value:.4g}"
     return str(value)

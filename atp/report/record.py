@@ -1,7 +1,7 @@
 """A finished run read back from its directory: figures, masks, training curves, samples, configuration.
 
 Pages of one run read its directory through this file; `comparison` and `page` work on the
-`RunReport` made here. Everything but `metrics.json` is optional: what is missing or unreadable is left out and
+`RunRecord` made here. Everything but `metrics.json` is optional: what is missing or unreadable is left out and
 named in a note, so that one damaged file does not cost the rest of the report.
 
 It does not know how the figures were measured, nor how they are shown.
@@ -65,7 +65,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class RunReport:
+class RunRecord:
     """Typed view of a run directory.
 
     Attributes:
@@ -93,7 +93,7 @@ class RunReport:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, run_dir: Path | str) -> "RunReport":
+    def load(cls, run_dir: Path | str) -> "RunRecord":
         """Read a run directory.
 
         Args:

@@ -10,7 +10,7 @@ It does not know charts, pages or the command line.
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ _NOT_SETTINGS: tuple[str, ...] = (
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """One finished run.
 
     Attributes:
@@ -78,7 +78,7 @@ class Group:
 
     label: str
     settings: dict[str, Any]
-    runs: tuple[Run, ...]
+    runs: tuple[FinishedRun, ...]
 
     def figure(self, *keys: str) -> Spread | None:
         """A figure of `metrics.json` over the group's runs; None if no run has it."""
@@ -89,11 +89,14 @@ class Group:
         return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[tuple[Path, str]]]:
+def find_runs(
+    paths: Iterable[Path], of_now: Callable[[Any], dict[str, Any]] = dict
+) -> tuple[list[FinishedRun], list[tuple[Path, str]]]:
     """Read all runs at or below some directories.
 
     Args:
         paths: Run directories, or folders (such as a sweep's) that hold run directories.
+        of_now: Gives nested settings the names that they have now, so that runs of different versions compare.
 
     Returns:
         Finished runs in the order of their paths, and for every other run directory the reason why it is left out.
@@ -110,7 +113,7 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[tuple[Path, str]]]
                 continue
             seen.add(found.resolve())
             try:
-                runs.append(Run(found, read_metrics(found / "metrics.json"), _settings(found)))
+                runs.append(FinishedRun(found, read_metrics(found / "metrics.json"), _settings(found, of_now)))
             except ValueError as error:
                 left_out.append((found, _why(found, error)))
     return runs, left_out
@@ -143,9 +146,9 @@ def _why(path: Path, error: ValueError) -> str:
     return "not a run directory: it holds neither config.json nor metrics.json"
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: Path, of_now: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     try:
-        return flatten(json.loads((path / "config.json").read_text(encoding="utf-8"))["config"])
+        return flatten(of_now(json.loads((path / "config.json").read_text(encoding="utf-8"))["config"]))
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -161,7 +164,7 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def varied_settings(runs: Sequence[Run]) -> list[str]:
+def varied_settings(runs: Sequence[FinishedRun]) -> list[str]:
     """Settings in which the runs differ, other than the seed."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     return [
@@ -172,13 +175,13 @@ def varied_settings(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
+def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
     """Group runs over seeds, in order of block sparsity.
 
     Runs without kept settings are told apart by name, base, method and target instead.
     """
     keys = varied_settings(runs)
-    grouped: dict[str, list[Run]] = {}
+    grouped: dict[str, list[FinishedRun]] = {}
     chosen: dict[str, dict[str, Any]] = {}
     for run in runs:
         settings = {key: run.settings.get(key) for key in keys} if run.settings else _told_apart(run)
@@ -191,13 +194,13 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     return sorted(groups, key=lambda group: (group.figure("sparsity", "blocks") or Spread(0, None, 0)).mean)
 
 
-def _told_apart(run: Run) -> dict[str, Any]:
+def _told_apart(run: FinishedRun) -> dict[str, Any]:
     told = run.metrics.get("run") or {}
     target = number(run.metrics, "sparsity", "target")
     return {"name": told.get("name"), "base": told.get("base"), "method": told.get("method"), "prune.sparsity": target}
 
 
-def _label(settings: Mapping[str, Any], run: Run) -> str:
+def _label(settings: Mapping[str, Any], run: FinishedRun) -> str:
     parts = [f"{key.rpartition('.')[2]}={_short(value)}" for key, value in settings.items() if value is not None]
     return ", ".join(parts) or str((run.metrics.get("run") or {}).get("name") or run.path.name)
 
@@ -207,7 +210,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:18]}...{text[-18:]}"
 
 
-def data_differs(runs: Sequence[Run]) -> str:
+def data_differs(runs: Sequence[FinishedRun]) -> str:
     """Say so when runs were measured on different data; empty when they were not."""
     told = [(run.metrics.get("run") or {}).get("data") or {} for run in runs]
     settings = [{k: v for k, v in run.settings.items() if k.startswith("data.")} for run in runs if run.settings]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from atp.atomic import write_json
+from atp.config.moved import with_new_settings
 from atp.config.names import with_short_names
 from atp.config.schema import schema_default
 from atp.errors import UserError
@@ -118,6 +119,7 @@ class RunDirectory:
             )
         if existing.is_file():
             saved = json.loads(existing.read_text(encoding="utf-8"))["config"]
+            saved = with_new_settings(saved, str(existing))
             changed = _differences(with_short_names(saved), with_short_names(config))
             redone = {name: _redone(name) for name in changed}
             refused = [line for name, line in changed.items() if self.is_finished or redone[name] is None]

@@ -25,6 +25,7 @@ from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from atp.config.moved import with_new_settings
 from atp.config.schema import ExportConfig, TrainConfig
 from atp.data import check
 from atp.errors import UserError
@@ -114,15 +115,16 @@ def export_adapter(run_dir: Path, output: Path, *, overwrite: bool = False) -> f
     if "overrides" not in saved:
         raise UserError(f"{run_dir} is not a run directory; an adapter is made from a run's own checkpoint")
     named = {"run_dir": str(run_dir)}  # its default is named after the moment of composing
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), saved["config"], named))
+    settings = with_new_settings(saved["config"], str(file))
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), settings, named))
     assert isinstance(config, TrainConfig)
     config.export.gguf, config.export.onnx, config.export.push_to_hub = [], False, None
-    directory = RunDirectory(run_dir, saved["config"], saved["overrides"], resume=True)
+    directory = RunDirectory(run_dir, settings, saved["overrides"], resume=True)
     if not directory.is_finished:
         raise UserError(f"{run_dir} is not finished; go on with: python train.py resume={run_dir}")
     _quiet_libraries()
     written = json.loads((run_dir / "pruned" / PROVENANCE_FILE).read_text(encoding="utf-8"))
-    stages = Stages(config, directory, saved["config"], written["run"])
+    stages = Stages(config, directory, settings, written["run"])
     try:
         difference = stages.export_unmerged(output, overwrite=overwrite)
     finally:

@@ -48,7 +48,7 @@ class Preparation:
 
     def calibration(self) -> Iterator[dict[str, Tensor]]:
         """The batches that cuts are repaired on."""
-        return self.batches(self.config.prune.restore.batches)
+        return self.batches(self.config.prune.repair.batches)
 
     def warm_start(self, module: PruningModule, settings: WarmStartConfig) -> Start | None:
         """Let the generator begin with the importance of the dense model's units.
@@ -69,11 +69,11 @@ class Preparation:
             module.masked.to(self.device),
             list(self.batches(settings.batches)),
             module.selected,
-            criterion=settings.criterion,
+            criteria=settings.criterion,
             ranking=settings.ranking,
             gain=settings.gain,
             attention=settings.attention,
-            ridge=self.config.prune.restore.ridge,
+            ridge=self.config.prune.repair.ridge,
             seed=self.config.seed,
         )
         module.generator.warm_start(start.scores_U)
@@ -87,21 +87,21 @@ class Preparation:
         """
         if self.config.prune.warm_start.batches < 1:
             raise UserError(
-                "prune.restore.at is start, but there are no scores to select by before the first step; set "
-                "prune.warm_start.batches above 0, or prune.restore.at=freeze"
+                "prune.repair.at is start, but there are no scores to select by before the first step; set "
+                "prune.warm_start.batches above 0, or prune.repair.at=freeze"
             )
-        log.info("restoration: fitting what the starting scores select to the dense layers")
+        log.info("repair: fitting what the starting scores select to the dense layers")
         module.masked.to(self.device)
-        module.restore_start()
+        module.repair_start()
 
     def cut(self, module: PruningModule, base_config: PreTrainedConfig) -> PreTrainedModel:
         """The smaller model that a module's scores select, repaired as the run's own is."""
         module.freeze_masks()
         masks_U = module.final_masks_U.cpu()
         prune = self.config.prune
-        if prune.restore.batches > 0:
+        if prune.repair.batches > 0:
             masked = module.masked.to(self.device)
-            repair(masked, module.final_masks_U.to(self.device), self.calibration, parts.restoration(prune))
+            repair(masked, module.final_masks_U.to(self.device), self.calibration, parts.make_repair(prune))
         return remove(merged_tensors(module.masked.peft_model), base_config, module.space, masks_U)
 
 

@@ -137,14 +137,14 @@ class Stages:
         base = parts.load_base(self.config.model, quantized=True, device=self.device)
         module = parts.pruning_module(self.config, base)
         parts.tell_ignored(self.config, module, saved_overrides(self.directory.path))
-        restores = self.config.prune.restore.batches > 0
-        if restores:
+        repairs = self.config.prune.repair.batches > 0
+        if repairs:
             module.calibration = self.preparation.calibration
         before = self.directory.path / "preparation.json"
         if not self.directory.checkpoint("joint").is_file():
             with peak_memory(self.device) as peak:
                 self._warm_start(module)
-                if restores and self.config.prune.restore.at == "start":
+                if repairs and self.config.prune.repair.at == "start":
                     self.preparation.repair_start(module)
             write_json(before, {"peak_mib": peak.mib})
         if isinstance(module, AwareModule):

@@ -40,8 +40,6 @@ _IRRELEVANT: tuple[str, ...] = (
     *("evaluate.reference", "evaluate.baselines", "evaluate.samples", "evaluate.shared"),
     *("trainer.accelerator", "trainer.checkpoint_every_n_steps", "trainer.log_every_n_steps"),
 )
-# Parts of what is ignored that a reference does read: a method's own prompt stands before every model's records.
-_RELEVANT = ("prune.prompt",)
 _TRAINING = ("lora", "optim", "trainer", "callbacks")
 
 
@@ -134,8 +132,7 @@ class SharedResults:
     def key(self, stage: str) -> str:
         """Digest of everything the stage's result depends on."""
         ignored = _IRRELEVANT + (_TRAINING if stage == "dense" else ())
-        read = [stage, _without(self._config, ignored), [_at(self._config, name) for name in _RELEVANT]]
-        content = json.dumps(read, sort_keys=True, default=str)
+        content = json.dumps([stage, _without(self._config, ignored)], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def take(self, stage: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -202,13 +199,6 @@ def _without(node: Any, ignored: tuple[str, ...], prefix: str = "") -> Any:
     named = {key: f"{prefix}.{key}".lstrip(".") for key in node}
     kept = {key: value for key, value in node.items() if not _is_ignored(named[key], ignored)}
     return {key: _without(value, ignored, named[key]) for key, value in kept.items()}
-
-
-def _at(node: Any, name: str) -> Any:
-    """The part of the settings that a dotted name leads to; None where there is none."""
-    for part in name.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node
 
 
 def _is_ignored(name: str, ignored: tuple[str, ...]) -> bool:

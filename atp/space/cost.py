@@ -36,13 +36,13 @@ def make_cost(of: str, *, context: int, model: PreTrainedModel, table: Path | No
 
     * ``parameters``: weights and biases of the decoder blocks, as in ATP.
     * ``macs``: multiply-accumulates of one token that attends to ``context`` keys.
-    * ``memory``: bytes of weights, and of one sequence's cache of ``context`` tokens.
+    * ``memory``: bytes of weights, and of one sequence's key-value cache of ``context`` tokens.
     * ``latency``: milliseconds of decoding one token, from timing the model's own projections and attention over
       ``context`` keys on the device it is on, with torch's current number of threads.
 
     Args:
         of: One of :data:`COSTS`.
-        context: Keys in the cache.
+        context: Keys in the key-value cache.
         model: The dense model.
         table: File of measured prices: read where it exists, otherwise measured and written, so that a run that goes
             on, or another run, counts by the same prices.

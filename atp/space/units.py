@@ -159,7 +159,7 @@ class CostModel:
         bias: Per bias.
         scores: Per row of the query projection and column of the output projection: what attention computes per token
             beside its projections.
-        cache: Per row of the key and value projections: what a token leaves in the cache.
+        cache: Per row of the key and value projections: what a token leaves in the key-value cache.
         of: Name, for messages.
     """
 

@@ -56,7 +56,7 @@ class RunCheckpoint(Callback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
-            self._restore_signals()
+            self._return_signals()
             raise KeyboardInterrupt
         self.interrupted = True
         log.warning("%s: finishing this step, then saving; once more stops at once", signal.Signals(number).name)
@@ -76,13 +76,13 @@ class RunCheckpoint(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of training."""
-        self._restore_signals()
+        self._return_signals()
         if not self.interrupted:
             self.save(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give signals back; what was saved stays."""
-        self._restore_signals()
+        self._return_signals()
 
     def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the checkpoint.
@@ -105,7 +105,7 @@ class RunCheckpoint(Callback):
             os.replace(temporary, self.path)
         self._last_step = trainer.global_step
 
-    def _restore_signals(self) -> None:
+    def _return_signals(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()

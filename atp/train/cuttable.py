@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from atp.cut.compaction import can_compact
+from atp.cut.compaction import can_cut_live
 from atp.masks.generator import GradientScores
 from atp.space.space import PruningSpace
 
@@ -24,7 +24,7 @@ def why_uncut(space: PruningSpace, gates: str, *, taught: bool) -> str:
         gates: What kept units are scaled by (``prune.gates``).
         taught: Whether the dense base is still needed as a teacher and cannot be loaded anew.
     """
-    if not can_compact(space):
+    if not can_cut_live(space):
         return "of prune.space only heads, query_heads and channels can be cut while training"
     if gates != "binary":
         return f"prune.gates is {gates}, which scales what is kept until the end"
@@ -40,7 +40,7 @@ def why_not_early(module: PruningModule) -> str:
     if module.round_to != 1:
         return f"prune.round_to is {module.round_to}, not 1"
     if module.calibration is not None:
-        return "the cut is restored (prune.restore.batches), which needs the dense layers"
+        return "the cut is repaired (prune.repair.batches), which needs the dense layers"
     if isinstance(module.generator, GradientScores):
         return "the generator scores by gradients of what would be cut"
     return ""

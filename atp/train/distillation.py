@@ -34,7 +34,7 @@ class Distillation:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.logits <= 1.0:
-            raise UserError(f"optim.distill is {self.logits}; it is a weight between 0 and 1")
+            raise UserError(f"prune.distill.logits is {self.logits}; it is a weight between 0 and 1")
         if self.hidden < 0.0:
             raise UserError(f"prune.distill.hidden is {self.hidden}; it is a weight and cannot be negative")
         if not 0.0 < self.until <= 1.0:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from atp.cut.compaction import compact, unwrapped
+from atp.cut.compaction import cut_live, unwrapped
 from atp.cut.progressive import ProgressiveCut
 from atp.cut.selection import select
 from atp.errors import UserError
@@ -29,12 +29,13 @@ from atp.masks.generator import Generator, GradientScores
 from atp.masks.level import level_shift
 from atp.masks.lora import MaskedModel
 from atp.masks.sampler import Sampler
-from atp.prepare.blockwise import Restoration, repair
+from atp.prepare import blockwise
+from atp.prepare.blockwise import Repair
 from atp.prepare.criteria import lora_gradient
 from atp.train.cuttable import why_not_early, why_uncut
 from atp.train.tuning import Batch, TuningModule
 
-RESTORE_AT = ("freeze", "start")
+REPAIR_AT = ("freeze", "start")
 """When the cut is repaired."""
 
 log = logging.getLogger(__name__)
@@ -56,11 +57,11 @@ class PruningModule(TuningModule):
         compaction: Cut the live model to the final masks at the freeze; the remaining steps then cost what the small
             model costs. A teacher that is still needed then comes from ``dense``; without it nothing is cut.
         dense: Loads the dense base anew, to learn from once the live model is cut.
-        restoration: How the cut is repaired, which happens when ``calibration`` is set to something that gives batches.
-        restore_at: ``freeze``, or ``start``: :meth:`restore_start` is called before the first step.
+        repair: How the cut is repaired, which happens when ``calibration`` is set to something that gives batches.
+        repair_at: ``freeze``, or ``start``: :meth:`repair_start` is called before the first step.
         round_to: Kept widths are multiples of this, see :func:`atp.cut.selection.select`.
         progressive: Cuts units before the freeze that are as good as decided; needs ``compaction`` of heads and
-            channels, widths that need not be rounded and no restoration, and is ignored with a warning otherwise.
+            channels, widths that need not be rounded and no repair, and is ignored with a warning otherwise.
         gates: ``binary``, or what kept units are scaled by after the freeze, see :class:`atp.masks.gates.Gates`.
         **tuning: Arguments of :class:`TuningModule`.
 
@@ -86,8 +87,8 @@ class PruningModule(TuningModule):
         shape: str = "per_layer",
         min_units: Mapping[str, int] | None = None,
         compaction: bool = False,
-        restoration: Restoration | None = None,
-        restore_at: str = "freeze",
+        repair: Repair | None = None,
+        repair_at: str = "freeze",
         round_to: int = 1,
         gates: str = "binary",
         progressive: ProgressiveCut | None = None,
@@ -105,11 +106,11 @@ class PruningModule(TuningModule):
             log.warning("prune.compact is ignored: distillation needs the dense base as its teacher")
         self.uncut = why_uncut(self.space, gates, taught=taught)
         self.compaction = compaction and not self.uncut
-        if restore_at not in RESTORE_AT:
-            raise UserError(f"prune.restore.at is {restore_at!r}; known: {', '.join(RESTORE_AT)}")
-        self.restoration, self.restore_at = restoration or Restoration(), restore_at
+        if repair_at not in REPAIR_AT:
+            raise UserError(f"prune.repair.at is {repair_at!r}; known: {', '.join(REPAIR_AT)}")
+        self.repair, self.repair_at = repair or Repair(), repair_at
         self.calibration: Callable[[], Iterable[Batch]] | None = None
-        self._restored: list[str] = []
+        self._repaired: list[str] = []
         self.shape, self.min_units, self.round_to = shape, min_units, round_to
         self.gates = None if gates == "binary" else Gates(self.space.num_units, gates)
         self.register_buffer("final_masks_U", torch.ones(self.space.num_units))
@@ -141,35 +142,35 @@ class PruningModule(TuningModule):
         super().on_train_batch_start(batch, batch_idx)
         if self.phase is Phase.FROZEN and not self.frozen:
             self.freeze_masks()
-            if self.calibration is not None and self.restore_at == "freeze":
-                self._restore(self.final_masks_U)
+            if self.calibration is not None and self.repair_at == "freeze":
+                self._repair(self.final_masks_U)
             if self.compaction:
                 with unwrapped(self.trainer.strategy):
-                    self.compact(self.trainer.optimizers)
+                    self.cut_live_model(self.trainer.optimizers)
         elif self.progressive and self.progressive.is_due(
             self.global_step, self.schedule.warmup_steps, self.schedule.freeze_step
         ):
             with unwrapped(self.trainer.strategy):
                 self._cut_early(self.progressive.decided(self.selected(self.logits())), self.trainer.optimizers)
 
-    def restore_start(self) -> None:
+    def repair_start(self) -> None:
         """Repair the cut that the starting scores select, before anything trains.
 
         At the freeze adapters have already learnt what a refit would repair, and it counts twice; before the first step
         nothing has been learnt. Masks may still move away from this selection.
         """
-        self._restore(self.selected(self.logits()))
+        self._repair(self.selected(self.logits()))
 
-    def _restore(self, masks_U: Tensor) -> None:
+    def _repair(self, masks_U: Tensor) -> None:
         assert self.calibration is not None
         if self.distill:
-            self.masked.keep_dense(self.restoration.modules(self.masked))
-        self._restored = repair(self.masked, masks_U, self.calibration, self.restoration)
+            self.masked.keep_dense(self.repair.modules(self.masked))
+        self._repaired = blockwise.repair(self.masked, masks_U, self.calibration, self.repair)
 
     def _cut_early(self, live_U: Tensor, optimizers: Iterable[Optimizer] = ()) -> None:
         """Cut the live model to ``live_U`` [U]; masks go on being learnt for what is left."""
         assert self.progressive is not None
-        self.progressive.live_U.copy_(compact(self.masked, live_U, optimizers, final=False))
+        self.progressive.live_U.copy_(cut_live(self.masked, live_U, optimizers, final=False))
 
     def selected(self, logits_U: Tensor) -> Tensor:
         """Select final masks [U] of 0 and 1 by these logits."""
@@ -197,9 +198,9 @@ class PruningModule(TuningModule):
         sparsity, target = float(self.space.sparsity(masks_U.double())), self.schedule.target
         log.info("masks frozen at step %d: block sparsity %.4f (target %.4f)", self.global_step, sparsity, target)
 
-    def compact(self, optimizers: Iterable[Optimizer] = ()) -> None:
+    def cut_live_model(self, optimizers: Iterable[Optimizer] = ()) -> None:
         """Cut the live model, and the moments of its optimisers, to the final masks."""
-        compact(self.masked, self.final_masks_U, optimizers)
+        cut_live(self.masked, self.final_masks_U, optimizers)
         self.is_compact.fill_(True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -208,15 +209,15 @@ class PruningModule(TuningModule):
         if "progressive.live_U" not in state:  # early cuts were asked for where they are impossible
             self.progressive = None
         super().on_load_checkpoint(checkpoint)
-        names = {self.masked.base_weight_name(module): module for module in self.restoration.modules(self.masked)}
-        self._restored = [name for name in names if f"model.{name}" in state]
+        names = {self.masked.base_weight_name(module): module for module in self.repair.modules(self.masked)}
+        self._repaired = [name for name in names if f"model.{name}" in state]
         if self.distill and not bool(state["is_compact"]):
-            self.masked.keep_dense(names[name] for name in self._restored)
+            self.masked.keep_dense(names[name] for name in self._repaired)
         if self.progressive and self.masked.live_U is None and not state["progressive.live_U"].all():
             self._cut_early(state["progressive.live_U"])
         if bool(state["is_compact"]) and not self.is_compact:
             self.final_masks_U.copy_(state["final_masks_U"])
-            self.compact()
+            self.cut_live_model()
 
     def frozen_masks(self) -> Tensor:
         """What the model is multiplied by once masks are final, [U]: masks times the kept units' gates."""
@@ -342,7 +343,7 @@ class PruningModule(TuningModule):
 
     def _own_state(self) -> set[str]:
         buffers = {"final_masks_U", "final_scores_U", "is_frozen", "is_compact"}
-        buffers |= {f"model.{name}" for name in self._restored}
+        buffers |= {f"model.{name}" for name in self._repaired}
         buffers |= {"progressive.live_U", "progressive.quiet_U"} if self.progressive else set()
         if self.gates is not None:
             buffers |= {"gates.values_U", "gates.scale_U"}

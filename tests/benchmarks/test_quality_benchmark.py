@@ -57,15 +57,15 @@ def test_excess_loss_is_taken_seed_by_seed_against_dense_lora() -> None:
 
 def test_the_default_is_held_against_two_stage_methods_with_additions_too() -> None:
     cells = [cell("dense_lora", 1e-2, 0, 1.0, sparsity=0.0), cell("exact", 1e-2, 0, 1.4)]
-    cells += [cell("wanda", 1e-2, 0, 1.5), cell("wanda", 1e-2, 0, 1.25, arm="restored")]
-    cells += [cell("wanda", 1e-2, 0, 1.2, arm="rebuilt"), cell("taylor", 1e-2, 0, 1.3, arm="rebuilt")]
-    cells += [cell("exact", 1e-2, 0, 1.3, arm="restored")]
+    cells += [cell("wanda", 1e-2, 0, 1.5), cell("wanda", 1e-2, 0, 1.25, arm="least_squares")]
+    cells += [cell("wanda", 1e-2, 0, 1.2, arm="blockwise"), cell("taylor", 1e-2, 0, 1.3, arm="blockwise")]
+    cells += [cell("exact", 1e-2, 0, 1.3, arm="least_squares")]
     lines = targets(summarise(cells), "exact")
     assert [line.split(" at equal")[0].split(": ")[1] for line in lines] == [
-        "exact + restored 0.300 vs best two-stage wanda + restored 0.250 nats = 1.20x",
+        "exact + least_squares 0.300 vs best two-stage wanda + least_squares 0.250 nats = 1.20x",
         "exact 0.400 vs best two-stage wanda 0.500 nats = 0.80x",
-        "exact 0.400 vs best two-stage wanda + rebuilt 0.200 nats = 2.00x",
-        "exact 0.400 vs best two-stage wanda + restored 0.250 nats = 1.60x",
+        "exact 0.400 vs best two-stage wanda + blockwise 0.200 nats = 2.00x",
+        "exact 0.400 vs best two-stage wanda + least_squares 0.250 nats = 1.60x",
     ]
 
 
@@ -80,7 +80,7 @@ def test_cells_name_what_they_run() -> None:
     assert one.key == "stories260K-s0.5-exact-distill-lr0.01-seed2"
     overrides = one.overrides(["model=embedded"])
     assert overrides[:2] == ["model=embedded", "prune=exact"]
-    assert {"prune.sparsity=0.5", "optim.lr=0.01", "optim.distill=0.5", "seed=2"} <= set(overrides)
+    assert {"prune.sparsity=0.5", "optim.lr=0.01", "prune.distill.logits=0.5", "seed=2"} <= set(overrides)
     assert not [o for o in Cell("stories260K", 0.0, "dense", "", 0.01, 0).overrides([]) if o.startswith("prune")]
 
 

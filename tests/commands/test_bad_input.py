@@ -119,7 +119,7 @@ def test_sequences_longer_than_the_context() -> None:
         (["prune.generator._target_=atp.masks.generator.Missing"], "cannot be imported"),
         (["+prune.generator.initial_sd=1"], r"takes no such argument; did you mean 'initial_std'"),
         (["prune/generator=transformer", "prune.generator.width=30"], "multiple of num_heads"),
-        (["optim.distill=2"], r"optim\.distill is 2"),
+        (["prune.distill.logits=2"], r"prune\.distill\.logits is 2"),
     ],
 )
 def test_bad_pruning_settings(overrides: list[str], message: str) -> None:

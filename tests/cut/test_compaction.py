@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from atp.cut.compaction import compact, expanded_state, live_units
+from atp.cut.compaction import cut_live, expanded_state, live_units
 from atp.cut.removal import max_logit_difference, remove
 from atp.cut.selection import select
 from atp.masks.lora import MaskedModel, add_lora
@@ -81,7 +81,7 @@ def test_training_goes_on_as_if_nothing_was_cut(family: str, attention: str, kin
     optimizer, reference_optimizer = optimizers
 
     before = sum(p.numel() for p in masked.parameters())
-    compact(masked, masks_U, [optimizer])
+    cut_live(masked, masks_U, [optimizer])
     after = sum(p.numel() for p in masked.parameters())
     assert after < 0.9 * before
     for parameter in masked.parameters():
@@ -106,7 +106,7 @@ def test_gradients_are_those_of_the_kept_entries() -> None:
     masked, reference = (masked_model("llama", "gqa", ("heads", "channels")) for _ in range(2))
     masks_U = masks_of(masked)
     reference.set_masks(masks_U)
-    compact(masked, masks_U)
+    cut_live(masked, masks_U)
     for model in (masked, reference):
         model(**batch()).loss.backward()
     small = {name: p.grad for name, p in masked.named_parameters() if p.requires_grad}
@@ -121,7 +121,7 @@ def test_a_graph_that_is_still_alive_does_not_stop_the_next_backward() -> None:
     masks_U = masks_of(masked)
     masked.set_masks(masks_U)
     earlier = masked(**batch()).loss
-    compact(masked, masks_U)
+    cut_live(masked, masks_U)
     masked(**batch()).loss.backward()
     shapes = {name: (p.shape, p.grad.shape) for name, p in masked.named_parameters() if p.grad is not None}
     assert earlier.requires_grad
@@ -136,7 +136,7 @@ def test_a_block_that_vanishes_keeps_one_hidden_unit(kinds: tuple[str, ...]) -> 
     for kind in kinds:
         masks[f"layers.0.{kind}"].zero_()
     reference.set_masks(masks_U)
-    compact(masked, masks_U)
+    cut_live(masked, masks_U)
     assert max_logit_difference(masked.eval(), reference.eval(), [batch()]) < 1e-5
     live = masked.space.split(live_units(masked.space, masks_U))
     assert [int(live[f"layers.0.{kind}"].sum()) for kind in kinds] == ([1, 1] if len(kinds) == 2 else [1, 2, 1])
@@ -145,7 +145,7 @@ def test_a_block_that_vanishes_keeps_one_hidden_unit(kinds: tuple[str, ...]) -> 
 def test_compact_models_have_fixed_masks_and_no_dense_self() -> None:
     masked = masked_model("llama", "gqa", ("heads", "channels")).eval()
     masks_U = masks_of(masked)
-    compact(masked, masks_U)
+    cut_live(masked, masks_U)
     before = masked(**batch()).logits
     masked.set_masks(torch.zeros(masked.space.num_units))
     assert torch.equal(masked(**batch()).logits, before)
@@ -164,7 +164,7 @@ def test_gradient_checkpointing_survives_the_cut() -> None:
         masks_U = masks_of(masked)
         masked.set_masks(masks_U)
         if cut:
-            compact(masked, masks_U)
+            cut_live(masked, masks_U)
         optimizer = torch.optim.AdamW([p for p in masked.parameters() if p.requires_grad], lr=1e-2)
         losses.append(train(masked.train(), optimizer, range(3)))
     for other in losses[1:]:
@@ -176,7 +176,7 @@ def test_quantised_weights_are_left_alone_with_a_way_out() -> None:
     layer = masked.linear("model.layers.0.mlp.down_proj").get_base_layer()
     layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.down_proj\.base_layer\.weight.*prune\.compact=false"):
-        compact(masked, masks_of(masked))
+        cut_live(masked, masks_of(masked))
     assert not masked.is_compact
 
 

@@ -11,7 +11,7 @@ from lightning import Callback, Trainer
 from test_compaction import adapters, batch, masked_model, train
 from test_module import StopAt, assert_same, fit, make_module, trained_state
 
-from atp.cut.compaction import compact, expanded_state
+from atp.cut.compaction import cut_live, expanded_state
 from atp.cut.progressive import ProgressiveCut
 from atp.cut.selection import select
 from atp.train.joint import PruningModule
@@ -48,7 +48,7 @@ def test_training_goes_on_through_two_cuts_as_if_nothing_was_cut() -> None:
         model.set_masks(soft_U)
         optimizers.append(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2))
         train(model, optimizers[-1], range(2))
-    live_U = compact(masked, early_U, optimizers[:1], final=False)
+    live_U = cut_live(masked, early_U, optimizers[:1], final=False)
     assert torch.equal(live_U, early_U)
     for model, steps in ((masked, range(2, 4)), (reference, range(2, 4))):
         model.set_masks(soft_U)
@@ -63,7 +63,7 @@ def test_training_goes_on_through_two_cuts_as_if_nothing_was_cut() -> None:
     assert torch.allclose(*grads, atol=1e-6)
     with pytest.raises(RuntimeError, match=r"prune\.compact=false"), masked.unmasked():
         pass
-    compact(masked, final_U, optimizers[:1])
+    cut_live(masked, final_U, optimizers[:1])
     reference.set_masks(final_U)
     assert train(masked, optimizers[0], range(4, 7)) == pytest.approx(
         train(reference, optimizers[1], range(4, 7)), rel=1e-4

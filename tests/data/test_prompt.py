@@ -14,7 +14,7 @@ from test_evaluate import CPU, RECORDS, TOKENIZER, VOCABULARY
 from atp.commands.train import compose_config
 from atp.config.schema import TrainConfig
 from atp.data.encoding import Encoder
-from atp.data.prompt import COLLABORATIVE, Prompt, from_text
+from atp.data.prompt import Prompt, from_text
 from atp.data.records import ChoiceRecord, CompletionRecord, Splits, TextRecord
 from atp.evaluate import reading, scoring
 from atp.evaluate.quality import evaluate
@@ -153,11 +153,12 @@ def test_sequences_that_are_one_prefix_of_another_are_scored_whole() -> None:
 
 
 def test_a_method_brings_its_prompt_along_unless_another_is_chosen() -> None:
-    made = config("prune.prompt.train=true")
+    made = config("prune=compresso", "prompt.inference=false")
     tokenizer = parts.load_tokenizer(made.model)
     brought = parts.load_prompt(made, tokenizer)
-    assert brought.system == COLLABORATIVE and brought.train and not brought.inference
-    assert parts.load_prompt(config("prompt=collaborative"), tokenizer).system == COLLABORATIVE
-    assert parts.load_prompt(config("prune.prompt.train=true", "prompt=task"), tokenizer).name == "task"
-    with pytest.raises(ValueError, match=r"prune\.prompt\.text is empty"):
-        parts.load_prompt(config("prune.prompt.train=true", "prune.prompt.text=' '"), tokenizer)
+    assert "made smaller" in brought.system and brought.train and not brought.inference
+    assert parts.load_prompt(config("prompt=collaborative"), tokenizer).system == brought.system
+    assert parts.load_prompt(config("prune=compresso", "prompt=task"), tokenizer).name == "task"
+    assert parts.load_prompt(config("prune=compresso", "prompt=none"), tokenizer).is_empty
+    with pytest.raises(ValueError, match=r"prompt\.system is empty"):
+        parts.load_prompt(config("prune=compresso", "prompt.system=' '"), tokenizer)

@@ -138,19 +138,19 @@ def test_any_model_is_scored_from_the_command_line(tmp_path: Path, capsys: pytes
 
 
 def test_the_prompt_of_an_exported_model_is_used(tmp_path: Path) -> None:
-    from atp.commands.evaluate import load_prompt
+    from atp.commands.evaluate import prompt_to_ask_with
 
     plain = Prompt("mine", system="S").plain()
     (tmp_path / "prompt.json").write_text(json.dumps(plain))
-    assert load_prompt(str(tmp_path), "auto").system == "S"
-    assert load_prompt(str(tmp_path), "none").is_empty
+    assert prompt_to_ask_with(str(tmp_path), "auto").system == "S"
+    assert prompt_to_ask_with(str(tmp_path), "none").is_empty
     (tmp_path / "prompt.json").write_text(json.dumps({**plain, "inference": False}))
-    assert load_prompt(str(tmp_path), "auto").is_empty
+    assert prompt_to_ask_with(str(tmp_path), "auto").is_empty
     with pytest.raises(ValueError, match="no such file"):
-        load_prompt(str(tmp_path), "other.json")
+        prompt_to_ask_with(str(tmp_path), "other.json")
     (tmp_path / "prompt.json").write_text("[]")
     with pytest.raises(ValueError, match="a prompt is an object with name, system"):
-        load_prompt("embedded", str(tmp_path / "prompt.json"))
+        prompt_to_ask_with("embedded", str(tmp_path / "prompt.json"))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,13 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("logged")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {"HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    arguments = ["experiment=smoke", "evaluate=quick", "prune=l0", "prune.lasso.weight=0.01", "optim.distill=0.3"]
+    arguments = [
+        "experiment=smoke",
+        "evaluate=quick",
+        "prune=l0",
+        "prune.lasso.weight=0.01",
+        "prune.distill.logits=0.3",
+    ]
     arguments += ["logger=wandb", "run_dir=w", "trainer.val_checks=3"]
     arguments += [f"trainer.max_steps={STEPS}", f"trainer.log_every_n_steps={EVERY}", "export.artifact=true"]
     done = subprocess.run(

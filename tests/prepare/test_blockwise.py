@@ -1,4 +1,4 @@
-"""Layer-by-layer reconstruction: closer to the dense model, exact under removal, and nothing else is touched."""
+"""Layer-by-layer repair: closer to the dense model, exact under removal, and nothing else is touched."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from atp.cut.removal import kept_indices, max_logit_difference, remove
 from atp.cut.selection import select
 from atp.masks.lora import MaskedModel, add_lora
 from atp.masks.merging import merged_tensors
-from atp.prepare.blockwise import Restoration, repair
+from atp.prepare.blockwise import Repair, repair
 from atp.space.space import PruningSpace
 
 SPACES = [
@@ -22,7 +22,7 @@ SPACES = [
     ("qk_pairs", "value_dims", "channels"),
     ("heads", "channels", "hidden"),
 ]
-TRAINED = Restoration(epochs=3)
+TRAINED = Repair(epochs=3)
 
 
 def masked_model(family: str, attention: str, kinds: tuple[str, ...], **options: bool) -> MaskedModel:
@@ -83,7 +83,7 @@ def test_steps_mend_more_than_the_fit_alone() -> None:
     first, second = (masked_model("llama", "gqa", ("heads", "channels")) for _ in range(2))
     masks_U, dense = choose(first), dense_logits(first)
     repair(first, masks_U, batches)
-    repair(second, masks_U, batches, Restoration(epochs=10))
+    repair(second, masks_U, batches, Repair(epochs=10))
     assert distance(second, masks_U, dense) < 0.8 * distance(first, masks_U, dense)
 
 
@@ -157,18 +157,18 @@ def test_progress_is_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="atp"):
         repair(masked, choose(masked), batches, TRAINED)
     assert [record.message.split(", error")[0] for record in caplog.records] == [
-        "restoration: layer 1 of 2",
-        "restoration: layer 2 of 2",
+        "repair: layer 1 of 2",
+        "repair: layer 2 of 2",
     ]
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(ValueError, match=r"prune\.restore\.epochs is -1"):
-        Restoration(epochs=-1)
-    with pytest.raises(ValueError, match=r"prune\.restore\.lr is 0"):
-        Restoration(epochs=1, lr=0)
+    with pytest.raises(ValueError, match=r"prune\.repair\.epochs is -1"):
+        Repair(epochs=-1)
+    with pytest.raises(ValueError, match=r"prune\.repair\.lr is 0"):
+        Repair(epochs=1, lr=0)
     masked = masked_model("llama", "gqa", ("heads", "channels"))
-    with pytest.raises(ValueError, match=r"raise prune\.restore\.batches"):
+    with pytest.raises(ValueError, match=r"raise prune\.repair\.batches"):
         repair(masked, choose(masked), lambda: [], TRAINED)
-    with pytest.raises(ValueError, match=r"lower prune\.restore\.lr"):
-        repair(masked, choose(masked), batches, Restoration(epochs=2, lr=1e30))
+    with pytest.raises(ValueError, match=r"lower prune\.repair\.lr"):
+        repair(masked, choose(masked), batches, Repair(epochs=2, lr=1e30))

@@ -1,4 +1,4 @@
-"""Least-squares restoration: exact where it can be, never worse than the cut, visible to removal and resume."""
+"""Least-squares repair: exact where it can be, never worse than the cut, visible to removal and resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atp.cut.removal import max_logit_difference, remove
 from atp.cut.selection import select
 from atp.masks.lora import MaskedModel, add_lora
 from atp.masks.merging import merged_tensors
-from atp.prepare.least_squares import fit_kept, restore
+from atp.prepare.least_squares import fit_kept, repair_outputs
 from atp.space.space import PruningSpace
 
 
@@ -54,7 +54,7 @@ def test_a_large_ridge_changes_nothing() -> None:
     assert torch.allclose(fit_kept(weight, x.T @ x, keep, ridge=1e9), weight[:, keep], atol=1e-4)
 
 
-def test_restored_projections_are_closer_to_the_dense_ones() -> None:
+def test_repaired_projections_are_closer_to_the_dense_ones() -> None:
     masked = masked_model().eval()
     masks_U = select(masked.space, torch.rand(masked.space.num_units), 0.4)
     data = list(batches())
@@ -69,20 +69,20 @@ def test_restored_projections_are_closer_to_the_dense_ones() -> None:
         only_channels_U[span] = masks_U[span]
         masked.set_masks(only_channels_U)
         masked(**data[0])
-        names = restore(masked, only_channels_U, lambda: data)
+        names = repair_outputs(masked, only_channels_U, lambda: data)
         masked.set_masks(only_channels_U)
         masked(**data[0])
     hook.remove()
-    dense, cut, restored = outputs[0], outputs[1], outputs[-1]
-    assert (restored - dense).norm() < 0.9 * (cut - dense).norm()
+    dense, cut, repaired = outputs[0], outputs[1], outputs[-1]
+    assert (repaired - dense).norm() < 0.9 * (cut - dense).norm()
     assert names == ["peft_model.base_model.model.model.layers.0.mlp.down_proj.base_layer.weight"]
     assert set(names) <= set(masked.state_dict())
 
 
-def test_removal_sees_the_restored_weights() -> None:
+def test_removal_sees_the_repaired_weights() -> None:
     masked = masked_model().eval()
     masks_U = select(masked.space, torch.rand(masked.space.num_units), 0.4)
-    restore(masked, masks_U, batches)
+    repair_outputs(masked, masks_U, batches)
     masked.set_masks(masks_U)
     config = masked.peft_model.get_base_model().config
     removed = remove(merged_tensors(masked.peft_model), config, masked.space, masks_U)
@@ -92,7 +92,7 @@ def test_removal_sees_the_restored_weights() -> None:
 def test_bad_input_is_named() -> None:
     masked = masked_model()
     masks_U = select(masked.space, torch.rand(masked.space.num_units), 0.4)
-    with pytest.raises(ValueError, match=r"prune\.restore\.ridge is -1"):
-        restore(masked, masks_U, batches, ridge=-1)
-    with pytest.raises(ValueError, match=r"prune\.restore\.batches=0"):
-        restore(masked, masks_U, lambda: [])
+    with pytest.raises(ValueError, match=r"prune\.repair\.ridge is -1"):
+        repair_outputs(masked, masks_U, batches, ridge=-1)
+    with pytest.raises(ValueError, match=r"prune\.repair\.batches=0"):
+        repair_outputs(masked, masks_U, lambda: [])

@@ -47,7 +47,7 @@ def test_raised_attention_keeps_no_fewer_heads_and_no_more_channels(raised: floa
 
 
 def test_the_model_is_left_as_it_was_and_losses_are_those_of_the_repaired_cut() -> None:
-    from atp.prepare.least_squares import restore
+    from atp.prepare.least_squares import repair_outputs
 
     masked, data = masked_model(), batches()
     before = {name: value.clone() for name, value in masked.state_dict().items()}
@@ -60,7 +60,7 @@ def test_the_model_is_left_as_it_was_and_losses_are_those_of_the_repaired_cut() 
     losses = repaired_losses(masked, scores, selected, causal_loss, data)
     assert all(torch.equal(value, masked.state_dict()[name]) for name, value in before.items())
     assert losses["a"] == losses["c"] != losses["b"]
-    restore(masked, selected(scores["b"]), lambda: data)
+    repair_outputs(masked, selected(scores["b"]), lambda: data)
     masked.set_masks(selected(scores["b"]))
     with torch.no_grad():
         by_hand = sum(float(causal_loss(masked, batch)) for batch in data) / len(data)
@@ -93,7 +93,8 @@ def distance(model: MaskedModel, batch: Mapping[str, torch.Tensor]) -> torch.Ten
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"criterion": "taylor|tailor"}, "criterion is 'tailor'"),
+        ({"criteria": ["taylor", "tailor"]}, "criterion is 'tailor'"),
+        ({"criteria": []}, "criterion is empty"),
         ({"ranking": "best"}, "ranking is 'best'"),
         ({"attention": []}, "attention is empty"),
     ],
@@ -104,7 +105,7 @@ def test_bad_settings_are_refused_before_anything_is_measured(
     measured: list[int] = []
     monkeypatch.setattr("atp.prepare.starts.importances", lambda *_: measured.append(1) or {})
     with pytest.raises(ValueError, match=message):
-        starting_scores(masked_model(), batches(), lambda scores_U: scores_U, **{"criterion": "taylor", **settings})
+        starting_scores(masked_model(), batches(), lambda scores_U: scores_U, **{"criteria": ["taylor"], **settings})
     assert not measured
 
 
@@ -112,7 +113,7 @@ def test_bad_settings_are_refused_before_anything_is_measured(
     ("overrides", "message"),
     [
         (["prune/generator=transformer"], "TransformerGenerator cannot start from given scores"),
-        (["prune.warm_start.batches=0"], "prune.restore.at is start"),
+        (["prune.warm_start.batches=0"], "prune.repair.at is start"),
     ],
 )
 def test_a_start_that_cannot_be_made_is_refused_before_a_model_is_loaded(

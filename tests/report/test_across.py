@@ -16,7 +16,7 @@ from atp.commands import compare
 from atp.commands.report import main
 from atp.report.across import budget_lines, write_across
 from atp.report.pareto import Point, pareto_front
-from atp.report.record import RunReport
+from atp.report.record import RunRecord
 from atp.report.runs import data_differs, find_runs, group_runs, smallest_within, table
 from atp.report.uncertainty import interval, wilson
 from benchmarks import picture
@@ -187,7 +187,7 @@ def test_compare_counts_shared_units(sweep: Path, capsys: pytest.CaptureFixture[
     first = masks["axes"]["layers.0.heads"]
     first[first.index(1)] = 0
     write_json(b / "masks.json", masks)
-    overlaps = {(o.kind, o.layer): o for o in compare.mask_overlaps(RunReport.load(a), RunReport.load(b))}
+    overlaps = {(o.kind, o.layer): o for o in compare.mask_overlaps(RunRecord.load(a), RunRecord.load(b))}
     one = overlaps[("heads", 0)]
     assert (one.kept_a, one.kept_b, one.both) == (sum(first) + 1, sum(first), sum(first))
     assert one.jaccard == pytest.approx(sum(first) / (sum(first) + 1)) and overlaps[("channels", 1)].jaccard == 1.0

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from test_report import make_metrics, make_run
 
-from atp.report.figures import quality_panel
+from atp.report.charts import quality_panel
 from atp.report.page import write_report
 from atp.report.panel import PAPER, inline_svg
 

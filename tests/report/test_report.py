@@ -12,7 +12,7 @@ from rich.console import Console
 from atp.export.hf.card import CardFacts, model_card
 from atp.loading_lines import load_lines
 from atp.model.widths import LayerWidths
-from atp.report.page import RunReport, comparison_table, report_panels, write_report
+from atp.report.page import RunRecord, comparison_table, report_panels, write_report
 from atp.report.panel import inline_svg
 
 LAYERS, HEADS, GROUPS, CHANNELS = 4, 8, 4, 96
@@ -156,7 +156,7 @@ def page(finished):
 
 
 def test_load_gives_every_part(finished):
-    report = RunReport.load(finished)
+    report = RunRecord.load(finished)
     assert report.masks == MASKS
     assert report.scores["heads"][0] == [0.95, 0.95, 0.02, 0.95]
     steps, sparsity = report.curves["mask/sparsity"]
@@ -173,13 +173,13 @@ def test_load_gives_every_part(finished):
 def test_phases_come_from_the_target_without_a_phase_column(tmp_path):
     run_dir = make_run(tmp_path / "run")
     (run_dir / "metrics" / "train.csv").write_text(make_csv(phases=False))
-    assert RunReport.load(run_dir).phases == ((10.0, "target rises"), (60.0, "full target"))
+    assert RunRecord.load(run_dir).phases == ((10.0, "target rises"), (60.0, "full target"))
 
 
 def test_a_resumed_run_keeps_the_later_value_and_survives_a_cut_line(tmp_path):
     run_dir = make_run(tmp_path / "run")
     (run_dir / "metrics" / "train.csv").write_text("train/loss,step\n3.0,1\n2.0,2\n1.5,2\nnan,3\nbroken,4\n1.2")
-    steps, losses = RunReport.load(run_dir).curves["train/loss"]
+    steps, losses = RunRecord.load(run_dir).curves["train/loss"]
     assert steps == [1.0, 2.0, 3.0]
     assert losses[:2] == [3.0, 1.5]
     assert math.isnan(losses[2])
@@ -376,7 +376,7 @@ def test_report_of_metrics_alone(tmp_path):
 def test_a_damaged_part_is_left_out_with_a_note(tmp_path, name, content):
     run_dir = make_run(tmp_path / "run")
     (run_dir / name).write_text(content)
-    report = RunReport.load(run_dir)
+    report = RunRecord.load(run_dir)
     assert len(report.notes) == 1
     assert report.notes[0].startswith(f"{name} could not be read")
     assert [bool(part) for part in (report.masks, report.curves, report.samples)].count(False) == 1
@@ -441,7 +441,7 @@ def test_unreadable_metrics_are_named(tmp_path, content, message):
     if content is not None:
         (tmp_path / "metrics.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=message) as error:
-        RunReport.load(tmp_path)
+        RunRecord.load(tmp_path)
     assert str(Path(tmp_path) / "metrics.json") in str(error.value)
 
 
@@ -459,7 +459,7 @@ def test_writing_again_replaces_the_page_and_a_failure_leaves_it_whole(tmp_path)
 
 
 def test_the_same_chart_gives_the_same_markup(finished):
-    panels = report_panels(RunReport.load(finished))
+    panels = report_panels(RunRecord.load(finished))
     chart = panels["masks"][0]
     assert inline_svg(chart) == inline_svg(chart)
     assert inline_svg(chart) in (finished / "report.html").read_text("utf-8")

@@ -22,10 +22,10 @@ from atp.run.directory import RunDirectory
 from atp.run.stages import Stages
 
 ALLOWED = (
-    "prune.warm_start.criterion=fisher",
+    "prune.warm_start.criterion=[fisher]",
     "prune.warm_start.attention=[0]",
     "prune.warm_start.batches=2",
-    "prune.restore.batches=0",
+    "prune.repair.batches=0",
 )
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install 'atp[quantization]'"
@@ -47,11 +47,17 @@ def there(monkeypatch: pytest.MonkeyPatch) -> None:
     ("overrides", "message"),
     [
         (("model.quantization=fp4",), "fp4.*known: nf4, int8"),
-        (("model.quantization=nf4", "prune.warm_start.criterion=taylor"), "criterion=taylor; set it to fisher"),
-        (("model.quantization=nf4", "prune.warm_start.criterion=fisher+wanda"), "fisher.wanda; set it to fisher"),
-        (("model.quantization=int8", "prune.restore.batches=4"), r"restore\.batches=4"),
-        (("model.quantization=int8", "prune.warm_start.criterion='fisher|random'"), r"set them to fisher and \[0\.0\]"),
-        (("model.quantization=int8", "prune.warm_start.attention=[0,1]"), r"set them to fisher and \[0\.0\]"),
+        (
+            ("model.quantization=nf4", "prune.warm_start.criterion=[taylor]"),
+            r"criterion=\[taylor\]; set it to \[fisher\]",
+        ),
+        (("model.quantization=nf4", "prune.warm_start.criterion=[fisher+wanda]"), r"\[fisher.wanda\]; set it to"),
+        (("model.quantization=int8", "prune.repair.batches=4"), r"repair\.batches=4"),
+        (
+            ("model.quantization=int8", "prune.warm_start.criterion=[fisher,random]"),
+            r"set them to \[fisher\] and \[0\.0\]",
+        ),
+        (("model.quantization=int8", "prune.warm_start.attention=[0,1]"), r"set them to \[fisher\] and \[0\.0\]"),
         (("model.quantization=nf4", "prune=loraprune"), "gradient_scores.*generator=free"),
     ],
 )

@@ -58,16 +58,17 @@ def test_reference_is_shared_exactly_when_nothing_it_depends_on_differs(tmp_path
 
 
 def test_references_are_shared_only_by_runs_whose_prompts_and_callbacks_are_the_same(tmp_path: Path) -> None:
-    """A method may bring a prompt of its own; a callback may change how dense + LoRA trains, not the dense base."""
+    """A prompt stands before all records; a callback may change how dense + LoRA trains, not the dense base."""
 
     def keys(**groups: Any) -> list[str]:
         shared = SharedResults(tmp_path, {"callbacks": {}, **changed(**groups), **groups.get("top", {})})
         return [shared.key(stage) for stage in SharedResults.STAGES]
 
     dense, dense_lora = keys()
-    own = keys(prune={"prompt": {"train": True, "inference": True}})
+    own = keys(top={"prompt": {"train": True, "inference": True}})
     assert own[0] != dense and own[1] != dense_lora
-    assert keys(prune={"prompt": {"train": True, "inference": True}, "sparsity": 0.3}) == own
+    assert keys(top={"prompt": {"train": True, "inference": True}}, prune={"sparsity": 0.3}) == own
+    assert keys(prune={"distill": {"logits": 0.5}}) == [dense, dense_lora]  # the dense base has no teacher
     called = keys(top={"callbacks": {"average": {"_target_": "some.Average"}}})
     assert called[0] == dense and called[1] != dense_lora
     assert keys(trainer={"val_checks": 2})[1] != dense_lora  # when a callback that stops early is asked

@@ -13,7 +13,7 @@ from test_module import STEPS, assert_same, fit, make_loader, make_module, train
 
 from atp.masks.lora import add_lora
 from atp.masks.loss import causal_loss, hidden_states, loss_and_states
-from atp.prepare.blockwise import Restoration
+from atp.prepare.blockwise import Repair
 from atp.run import parts
 from atp.train.distillation import Distillation, distillation_loss, hidden_state_loss, real_tokens
 from atp.train.joint import PruningModule
@@ -25,14 +25,14 @@ def dense() -> Any:
 
 
 def make_taught(compaction: bool = True, epochs: int = 0) -> PruningModule:
-    """A module that restores at the start and learns from the dense base's hidden states."""
+    """A module that repairs its cut at the start and learns from the dense base's hidden states."""
     module = make_module(
         "exact",
         distill=Distillation(hidden=3.0, until=0.9),
         dense=dense,
         compaction=compaction,
-        restoration=Restoration(epochs=epochs),
-        restore_at="start",
+        repair=Repair(epochs=epochs),
+        repair_at="start",
     )
     module.calibration = lambda: itertools.islice(make_loader(), 3)
     return module
@@ -80,7 +80,7 @@ def test_the_weight_falls_to_zero_and_stays_there() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"logits": 2.0}, r"optim\.distill is 2"),
+        ({"logits": 2.0}, r"prune\.distill\.logits is 2"),
         ({"hidden": -1.0}, r"prune\.distill\.hidden is -1"),
         ({"hidden": 1.0, "until": 0.0}, r"prune\.distill\.until is 0"),
     ],
@@ -103,8 +103,8 @@ def test_states_come_with_the_loss_of_the_same_pass(trains_head: bool) -> None:
         torch.testing.assert_close(own, wanted)
 
 
-@pytest.mark.parametrize("epochs", [0, 1], ids=["fitted", "reconstructed"])
-def test_the_teacher_stays_the_dense_base_through_restoration_training_and_cut(epochs: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("epochs", [0, 1], ids=["fitted", "blockwise"])
+def test_the_teacher_stays_the_dense_base_through_repair_training_and_cut(epochs: int, tmp_path: Path) -> None:
     module, batch = make_taught(epochs=epochs), next(iter(make_loader()))
     wanted = hidden_states(dense(), batch)
 
@@ -115,7 +115,7 @@ def test_the_teacher_stays_the_dense_base_through_restoration_training_and_cut(e
 
     assert_dense()
     before = {name: p.clone() for name, p in module.masked.named_parameters() if "base_layer" in name}
-    module.restore_start()
+    module.repair_start()
     changed = {
         name for name, p in module.masked.named_parameters() if "base_layer" in name and (p != before[name]).any()
     }
@@ -132,24 +132,24 @@ def test_the_teacher_stays_the_dense_base_through_restoration_training_and_cut(e
 
 @pytest.mark.parametrize("compaction", [True, False], ids=["compact", "masked"])
 @pytest.mark.parametrize("stop", [1, 4, 8], ids=["warm-up", "pruning", "frozen"])
-@pytest.mark.parametrize("epochs", [0, 1], ids=["fitted", "reconstructed"])
-def test_a_taught_and_restored_run_resumes_to_the_last_bit(
+@pytest.mark.parametrize("epochs", [0, 1], ids=["fitted", "blockwise"])
+def test_a_taught_and_repaired_run_resumes_to_the_last_bit(
     compaction: bool, stop: int, epochs: int, tmp_path: Path
 ) -> None:
     from test_module import StopAt
 
     whole = make_taught(compaction, epochs)
-    whole.restore_start()
+    whole.repair_start()
     fit(whole, tmp_path / "whole.ckpt")
     interrupted = make_taught(compaction, epochs)
-    interrupted.restore_start()
+    interrupted.repair_start()
     assert fit(interrupted, tmp_path / "part.ckpt", StopAt(stop)).interrupted
     resumed = make_taught(compaction, epochs)
     fit(resumed, tmp_path / "part.ckpt", resume=True)
     assert_same(trained_state(whole), trained_state(resumed))
 
 
-def test_restored_weights_without_adapters_stay_in_the_checkpoints_of_a_resumed_run() -> None:
+def test_repaired_weights_without_adapters_stay_in_the_checkpoints_of_a_resumed_run() -> None:
     from atp.masks.lora import MaskedModel
 
     def make() -> PruningModule:
@@ -159,7 +159,7 @@ def test_restored_weights_without_adapters_stay_in_the_checkpoints_of_a_resumed_
         return module
 
     first = make()
-    first.restore_start()
+    first.repair_start()
     state = {name: value.clone() for name, value in first.state_dict().items() if name in first._own_state()}
     resumed = make()
     resumed.on_load_checkpoint({"state_dict": state, "atp": {"base_id": "tiny", "total_steps": STEPS}})
@@ -193,7 +193,7 @@ def test_a_student_with_fewer_layers_learns_from_the_data_alone(caplog: pytest.L
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["prune.restore.at=end"], r"prune\.restore\.at is 'end'; known: freeze, start"),
+        (["prune.repair.at=end"], r"prune\.repair\.at is 'end'; known: freeze, start"),
         (["prune.distill.hidden=-2"], r"prune\.distill\.hidden is -2"),
         (["prune.distill.until=1.5"], r"prune\.distill\.until is 1\.5"),
     ],

@@ -123,7 +123,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 
 
 def make_repaired_module(method: str, **options: Any) -> PruningModule:
-    """With restoration and compaction at the freeze."""
+    """With repair and compaction at the freeze."""
     module = make_module(method, compaction=True, **options)
     module.calibration = lambda: itertools.islice(make_loader(), 3)
     return module

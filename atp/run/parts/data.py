@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from atp.config.schema import DataConfig, PromptConfig, TrainConfig
+from atp.config.schema import DataConfig, TrainConfig
 from atp.data.batches import PruningDataModule
 from atp.data.cache import TokenCache, default_folder
 from atp.data.check import faults
@@ -22,7 +22,7 @@ from atp.data.columns import record_parser
 from atp.data.domains import load_domain, scored_records
 from atp.data.files import paths_of
 from atp.data.overlap import check_overlap
-from atp.data.prompt import COLLABORATIVE, Prompt, from_text
+from atp.data.prompt import Prompt, from_text
 from atp.data.records import Record, Splits, few_shot, limit
 from atp.data.sources import load_embedded, load_files
 from atp.data.streaming import StreamedRecords
@@ -125,7 +125,7 @@ def load_prompt(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
     Raises:
         ValueError: A file that cannot be read, a template that is not valid, or an unknown ``prompt.chat``.
     """
-    settings = _chosen_prompt(config)
+    settings = config.prompt
     parts = {"system": settings.system, "template": settings.template}
     if settings.path:
         path = Path(settings.path).expanduser()
@@ -135,6 +135,8 @@ def load_prompt(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
             raise UserError(f"prompt.path={path}: cannot be read ({error})") from None
     elif settings.name == "file":
         raise UserError("prompt.path is not set; give your template: prompt=<file>")
+    elif settings.name == "collaborative" and not settings.system.strip():
+        raise UserError("prompt.system is empty; leave it out for the usual text, or use prompt=none")
     tasks = load_tasks(config.data.tasks_file)
     named = [find_task(name, tasks) for name in config.data.tasks or () if "/" in name]
     known = {task.name: task.instruction for task in (*tasks.values(), *named) if task.instruction}
@@ -152,19 +154,6 @@ def load_prompt(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
         raise UserError("prompt.chat=always, but the tokenizer has no chat template; use prompt.chat=auto or never")
     wanted = settings.chat == "always" or (settings.chat == "auto" and not prompt.is_empty)
     return replace(prompt, chat=template) if wanted and isinstance(template, str) else prompt
-
-
-def _chosen_prompt(config: TrainConfig) -> PromptConfig:
-    """The prompt asked for or, where none is, the collaborative one that belongs to the method."""
-    own = config.prune.prompt
-    if config.prompt.name != "none" or not (own.train or own.inference):
-        return config.prompt
-    text = COLLABORATIVE if own.text is None else own.text
-    if not text.strip():
-        raise UserError(
-            "prune.prompt.text is empty; leave it out for the usual text, or switch train and inference off"
-        )
-    return replace(config.prompt, name="collaborative", system=text, train=own.train, inference=own.inference)
 
 
 def load_scored(config: TrainConfig, name: str, most: int) -> list[Record]:

@@ -47,12 +47,12 @@ def ignored(config: TrainConfig, module: PruningModule) -> Iterator[tuple[str, s
             yield name, f"prune.space has no {kind}, so that all of them stay"
     if not kinds & {"channels", "hidden"}:
         yield "round_to", "prune.space has neither channels nor hidden"
-    if prune.restore.batches < 1:
-        yield from ((f"restore.{name}", "prune.restore.batches is 0") for name in ("at", "epochs", "lr"))
+    if prune.repair.batches < 1:
+        yield from ((f"repair.{name}", "prune.repair.batches is 0") for name in ("at", "epochs", "lr"))
         if prune.warm_start.batches < 1:
-            yield "restore.ridge", "prune.restore.batches is 0"
-    elif prune.restore.epochs < 1:
-        yield "restore.lr", "prune.restore.epochs is 0"
+            yield "repair.ridge", "prune.repair.batches is 0"
+    elif prune.repair.epochs < 1:
+        yield "repair.lr", "prune.repair.epochs is 0"
     if prune.warm_start.batches < 1:
         own = ("criterion", "ranking", "attention", "gain")
         yield from ((f"warm_start.{name}", "prune.warm_start.batches is 0") for name in own)

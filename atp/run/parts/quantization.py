@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import re
 from typing import Any
 
 import torch
@@ -40,18 +39,20 @@ def check_quantization(config: TrainConfig) -> None:
     if not is_installed():
         raise UserError(f"model.quantization={kind} needs bitsandbytes: pip install 'atp[quantization]'")
     own = f"model.quantization={kind}: while training there are no original weights"
-    if prune.warm_start.batches > 0 and set(re.split(r"[+|]", prune.warm_start.criterion)) & set(_OF_WEIGHTS):
+    criteria = prune.warm_start.criterion
+    told = f"[{', '.join(criteria)}]"
+    if prune.warm_start.batches > 0 and {*"+".join(criteria).split("+")} & {*_OF_WEIGHTS}:
         raise UserError(
-            f"{own} for prune.warm_start.criterion={prune.warm_start.criterion}; set it to fisher, which needs the "
+            f"{own} for prune.warm_start.criterion={told}; set it to [fisher], which needs the "
             "gradients of masks alone, or prune.warm_start.batches=0"
         )
-    if prune.restore.batches > 0:
-        raise UserError(f"{own} to restore into (prune.restore.batches={prune.restore.batches}); set it to 0")
-    several = "|" in prune.warm_start.criterion or len(prune.warm_start.attention) > 1
+    if prune.repair.batches > 0:
+        raise UserError(f"{own} to repair (prune.repair.batches={prune.repair.batches}); set it to 0")
+    several = len(criteria) > 1 or len(prune.warm_start.attention) > 1
     if prune.warm_start.batches > 0 and several:
         raise UserError(
-            f"{own} to repair cuts by which prune.warm_start.criterion={prune.warm_start.criterion} or one of "
-            f"prune.warm_start.attention={list(prune.warm_start.attention)} is chosen; set them to fisher and [0.0]"
+            f"{own} to repair cuts by which prune.warm_start.criterion={told} or one of "
+            f"prune.warm_start.attention={list(prune.warm_start.attention)} is chosen; set them to [fisher] and [0.0]"
         )
     if class_path(str(prune.generator.get("_target_"))) in _OF_WEIGHTS_GENERATORS:
         raise UserError(f"{own} for the generator {prune.generator['_target_']}; choose prune/generator=free")

@@ -24,7 +24,7 @@ from atp.masks.budget import SparsitySchedule
 from atp.masks.generator import Generator
 from atp.masks.lora import MaskedModel, add_lora
 from atp.prepare.baselines import BASELINES, CALIBRATION_BATCHES, check_baselines
-from atp.prepare.blockwise import Restoration
+from atp.prepare.blockwise import Repair
 from atp.run.parts.base import load_base
 from atp.run.parts.components import component
 from atp.space.cost import make_cost
@@ -54,10 +54,10 @@ def check_start(prune: PruneConfig) -> None:
     generator = locate(class_path(str(prune.generator.get("_target_", ""))))
     if measured and isinstance(generator, type) and issubclass(generator, Generator):
         generator.check_warm_start()
-    if prune.restore.batches > 0 and prune.restore.at == "start" and not measured:
+    if prune.repair.batches > 0 and prune.repair.at == "start" and not measured:
         raise UserError(
-            "prune.restore.at is start, but there are no scores to select by before the first step; set "
-            "prune.warm_start.batches above 0, or prune.restore.at=freeze"
+            "prune.repair.at is start, but there are no scores to select by before the first step; set "
+            "prune.warm_start.batches above 0, or prune.repair.at=freeze"
         )
 
 
@@ -114,8 +114,8 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
         min_units=min_units(prune),
         compaction=prune.compact and config.model.quantization is None,
         progressive=_progressive(prune, space) if config.model.quantization is None else None,
-        restoration=restoration(prune),
-        restore_at=prune.restore.at,
+        repair=make_repair(prune),
+        repair_at=prune.repair.at,
         round_to=prune.round_to,
         gates=prune.gates,
         distill=_distillation(config),
@@ -125,9 +125,9 @@ def pruning_module(config: TrainConfig, model: PreTrainedModel) -> PruningModule
     return module
 
 
-def restoration(prune: PruneConfig) -> Restoration:
+def make_repair(prune: PruneConfig) -> Repair:
     """How cuts of the run, and of its two-stage baselines, are repaired."""
-    return Restoration(ridge=prune.restore.ridge, epochs=prune.restore.epochs, lr=prune.restore.lr)
+    return Repair(ridge=prune.repair.ridge, epochs=prune.repair.epochs, lr=prune.repair.lr)
 
 
 def _progressive(prune: PruneConfig, space: PruningSpace) -> ProgressiveCut | None:
@@ -145,7 +145,7 @@ def tuning_module(config: TrainConfig, model: PreTrainedModel, teacher: PreTrain
 
 def _distillation(config: TrainConfig) -> Distillation:
     own = config.prune.distill
-    return Distillation(logits=config.optim.distill, hidden=own.hidden, until=own.until)
+    return Distillation(logits=own.logits, hidden=own.hidden, until=own.until)
 
 
 def is_distilled(config: TrainConfig) -> bool:
@@ -172,7 +172,9 @@ def two_stage(config: TrainConfig, name: str) -> TrainConfig:
         generator={"_target_": "fixed_scores"},
         sampler={"_target_": "threshold"},
         budget={"_target_": "projection"},
-        warm_start=WarmStartConfig(batches=CALIBRATION_BATCHES, criterion=baseline.criterion, ranking=baseline.ranking),
+        warm_start=WarmStartConfig(
+            batches=CALIBRATION_BATCHES, criterion=[baseline.criterion], ranking=baseline.ranking
+        ),
         schedule=ScheduleConfig(warmup=0.0, ramp=0.0, freeze_at=0.0),
     )
     return replace(config, prune=prune)
