@@ -21,10 +21,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from test_architecture import CASES, SHAPES, VOCAB, dense_model, pruned_model  # noqa: E402
 
-from atp.export import probe  # noqa: E402
 from atp.export.gguf.file import export_gguf  # noqa: E402
 from atp.export.hf.writing import export_hf  # noqa: E402
 from atp.export.onnx_graph import export_onnx  # noqa: E402
+from atp.export.verify import probe  # noqa: E402
 
 TOKENS = 48
 COLUMNS = ("hf class", "hf", "gguf arch", "gguf f32", "gguf f16", "gguf q8_0", "onnx")
