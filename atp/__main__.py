@@ -5,6 +5,7 @@ Above everything else. It knows the commands' names; what a command does and its
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -36,12 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     name, *rest = arguments
     if name not in COMMANDS:
-        sys.stderr.write(f"error: there is no command {name!r}; there are {', '.join(COMMANDS)}\n")
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        sys.stderr.write(f"error: there is no command {name!r}; {hint}there are {', '.join(COMMANDS)}\n")
         raise SystemExit(2)
-    modules = {"train": "atp.commands.train"} | {
-        package: f"atp.{package}.__main__" for package in ("evaluate", "export", "report")
-    }
-    raise SystemExit(importlib.import_module(modules.get(name, f"atp.{name}")).main(rest))
+    raise SystemExit(importlib.import_module(f"atp.commands.{name}").main(rest))
 
 
 if __name__ == "__main__":

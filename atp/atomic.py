@@ -24,6 +24,9 @@ def appearing(path: Path) -> Iterator[Path]:
     Yields:
         The name to write to, in the same folder.
     """
+    if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
+        yield path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     stage = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
