@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": "lay runs side by side",
     "dashboard": "make a wandb workspace for runs",
 }
+_OPTIONS = "Options are written --name value or name=value; train takes Hydra's name=value alone."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     listed = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
     if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(f"usage: atp COMMAND ...; atp COMMAND --help explains one\n{listed}\n")
+        sys.stdout.write(f"usage: atp COMMAND ...; atp COMMAND --help explains one\n{listed}\n{_OPTIONS}\n")
         return
     name, *rest = arguments
     if name not in COMMANDS:

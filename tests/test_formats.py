@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,8 @@ def model_dir(tmp_path: Path) -> Path:
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Format:
     row = toy_format(tmp_path)
+    unread = replace(FORMATS["hf"].engine, package=Package("not_installed_anywhere"))  # spares the test a process
+    monkeypatch.setitem(FORMATS, "hf", replace(FORMATS["hf"], engine=unread))
     monkeypatch.setitem(FORMATS, "toy", row)
     return row
 
@@ -103,6 +106,7 @@ def test_a_format_added_to_the_table_goes_all_the_way(toy: Format, model_dir: Pa
     (model_dir / "toy" / "wrong.toy").write_text(json.dumps({"moved": 0.5}))
     checks = {check.file: check for check in verify_formats(model_dir, token_windows(stored, None, 32), None, 1)}
     assert checks.keys() == {".", "toy/model.toy", "toy/wrong.toy"}
+    assert checks["."].ok is None and "not_installed_anywhere is not installed" in checks["."].note
     right, wrong = checks["toy/model.toy"], checks["toy/wrong.toy"]
     assert right.ok and (right.format, right.note, right.load) == ("toy", "a toy", "toy-cli toy/model.toy")
     assert wrong.ok is False and "rms 0.5" in wrong.note

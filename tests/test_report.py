@@ -282,11 +282,8 @@ def test_page_card_and_terminal_load_the_model_alike(tmp_path, stock, adapter):
 
 
 def test_page_opens_every_format_with_the_line_that_its_check_noted(tmp_path):
-    checks = [
-        {"format": "hf", "load": ""},
-        {"format": "gguf f16", "load": "llama-cli -m gguf/model-f16.gguf"},
-        {"ok": 1},
-    ]
+    line = "llama-cli -m gguf/model-f16.gguf"
+    checks = [{"format": "hf", "load": ""}, {"format": "gguf f16", "load": line}, {"format": "of an older run"}]
     metrics = make_metrics()
     run_dir = make_run(tmp_path / "run", {**metrics, "export": {**metrics.get("export", {}), "formats": checks}})
     write_json(run_dir / "pruned" / "config.json", {})
