@@ -22,7 +22,7 @@ from atp.export.verify.reference import token_windows
 from atp.model.widths import layer_widths
 
 ENGINE = '''
-"""Reads the toy format: a number that every logit is moved by, beside an ordinary directory."""
+"""Reads the toy format: a number by which it moves the logits that it is compared with; it writes no text."""
 import json
 from pathlib import Path
 
@@ -33,22 +33,14 @@ class ToyEngine:
     remark = "a toy"
 
     def __init__(self, task):
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        self.torch, file = torch, Path(task["path"])
-        self.moved = json.loads(file.read_text())["moved"]
-        self.model = AutoModelForCausalLM.from_pretrained(str(file.parent.parent), dtype=torch.float32).eval()
+        self.moved = json.loads(Path(task["path"]).read_text())["moved"]
+        self.ids_WT, self.logits_WTV = np.load(task["ids"]), np.load(task["reference"])
 
     def logits(self, ids_T):
-        with self.torch.no_grad():
-            return self.model(input_ids=self.torch.tensor(ids_T[None])).logits[0].numpy() + np.float32(self.moved)
+        return self.logits_WTV[(self.ids_WT == ids_T).all(1).argmax()] + np.float32(self.moved)
 
     def generate(self, prompt_T, new_tokens):
-        made = list(map(int, prompt_T))
-        for _ in range(new_tokens):
-            made.append(int(self.logits(np.array(made))[-1].argmax()))
-        return made[len(prompt_T) :]
+        return []
 '''
 
 
@@ -69,7 +61,7 @@ def toy_format(folder: Path) -> Format:
         makes="toy/model.toy",
         read_by="toy.cpp",
         pattern="toy/*.toy",
-        engine=Engine(folder / "toy_engine.py", "ToyEngine", Package("transformers")),
+        engine=Engine(folder / "toy_engine.py", "ToyEngine", Package("numpy")),
         limit=Limit(1e-4, 0.999, 5e-5),
         write=write,
         check=check,
