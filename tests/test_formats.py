@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,7 @@ def test_a_format_added_to_the_table_goes_all_the_way(toy: Format, model_dir: Pa
     assert "toy.cpp:\n\n```bash\ntoy-cli toy/model.toy\n```\n\n`toy/model.toy` is a toy." in model_card(facts)
 
 
+@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="onnxruntime is not installed: pip install 'atp[onnx]'")
 def test_the_command_offers_and_writes_an_added_format(
     toy: Format, model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,6 +117,9 @@ def test_the_command_offers_and_writes_an_added_format(
     assert "--to toi: unknown; did you mean 'toy'? known: hf, adapter, gguf, onnx, toy" in capsys.readouterr().err
     assert main([str(model_dir), "to=toy"]) == 0
     assert f"toy: {model_dir / 'toy' / 'model.toy'} (0.00 MiB, small)" in capsys.readouterr().out
+    assert main([str(model_dir), "to=toy,onnx", "output=" + str(model_dir.parent / "both")]) == 0
+    assert {path.name for path in (model_dir.parent / "both").iterdir()} == {"toy", "onnx"}
+    capsys.readouterr()
     assert main(["--help"]) == 0
     assert "--to hf|adapter|gguf|onnx|toy ..." in capsys.readouterr().out
 

@@ -18,6 +18,7 @@ from atp.commands import grammar
 from atp.commands.grammar import argument, option
 from atp.commands.places import EMBEDDED, model_source
 from atp.errors import UserError
+from atp.export.formats import WEIGHT_DTYPES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +54,7 @@ class Options:
     normalise: str = option("task", "task, tokens, characters or none")
     stride: int = option(0, "tokens by which windows of text move; 0 moves by whole windows")
     bootstrap: int = option(1000, "resamples of the intervals")
-    dtype: str = option("float32", "float32, bfloat16 or float16")
+    dtype: str = option("float32", ", ".join(WEIGHT_DTYPES))
     seed: int = option(0, "which records, where a task has more or no test records")
     out: str = option("", "JSON file to write; unset only prints")
 
@@ -158,9 +159,8 @@ def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     from atp.masks.adapter import merge_beside
     from atp.model import modeling_atp
 
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
-        raise UserError(f"dtype={dtype!r} is unknown; choose one of {', '.join(dtypes)}")
+    if dtype not in WEIGHT_DTYPES:
+        raise UserError(f"dtype={dtype!r} is unknown; choose one of {', '.join(WEIGHT_DTYPES)}")
     source = str(embedded.base_dir()) if name == EMBEDDED else name
     looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
     if looks_local and not Path(source).expanduser().is_dir():
@@ -169,7 +169,7 @@ def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         path = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtypes[dtype], use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

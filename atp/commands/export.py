@@ -34,7 +34,9 @@ class Options:
     gguf_type: list[str] = option(["f16"], "gguf: f32, f16, bf16, q8_0, or llama.cpp's K-quants")
     tokenizer: bool = option(True, "gguf: with the vocabulary; without, token ids only")
     cache: bool = option(True, "onnx: with KV cache")
-    output: Path | None = option(None, "where to write; by default below the run or model")
+    output: Path | None = option(
+        None, "where to write, several formats each in its folder there; by default below the run or model"
+    )
     dtype: str | None = option(None, "hf: type of the weights; by default the stored one", choices=WEIGHT_DTYPES)
     overwrite: bool = option(False, "replace what is there")
     verify: bool = option(False, "load every format in a fresh process and compare logits")
@@ -95,8 +97,8 @@ def _write(form: Format, directory: Path, options: Options, console: Console) ->
     if form.write is None:
         _write_from_run(directory, options, console)
         return
-    made = _new_directory(options)
-    output = made / form.name if made and not form.is_directory else options.output
+    around = _new_directory(options) or (options.output if len(set(options.to)) > 1 else None)
+    output = around / form.name if around and not form.is_directory else options.output
     types = getattr(options, f"{form.name}_type", ())
     asked = Asked(tuple(types), options.tokenizer, options.cache, options.dtype, options.overwrite)
     for file in form.write(directory, output, asked):
