@@ -35,7 +35,7 @@ class Options:
     tokenizer: bool = option(True, "gguf: with the vocabulary; without, token ids only")
     cache: bool = option(True, "onnx: with KV cache")
     output: Path | None = option(
-        None, "where to write, several formats each in its folder there; by default below the run or model"
+        None, "where to write, each of several formats in its folder; default: below the run or model"
     )
     dtype: str | None = option(None, "hf: type of the weights; by default the stored one", choices=WEIGHT_DTYPES)
     overwrite: bool = option(False, "replace what is there")
