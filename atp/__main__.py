@@ -5,6 +5,7 @@ Above everything else. It knows the commands' names; what a command does and its
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ COMMANDS = {
     "compare": "lay runs side by side",
     "dashboard": "make a wandb workspace for runs",
 }
+_OPTIONS = "Options are written --name value or name=value; train takes Hydra's name=value alone."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,16 +34,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     listed = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
     if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(f"usage: atp COMMAND ...; atp COMMAND --help explains one\n{listed}\n")
+        sys.stdout.write(f"usage: atp COMMAND ...; atp COMMAND --help explains one\n{listed}\n{_OPTIONS}\n")
         return
     name, *rest = arguments
     if name not in COMMANDS:
-        sys.stderr.write(f"error: there is no command {name!r}; there are {', '.join(COMMANDS)}\n")
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        sys.stderr.write(f"error: there is no command {name!r}; {hint}there are {', '.join(COMMANDS)}\n")
         raise SystemExit(2)
-    modules = {"train": "atp.commands.train"} | {
-        package: f"atp.{package}.__main__" for package in ("evaluate", "export", "report")
-    }
-    raise SystemExit(importlib.import_module(modules.get(name, f"atp.{name}")).main(rest))
+    raise SystemExit(importlib.import_module(f"atp.commands.{name}").main(rest))
 
 
 if __name__ == "__main__":

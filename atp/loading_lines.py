@@ -1,4 +1,4 @@
-"""The lines of Python that load a pruned model: one text for the terminal, the report and the model card.
+"""The lines that load a pruned model: one text for the terminal, the report and the model card.
 
 At the very bottom: pure text from plain arguments, so that whoever shows the lines shows the same ones. Imports nothing
 of atp, reads no files.
@@ -28,3 +28,13 @@ def load_lines(path: str | Path, stock: bool, *, adapter: bool = False) -> str:
         folder = repr(str(Path(path) / "adapter"))
         lines += f"\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(model, {folder})"
     return lines
+
+
+def llama_cpp_line(file: str) -> str:
+    """The line of shell that opens a GGUF file."""
+    return f'llama-cli -m {file} -p "..."'
+
+
+def onnxruntime_line(file: str) -> str:
+    """The line of Python that opens an ONNX graph."""
+    return f"session = onnxruntime.InferenceSession({file!r})"

@@ -24,7 +24,7 @@ from test_architecture import CASES, SHAPES, VOCAB, dense_model, pruned_model  #
 from atp.export.gguf.file import export_gguf  # noqa: E402
 from atp.export.hf.writing import export_hf  # noqa: E402
 from atp.export.onnx_graph import export_onnx  # noqa: E402
-from atp.export.verify import probe  # noqa: E402
+from atp.export.verify import engines  # noqa: E402
 
 TOKENS = 48
 COLUMNS = ("hf class", "hf", "gguf arch", "gguf f32", "gguf f16", "gguf q8_0", "onnx")
@@ -66,7 +66,7 @@ def row(model, directory: Path) -> list[str]:
         return f"{np.abs(engine().logits(ids_T[:tokens]) - expected).max():.1e}"
 
     cells = [type(model).__name__]
-    cells.append(difference(lambda: probe.TransformersEngine({"format": "hf", "path": str(directory)})))
+    cells.append(difference(lambda: engines.TransformersEngine({"format": "hf", "path": str(directory)})))
     try:
         files = export_gguf(directory, types=["f32", "f16", "q8_0"], tokenizer=False)
     except ValueError:
@@ -77,9 +77,9 @@ def row(model, directory: Path) -> list[str]:
         cells.append(files[0].architecture)
         for file in files:
             task = {"path": str(file.path), "context": 64}
-            cells.append(difference(lambda task=task: probe.LlamaCppEngine(task), context))
+            cells.append(difference(lambda task=task: engines.LlamaCppEngine(task), context))
     graph = export_onnx(directory)
-    cells.append(difference(lambda: probe.OnnxEngine({"path": str(graph)})))
+    cells.append(difference(lambda: engines.OnnxEngine({"path": str(graph)})))
     return cells
 
 

@@ -1,4 +1,4 @@
-"""``python -m atp.dashboard``: the project's wandb workspace as code.
+"""``atp dashboard``: the project's wandb workspace as code.
 
 One list of sections says which panels there are and which logged names they draw; from it the workspace is built with
 ``wandb-workspaces`` (an extra). A user who is logged in gets it saved on the server; everyone else gets the same
@@ -9,7 +9,6 @@ about.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -19,10 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atp.atomic import write_json
+from atp.commands.grammar import option, run_command
 from atp.errors import UserError
-from atp.train.loggers import is_logged_in
 
 STEP = "trainer/global_step"
+
+
+@dataclass
+class Options:
+    """Build the project's wandb workspace."""
+
+    entity: str | None = option(None, "wandb user or team; needed to save it on the server")
+    project: str = option("atp", "wandb project")
+    sweep: str | None = option(None, "group of a sweep: also save a report of its runs on the server")
+    json: Path | None = option(None, "write the definition here instead of saving it on the server")
 
 
 @dataclass(frozen=True)
@@ -199,31 +209,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 2 after a user's mistake.
     """
-    parser = argparse.ArgumentParser(prog="python -m atp.dashboard", description="Build the project's wandb workspace.")
-    parser.add_argument("--entity", help="wandb user or team; needed to save it on the server")
-    parser.add_argument("--project", default="atp", help="wandb project (default: atp)")
-    parser.add_argument("--sweep", metavar="GROUP", help="also save a report of this sweep's runs on the server")
-    parser.add_argument("--json", type=Path, help="write the definition here instead of saving it on the server")
-    options = parser.parse_args(argv)
+    return run_command(Options, _run, argv, name="dashboard")
+
+
+def _run(options: Options) -> int:
+    from atp.train.loggers import is_logged_in
+
     online = is_logged_in() and os.environ.get("WANDB_MODE") not in ("offline", "disabled") and options.json is None
-    try:
-        if (online or options.sweep) and not options.entity:
-            raise UserError("--entity is not set; give your wandb user or team, or --json FILE to write a file")
-        if options.sweep and not online:
-            raise UserError("--sweep builds a report on the server: log in with `wandb login` and leave out --json")
-        workspace = build_workspace(options.entity or "your-entity", options.project)
-        if online:
-            workspace.save()
-            sys.stdout.write(f"workspace: {workspace.url}\n")
-        else:
-            target = options.json or Path("wandb_workspace.json")
-            target.write_text(json.dumps(workspace_json(workspace), indent=2) + "\n", encoding="utf-8")
-            sys.stdout.write(f"workspace definition: {target} (log in with `wandb login` to save it on the server)\n")
-        if options.sweep:
-            sys.stdout.write(f"report: {save_sweep_report(options.entity, options.project, options.sweep)}\n")
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    if (online or options.sweep) and not options.entity:
+        raise UserError("--entity is not set; give your wandb user or team, or --json FILE to write a file")
+    if options.sweep and not online:
+        raise UserError("--sweep builds a report on the server: log in with `wandb login` and leave out --json")
+    workspace = build_workspace(options.entity or "your-entity", options.project)
+    if online:
+        workspace.save()
+        sys.stdout.write(f"workspace: {workspace.url}\n")
+    else:
+        target = options.json or Path("wandb_workspace.json")
+        write_json(target, workspace_json(workspace))
+        sys.stdout.write(f"workspace definition: {target} (log in with `wandb login` to save it on the server)\n")
+    if options.sweep and options.entity:
+        sys.stdout.write(f"report: {save_sweep_report(options.entity, options.project, options.sweep)}\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``python -m atp.generate``: streams text from an exported model, from its Hugging Face directory or a GGUF file.
+"""``atp generate``: streams text from an exported model, from its Hugging Face directory or a GGUF file.
 
 A thin command line for trying a result. The prompt reaches the model as training made prompts: verbatim after the
 beginning-of-sequence token, or filled into one of the training tasks' templates (``--task``), within the prompt that
@@ -8,33 +8,33 @@ template instead. Reads the prompt from standard input when that is piped.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from atp.commands.grammar import argument, option, run_command
+from atp.commands.places import model_directory
 from atp.errors import UserError
+from atp.export.formats import FORMATS
 
-USER_ERROR, INTERRUPTED = 2, 130
 
+@dataclass
+class Options:
+    """Stream text from an exported model."""
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(prog="python -m atp.generate", description="Stream text from an exported model.")
-    made.add_argument("model", type=Path, help="a run directory, a model directory, or a .gguf file")
-    made.add_argument("--prompt", help="the text to continue; read from standard input when that is piped")
-    made.add_argument("--format", choices=("hf", "gguf"), help="which of a directory's formats; by default hf")
-    made.add_argument("--max-new-tokens", type=int, default=128, help="longest continuation (128)")
-    made.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time (0)")
-    made.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1)")
-    made.add_argument("--seed", type=int, default=0, help="seed of sampling (0)")
-    made.add_argument("--task", help="fill the prompt into this task's template, e.g. casehold, and instruct so")
-    made.add_argument("--plain", action="store_true", help="without the prompt that the model was evaluated with")
-    made.add_argument("--chat", action="store_true", help="use the tokenizer's chat template")
-    return made
+    model: Path = argument("a run directory, a model directory, a .gguf file, or 'embedded'")
+    prompt: str | None = option(None, "the text to continue; read from standard input when that is piped")
+    format: str | None = option(None, "which of a directory's formats; by default hf", choices=("hf", "gguf"))
+    max_new_tokens: int = option(128, "longest continuation")
+    temperature: float = option(0.0, "0 takes the likeliest token each time")
+    top_p: float = option(1.0, "sample from the likeliest tokens of this mass")
+    seed: int = option(0, "seed of sampling")
+    task: str | None = option(None, "fill the prompt into this task's template, e.g. casehold, and instruct so")
+    plain: bool = option(False, "without the prompt that the model was evaluated with")
+    chat: bool = option(False, "use the tokenizer's chat template")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,65 +46,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, 2 after a user's mistake, or 130 after Ctrl-C.
     """
-    arguments = parser().parse_args(argv)
-    try:
-        prompt = _prompt(arguments)
-        for piece in stream(
-            arguments.model,
-            prompt,
-            engine=arguments.format,
-            chat=arguments.chat,
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-        ):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+    return run_command(Options, _run, argv, name="generate")
+
+
+def _run(options: Options) -> int:
+    for piece in stream(
+        options.model,
+        _prompt(options),
+        engine=options.format,
+        chat=options.chat,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    ):
+        sys.stdout.write(piece)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.stdout.write("\n")
-        return INTERRUPTED
-    except BrokenPipeError:  # whoever read the text has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return USER_ERROR
+    sys.stdout.write("\n")
     return 0
 
 
-def _prompt(arguments: argparse.Namespace) -> str:
-    prompt = arguments.prompt
+def _prompt(options: Options) -> str:
+    prompt = options.prompt
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().removesuffix("\n")
     if not prompt:
         raise UserError("there is no prompt; give --prompt TEXT, or pipe a text in")
-    if arguments.task and arguments.chat:
+    if options.task and options.chat:
         raise UserError("--task and --chat are two ways of framing the prompt; choose one")
-    return _framed(str(prompt), arguments)
+    return _framed(prompt, options)
 
 
-def _framed(text: str, arguments: argparse.Namespace) -> str:
+def _framed(text: str, options: Options) -> str:
     """The text in its task's template, and in the prompt that the model was evaluated with."""
     from atp.data.prompt import Prompt, read_prompt
     from atp.data.tasks import fill_prompt, load_tasks
 
     own = Prompt()
-    if not (arguments.plain or arguments.chat):
-        path, kind = find_model(arguments.model, arguments.format)
+    if not (options.plain or options.chat):
+        path, kind = find_model(options.model, options.format)
         folder = path if kind == "hf" else path.parent
         own = read_prompt(folder.parent if folder.name == "gguf" else folder)
-    instructed = arguments.task in own.instructions and arguments.task not in load_tasks()
-    if arguments.task and not instructed:
-        text = fill_prompt(arguments.task, text)
+    instructed = options.task in own.instructions and options.task not in load_tasks()
+    if options.task and not instructed:
+        text = fill_prompt(options.task, text)
     if own.is_empty:
         return text
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True) if own.chat else None
     sys.stderr.write(f"prompt: {own.name}, from the model's prompt.json; --plain leaves it out\n")
-    return own.render(text, arguments.task or "text", tokenizer)
+    return own.render(text, options.task or "text", tokenizer)
 
 
 def stream(
@@ -153,8 +145,6 @@ def find_model(path: Path, engine: str | None) -> tuple[Path, str]:
     Raises:
         ValueError: There is none of that format.
     """
-    from atp.commands.export import model_directory
-
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"{path}: no such file")
@@ -164,7 +154,7 @@ def find_model(path: Path, engine: str | None) -> tuple[Path, str]:
     directory = model_directory(path)
     if engine != "gguf":
         return directory, "hf"
-    files = sorted(directory.glob("gguf/*.gguf"), key=lambda file: -file.stat().st_size)
+    files = sorted(FORMATS["gguf"].find(directory), key=lambda file: -file.stat().st_size)
     if not files:
         raise UserError(f"{directory} holds no GGUF file; write one with: python -m atp.export {directory} --to gguf")
     return files[0], "gguf"

@@ -179,7 +179,7 @@ def peak_memory_mib(device: torch.device | str = "cpu") -> float:
     place = torch.device(device)
     if place.type == "cuda":
         return torch.cuda.max_memory_allocated(place) / _MIB
-    if _PROCESS_STATUS.is_file():
+    if _PROCESS_STATUS.is_file():  # not psutil, which knows no peak here, let alone one that can be reset
         found = re.search(r"^VmHWM:\s+(\d+) kB", _PROCESS_STATUS.read_text(), re.MULTILINE)
         if found:
             return int(found.group(1)) / 1024

@@ -1,8 +1,8 @@
 """Everything a run writes of its pruned model: the Hugging Face directory, then the formats made from it.
 
-Puts the exporters in order for the pipeline: what can be refused is refused before training
+Asks the rows of :mod:`atp.export.formats` in order for the pipeline: what can be refused is refused before training
 (:func:`check_formats`), the directory comes first, every further format is made from what was written, and all of it is
-verified in the end. Knows no configuration, only plain arguments.
+verified in the end. Knows no configuration, only plain arguments, and no format by name.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,10 @@ import numpy as np
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.errors import UserError
-from atp.export.extras import require
-from atp.export.gguf.file import check_types, export_gguf
-from atp.export.gguf.layout import FILLED_NOTE, PER_LAYER, check_layout
-from atp.export.gguf.vocabulary import gguf_vocabulary
-from atp.export.onnx_graph import check_graph, export_onnx
+from atp.export.formats import WEIGHT_DTYPES, Intended, asked_formats
 from atp.export.verify.verification import Check, mismatches, verify
 
 log = logging.getLogger(__name__)
-
-WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_formats(
@@ -34,13 +29,12 @@ def check_formats(
     tokenizer: PreTrainedTokenizerBase,
     *,
     uniform: bool,
-    gguf: Sequence[str] = (),
-    onnx: bool = False,
     push_to_hub: str | None = None,
     public: bool = False,
     axes: Sequence[str] = (),
     dtype: str | None = None,
     max_shard_size: str = "5GB",
+    **wanted: Any,
 ) -> None:
     """Refuses, before any work is lost, what could not be written in the end.
 
@@ -48,30 +42,23 @@ def check_formats(
         config: Config of the base model.
         tokenizer: Its tokenizer.
         uniform: Whether pruning will leave equal widths in all layers.
-        gguf: GGUF types wanted.
-        onnx: Whether a graph is wanted.
         push_to_hub: Repository to upload to.
         public: Whether everyone shall see that repository.
         axes: Kinds of units that pruning may remove (``prune.space``).
         dtype: Type to store the weights in; None for the model's own.
         max_shard_size: Largest weight file, as text.
+        **wanted: Further formats by name, as :func:`atp.export.formats.asked_formats` takes them.
 
     Raises:
-        ValueError: A format cannot hold this model, its package is missing, or the hub is not logged in to.
+        UserError: Formats cannot hold this model or lack a package (all are named), or the hub is not logged in to.
     """
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise UserError(f"export.dtype is {dtype!r}; known: {', '.join(WEIGHT_DTYPES)}, or null for the base model's")
     if not re.fullmatch(r"\d+(\.\d+)? *[KMGT]B", max_shard_size.strip().upper()):
         raise UserError(f"export.max_shard_size is {max_shard_size!r}; give a number and KB, MB, GB or TB, such as 5GB")
-    if gguf:
-        check_types(gguf)
-        if check_layout(config, uniform=uniform, axes=axes) not in PER_LAYER and not uniform:
-            log.warning("export.gguf: %s", FILLED_NOTE)
-        gguf_vocabulary(tokenizer, config.vocab_size)
-    if onnx:
-        check_graph(config)
-        for package in ("onnx", "onnxruntime"):
-            require(package, extra="onnx")
+    intended = Intended(config, tokenizer, uniform, axes)
+    if reasons := [reason for form, asked in asked_formats(wanted) if (reason := form.why_not(intended, asked))]:
+        raise UserError("; ".join(reasons))
     if public and not push_to_hub:
         log.warning("export.public=true has no effect: export.push_to_hub names no repository")
     if push_to_hub:
@@ -81,19 +68,18 @@ def check_formats(
             raise UserError(f"export.push_to_hub={push_to_hub}: not logged in; run `hf auth login`, or leave it out")
 
 
-def write_formats(directory: Path, *, gguf: Sequence[str] = (), onnx: bool = False) -> None:
+def write_formats(directory: Path, **wanted: Any) -> None:
     """Makes the further formats from an exported directory.
 
     Args:
         directory: The Hugging Face directory.
-        gguf: GGUF types.
-        onnx: Whether to write a graph.
+        **wanted: Formats by name, as :func:`atp.export.formats.asked_formats` takes them.
     """
-    if gguf:
-        for file in export_gguf(directory, types=gguf, overwrite=True):
-            log.info("export: %s (%s, %.2f MiB)", file.path, file.architecture, file.size_bytes / 2**20)
-    if onnx:
-        log.info("export: %s", export_onnx(directory, overwrite=True))
+    for form, asked in asked_formats(wanted):
+        assert form.write is not None, form.name
+        for made in form.write(directory, None, replace(asked, overwrite=True)):
+            note = f"; {made.note}" if made.note else ""
+            log.info("export: %s: %s (%.2f MiB%s)", form.name, made.path, made.size_bytes / 2**20, note)
 
 
 def verify_formats(

@@ -4,10 +4,38 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.util
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from atp.errors import UserError
+
+
+@dataclass(frozen=True)
+class Package:
+    """A module that may be missing, and the extra of atp that brings it; no extra for a dependency of atp itself."""
+
+    module: str
+    extra: str = ""
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether it could be imported, without importing it."""
+        return importlib.util.find_spec(self.module) is not None
+
+    @property
+    def way(self) -> str:
+        """The command that installs it."""
+        return f"pip install 'atp[{self.extra}]'" if self.extra else "pip install atp"
+
+    def require(self) -> ModuleType:
+        """Imports it.
+
+        Raises:
+            UserError: It is not installed.
+        """
+        return require(self.module, extra=self.extra)
 
 
 def require(package: str, *, extra: str) -> ModuleType:

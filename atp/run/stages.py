@@ -31,6 +31,7 @@ from atp.data.prompt import PROMPT_FILE
 from atp.errors import UserError
 from atp.evaluate.measure import count_parameters, peak_memory
 from atp.export.bundle import check_formats, verify_formats, windows_of, write_formats
+from atp.export.formats import FORMATS
 from atp.export.hf.loading import load_exported
 from atp.export.hf.writing import export_hf
 from atp.export.verify.verification import as_plain
@@ -94,7 +95,7 @@ class Stages:
         self.preparation = Preparation(config, self.data, self.device)
         self.space = parts.pruning_space(config.prune, dense)
         self.dense_parameters = count_parameters(dense)
-        asked = ("gguf", "onnx", "push_to_hub", "public", "dtype", "max_shard_size")
+        asked = ("push_to_hub", "public", "dtype", "max_shard_size", *self._formats())
         wanted: dict[str, Any] = {name: getattr(config.export, name) for name in asked}
         uniform = config.prune.shape == "uniform"
         check_formats(dense.config, self.tokenizer, uniform=uniform, axes=config.prune.space, **wanted)
@@ -172,7 +173,7 @@ class Stages:
         masked_vs_removed = max_logit_difference(masked, removed, batches)
         path = self.directory.path / "pruned"
         self._export(stored, adapter, path, overwrite=True)
-        write_formats(path, gguf=self.config.export.gguf, onnx=self.config.export.onnx)
+        write_formats(path, **self._formats())
         removed_vs_reloaded = max_logit_difference(removed, self.pruned(), batches)
         return {
             "max_abs_logit_diff": max(masked_vs_removed, removed_vs_reloaded),
@@ -252,6 +253,10 @@ class Stages:
         )
         if not self.prompt.is_empty:
             write_json(path / PROMPT_FILE, self.prompt.plain())
+
+    def _formats(self) -> dict[str, Any]:
+        """The further formats that this run asks for, each with its setting ``export.<format>``."""
+        return {name: value for name in FORMATS if (value := getattr(self.config.export, name, None))}
 
     def _verify_formats(self, path: Path, removed: PreTrainedModel) -> list[dict[str, Any]]:
         """Each exported format compared with the removed model in a fresh process."""

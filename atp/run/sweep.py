@@ -9,25 +9,22 @@ does.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
+import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from atp.atomic import write_json
 from atp.run.directory import CONFIG, METRICS
-
-try:
-    import fcntl
-except ImportError:  # Windows: no file locks, so parallel jobs may each compute what they could share
-    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +140,7 @@ class SharedResults:
         """
         path = self.folder / f"{stage}_{self.key(stage)}.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
+        with FileLock(path.with_suffix(".lock")):
             if path.is_file():
                 log.info("%s: shared by this sweep, taken from %s", stage, path)
                 return {**json.loads(path.read_text(encoding="utf-8")), "shared_from": str(path)}
@@ -165,16 +162,15 @@ def lease_gpu(folder: Path, count: int) -> int | None:
         Index of the GPU, now the only one this process sees; None with fewer than two GPUs, where one was set by the
         caller already, or where all are taken.
     """
-    if count < 2 or fcntl is None or _leases:
+    if count < 2 or _leases:
         return None
     for index in range(count):
-        file = (folder / f".gpu{index}.{os.uname().nodename}.lock").open("w")
+        lock = FileLock(folder / f".gpu{index}.{platform.node()}.lock")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
+            lock.acquire(blocking=False)
+        except Timeout:
             continue
-        _leases.append(file)
+        _leases.append(lock)
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) else str(index)
         return index
@@ -182,15 +178,7 @@ def lease_gpu(folder: Path, count: int) -> int | None:
     return None
 
 
-_leases: list[IO[str]] = []
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+_leases: list[FileLock] = []
 
 
 def _without(node: Any, ignored: tuple[str, ...], prefix: str = "") -> Any:

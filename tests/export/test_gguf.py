@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrained
 
 from atp import embedded
 from atp.commands.export import embedded_text, main
+from atp.export.formats import FORMATS
 from atp.export.gguf.file import check_types, export_gguf
 from atp.export.gguf.layout import FILLED_NOTE, gguf_architecture, gguf_layout
 from atp.export.gguf.tensors import GgufTensor
@@ -178,7 +179,8 @@ def test_limits_tell_rounding_from_a_misread_tensor_in_every_type(tmp_path, name
     def found(path: Path) -> str:
         difference = logits_of_file(path, case.config()) - reference
         largest, rms = float(difference.abs().max()), float(difference.square().mean().sqrt())
-        return verdict({"max_abs": largest, "rms": rms, "top1": 1.0}, name, float(reference.std()), rounding)
+        measured = {"max_abs": largest, "rms": rms, "top1": 1.0}
+        return verdict(measured, FORMATS["gguf"].limit, float(reference.std()), rounding)
 
     assert found(written.path) == ""
     for fault, corrupt in CORRUPTIONS.items():

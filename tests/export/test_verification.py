@@ -27,12 +27,13 @@ from atp.cut.selection import select
 from atp.data.prompt import Prompt
 from atp.data.tasks import fill_prompt
 from atp.export.bundle import check_formats, windows_of
+from atp.export.formats import FORMATS
 from atp.export.gguf.file import export_gguf
 from atp.export.hf.loading import load_exported
 from atp.export.hf.writing import export_hf
 from atp.export.onnx_graph import export_onnx
+from atp.export.verify.engines import LlamaCppEngine, OnnxEngine
 from atp.export.verify.limits import verdict
-from atp.export.verify.probe import LlamaCppEngine, OnnxEngine
 from atp.export.verify.rounding import ROUNDINGS, rounding_error
 from atp.export.verify.verification import mismatches, verify
 from atp.masks.adapter import extract_adapter
@@ -243,14 +244,14 @@ def test_a_format_that_differs_is_a_mismatch_and_the_exit_code_says_so(tmp_path,
 
 
 def test_an_exact_format_must_give_the_logits_and_a_rounded_one_may_differ_by_its_rounding():
-    near = {"max_abs": 1e-3, "rms": 1e-4, "top1": 1.0}
-    assert verdict(near, "f32", 2.0) == ""
-    assert "top-1 90.00%" in verdict({**near, "top1": 0.9}, "f32", 2.0)
-    assert "rms 0.0001, allowed 5e-05" in verdict(near, "hf", 1.0)
-    assert verdict({"max_abs": 0.5, "rms": 0.05, "top1": 0.9}, "q8_0", 2.0, rounding=0.04) == ""
-    assert "rms 0.07, allowed 0.06" in verdict({"max_abs": 0.5, "rms": 0.07, "top1": 0.9}, "q8_0", 2.0, rounding=0.04)
-    assert "largest 2" in verdict({"max_abs": 2, "rms": 0.05, "top1": 0.9}, "q8_0", 2.0, rounding=0.04)
-    assert "not numbers" in verdict({"max_abs": None, "rms": None, "top1": 1.0}, "q8_0", 1.0, rounding=1.0)
+    file, near = FORMATS["gguf"].limit, {"max_abs": 1e-3, "rms": 1e-4, "top1": 1.0}
+    assert verdict(near, file, 2.0) == ""
+    assert "top-1 90.00%" in verdict({**near, "top1": 0.9}, file, 2.0)
+    assert "rms 0.0001, allowed 5e-05" in verdict(near, FORMATS["hf"].limit, 1.0)
+    assert verdict({"max_abs": 0.5, "rms": 0.05, "top1": 0.9}, file, 2.0, rounding=0.04) == ""
+    assert "rms 0.07, allowed 0.06" in verdict({"max_abs": 0.5, "rms": 0.07, "top1": 0.9}, file, 2.0, rounding=0.04)
+    assert "largest 2" in verdict({"max_abs": 2, "rms": 0.05, "top1": 0.9}, file, 2.0, rounding=0.04)
+    assert "not numbers" in verdict({"max_abs": None, "rms": None, "top1": 1.0}, file, 1.0, rounding=1.0)
     assert mismatches([]) == []
 
 
@@ -285,13 +286,13 @@ def test_code_beside_the_weights_that_is_not_atps_is_never_run(tmp_path):
 
 
 USER_MISTAKES = [
-    (["--to", "tflite"], "tflite: unknown format; known: hf, adapter, gguf, onnx"),
+    (["--to", "tflite"], "--to tflite: unknown; known: hf, adapter, gguf, onnx"),
     (["--to", "adapter"], "is not a run directory"),
     (["--to", "hf,adapter", "--output", "both"], "one at a time"),
     (["--to", "hf"], "needs --output"),
     ([], "nothing to do"),
     (["--to", "gguf", "--gguf-type", "q9"], "'q9' is not known"),
-    (["--verify", "--quantised", "int3"], "'int3' is not known"),
+    (["--verify", "--quantised", "int3"], "--quantised int3: unknown"),
     (["--to", "gguf", "--output", "elsewhere", "--verify"], "leave --output out"),
 ]
 

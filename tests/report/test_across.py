@@ -15,6 +15,7 @@ from test_report import make_metrics, make_run, write_json
 from atp.commands import compare
 from atp.commands.report import main
 from atp.report.across import budget_lines, write_across
+from atp.report.differences import figure_differences, mask_overlaps
 from atp.report.pareto import Point, pareto_front
 from atp.report.record import RunRecord
 from atp.report.runs import data_differs, find_runs, group_runs, smallest_within, table
@@ -187,7 +188,7 @@ def test_compare_counts_shared_units(sweep: Path, capsys: pytest.CaptureFixture[
     first = masks["axes"]["layers.0.heads"]
     first[first.index(1)] = 0
     write_json(b / "masks.json", masks)
-    overlaps = {(o.kind, o.layer): o for o in compare.mask_overlaps(RunRecord.load(a), RunRecord.load(b))}
+    overlaps = {(o.kind, o.layer): o for o in mask_overlaps(RunRecord.load(a), RunRecord.load(b))}
     one = overlaps[("heads", 0)]
     assert (one.kept_a, one.kept_b, one.both) == (sum(first) + 1, sum(first), sum(first))
     assert one.jaccard == pytest.approx(sum(first) / (sum(first) + 1)) and overlaps[("channels", 1)].jaccard == 1.0
@@ -208,7 +209,7 @@ def test_difference_of_two_accuracies() -> None:
         metrics["eval_counts"] = {"t/accuracy": count}
     a_interval, b_interval = interval(a, "pruned", "t/accuracy"), interval(b, "pruned", "t/accuracy")
     assert a_interval and b_interval
-    (found,) = [d for d in compare.figure_differences(a, b) if d.name == "t/accuracy"]
+    (found,) = [d for d in figure_differences(a, b) if d.name == "t/accuracy"]
     assert (found.low, found.high) == pytest.approx((0.0524, 0.3339), abs=1e-4) and found.is_clear is True
 
 

@@ -281,6 +281,16 @@ def test_page_card_and_terminal_load_the_model_alike(tmp_path, stock, adapter):
     assert load_lines("path/to/this/directory", stock, adapter=adapter) in card
 
 
+def test_page_opens_every_format_with_the_line_that_its_check_noted(tmp_path):
+    line = "llama-cli -m gguf/model-f16.gguf"
+    checks = [{"format": "hf", "load": ""}, {"format": "gguf f16", "load": line}, {"format": "of an older run"}]
+    metrics = make_metrics()
+    run_dir = make_run(tmp_path / "run", {**metrics, "export": {**metrics.get("export", {}), "formats": checks}})
+    write_json(run_dir / "pruned" / "config.json", {})
+    shown = html.unescape(write_report(run_dir).read_text())
+    assert f"<code>{line}</code>" in shown and shown.count("from within that directory") == 1
+
+
 def test_page_gives_the_widths_as_a_table_too(page):
     rows = [words(row) for table in page.iter("table") if table.get("class") == "layers" for row in table.iter("tr")]
     assert rows[1:] == [

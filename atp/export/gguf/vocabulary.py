@@ -3,6 +3,9 @@
 Knows the two kinds that LLaMA-family models use: SentencePiece-like BPE over characters with byte fallback (Llama 1 and
 2, Mistral), and byte-level BPE (Llama 3, Qwen). llama.cpp knows pre-tokenizers by name only, so a byte-level
 tokenizer whose splitting rule has no name there is refused. It knows nothing of weights.
+
+Not ``gguf.vocab``: its classes read files, infer bos and eos from them and pass over what they do not know; here the
+loaded tokenizer is asked, and what has no equal is refused before training.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The model card (README.md) of a pruned model: Hub metadata, what was removed, figures, how to load, limitations.
 
-Plain text made from typed arguments: it reads no run directory and no model, so that the pipeline, a later export and a
-test can all call it. Sits below export, which writes its result beside the weights.
+Typed facts in, Markdown out, through the Hub's own `ModelCard` and ``templates/card.md.j2``, which holds the wording.
+It reads no run directory and no model, so that the pipeline, a later export and a test can all call it. Sits below
+export, which writes its result beside the weights.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import Any
 
-from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
+from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
+from atp.export.formats import FORMATS
 from atp.loading_lines import load_lines
 from atp.model.widths import LayerWidths
 
 BAR_LENGTH = 12
+_TEMPLATE = Path(__file__).parent / "templates" / "card.md.j2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Identifiers that the Hub accepts in the `license` field and that models of these families carry.
 _HUB_LICENSES = frozenset(
@@ -28,6 +31,8 @@ _HUB_LICENSES = frozenset(
         *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4"),
     }
 )
+_WIDTH_COLUMNS = ("layer", "query heads", "KV heads", "FFN channels")
+_SLIM_COLUMNS = ("query/key dims", "value dims")
 _COLUMN_TITLES = {"dense": "dense", "dense_lora": "dense + LoRA", "pruned": "pruned"}
 
 GENERAL_LIMITATIONS = (
@@ -91,19 +96,27 @@ class CardFacts:
 
 def model_card(facts: CardFacts) -> str:
     """Writes the model card: Markdown with a YAML header."""
-    limitations = "\n".join(f"- {line}" for line in (*facts.limitations, *GENERAL_LIMITATIONS))
-    sections = [
-        _header(facts),
-        f"# {facts.title}\n\n{_summary(facts)}",
-        _sparsity(facts),
-        _widths_table(facts.widths, facts.dense_widths),
-        _metrics_table(facts.metrics or {}, facts.recovery or {}),
-        _loading(facts.architecture, facts.stock, facts.files),
-        _prompt(facts.prompt),
-        _checks_table(facts.checks),
-        f"## Limitations\n\n{limitations}",
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    adapter = any(PurePath(file).match(FORMATS["adapter"].pattern) for file in facts.files)
+    slim = any(layer.is_slim for layer in facts.widths)
+    content = {
+        "title": facts.title,
+        "summary": _summary(facts),
+        "sizes": _sizes(facts),
+        "width_scale": "base model" if facts.dense_widths else "widest layer",
+        "width_columns": _WIDTH_COLUMNS + (_SLIM_COLUMNS if slim else ()),
+        "width_rows": _width_rows(facts.widths, facts.dense_widths, slim),
+        **_quality(facts.metrics or {}, facts.recovery or {}),
+        "stock": facts.stock,
+        "architecture": facts.architecture,
+        "has_adapter": adapter,
+        "load_lines": load_lines("path/to/this/directory", facts.stock, adapter=adapter),
+        "further_formats": _further_formats(facts.files),
+        "prompt": facts.prompt,
+        "fence": "`" * max(3, 1 + max((len(run) for run in re.findall("`+", facts.prompt or "")), default=0)),
+        "check_rows": _check_rows(facts.checks),
+        "limitations": (*facts.limitations, *GENERAL_LIMITATIONS),
+    }
+    return ModelCard.from_template(_metadata(facts), template_path=str(_TEMPLATE), **content).content + "\n"
 
 
 def base_license(base_model: str | Path) -> str | None:
@@ -126,11 +139,11 @@ def base_license(base_model: str | Path) -> str | None:
     return str(name) if name else None
 
 
-def _header(facts: CardFacts) -> str:
+def _metadata(facts: CardFacts) -> ModelCardData:
     license_id, base_model = facts.license_id, facts.base_model
     known = license_id is None or license_id.lower() in _HUB_LICENSES
     own_tags = ["pruning", "structured-pruning", "atp", *facts.tags, *([] if facts.stock else ["custom_code"])]
-    data = ModelCardData(
+    return ModelCardData(
         language=facts.language,
         license=license_id.lower() if license_id and known else ("other" if license_id else None),
         license_name=None if known else re.sub(r"[^a-z0-9.-]+", "-", str(license_id).lower()).strip("-"),
@@ -140,7 +153,6 @@ def _header(facts: CardFacts) -> str:
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(own_tags)),
     )
-    return f"---\n{data.to_yaml()}\n---"
 
 
 def _is_hub_id(name: str) -> bool:
@@ -156,38 +168,29 @@ def _summary(facts: CardFacts) -> str:
     return f"{text} {facts.method}" if facts.method else text
 
 
-def _sparsity(facts: CardFacts) -> str:
+def _sizes(facts: CardFacts) -> list[tuple[str, str]]:
     rows = []
     if facts.block_sparsity is not None:
         aim = "" if facts.target_sparsity is None else f" (target {facts.target_sparsity:.2%})"
-        rows.append(f"| removed, of decoder-block parameters | {facts.block_sparsity:.2%}{aim} |")
+        rows.append(("removed, of decoder-block parameters", f"{facts.block_sparsity:.2%}{aim}"))
     if facts.model_sparsity is not None:
-        rows.append(f"| removed, of all parameters | {facts.model_sparsity:.2%} |")
+        rows.append(("removed, of all parameters", f"{facts.model_sparsity:.2%}"))
     if facts.parameters is not None:
         of_dense = "" if facts.dense_parameters is None else f" of {facts.dense_parameters:,}"
-        rows.append(f"| parameters | {facts.parameters:,}{of_dense} |")
-    if not rows:
-        return ""
-    note = "Decoder-block parameters leave out embeddings, the output head and norms."
-    return "\n".join(["## Size", "", "| | |", "|---|---|", *rows, "", note])
+        rows.append(("parameters", f"{facts.parameters:,}{of_dense}"))
+    return rows
 
 
-def _widths_table(widths: Sequence[LayerWidths], dense: Sequence[LayerWidths] | None) -> str:
+def _width_rows(widths: Sequence[LayerWidths], dense: Sequence[LayerWidths] | None, slim: bool) -> list[list[str]]:
+    """One row a layer; ``slim`` adds the dimensions left inside heads."""
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     # not as LayerWidths: the widest counts may stem from different layers and fit no layer together
     widest = SimpleNamespace(**{name: max(getattr(layer, name) for layer in widths) for name in names})
     scale: Sequence[Any] = dense or [widest] * len(widths)
-    slim = any(layer.is_slim for layer in widths)
-    lines = [
-        "## Widths per layer",
-        "",
-        f"Each as kept / {'base model' if dense else 'widest layer'}.",
-        "",
-        "| layer | query heads | KV heads | FFN channels |" + " query/key dims | value dims |" * slim,
-        "|---|---|---|---|" + "---|---|" * slim,
-    ]
+    rows = []
     for index, (kept, full) in enumerate(zip(widths, scale, strict=True)):
         cells = [
+            str(index),
             _bar(kept.num_attention_heads, full.num_attention_heads),
             f"{kept.num_key_value_heads} / {full.num_key_value_heads}",
             _bar(kept.intermediate_size, full.intermediate_size),
@@ -195,8 +198,8 @@ def _widths_table(widths: Sequence[LayerWidths], dense: Sequence[LayerWidths] | 
         if slim:
             pairs = kept.head_dim // 2 if kept.rotary_pairs is None else len(kept.rotary_pairs)
             cells += [f"{2 * pairs} / {kept.head_dim}", f"{kept.value_dim or kept.head_dim} / {kept.head_dim}"]
-        lines.append(f"| {index} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return rows
 
 
 def _bar(kept: int, full: int) -> str:
@@ -204,69 +207,35 @@ def _bar(kept: int, full: int) -> str:
     return f"`{'█' * filled}{'░' * (BAR_LENGTH - filled)}` {kept} / {full}"
 
 
-def _metrics_table(metrics: Mapping[str, Mapping[str, float]], recovery: Mapping[str, float]) -> str:
-    columns = list(metrics)
-    names = list(dict.fromkeys(name for column in columns for name in metrics[column]))
-    if not names:
-        return ""
-    titles = [_COLUMN_TITLES.get(column, column) for column in columns] + (["recovery"] if recovery else [])
-    lines = ["## Quality", "", f"| metric | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
-    for name in names:
-        cells = [f"{metrics[column][name]:.4g}" if name in metrics[column] else "" for column in columns]
+def _quality(metrics: Mapping[str, Mapping[str, float]], recovery: Mapping[str, float]) -> dict[str, Any]:
+    """One row a metric, one column a model."""
+    models = list(metrics)
+    rows = []
+    for name in dict.fromkeys(name for model in models for name in metrics[model]):
+        cells = [name, *(f"{metrics[model][name]:.4g}" if name in metrics[model] else "" for model in models)]
         if recovery:
             cells.append(f"{recovery[name]:.1f}%" if name in recovery else "")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    note = "Recovery is relative to the unpruned base model with LoRA tuned on the same data for the same steps."
-    return "\n".join([*lines, *(["", note] if recovery else [])])
+        rows.append(cells)
+    titles = [_COLUMN_TITLES.get(model, model) for model in models] + (["recovery"] if recovery else [])
+    return {"quality_columns": ["metric", *titles], "quality_rows": rows, "has_recovery": bool(recovery)}
 
 
-def _loading(architecture: str, stock: bool, files: Sequence[str]) -> str:
-    if stock:
-        why = f"Every layer has the same widths, so this is an ordinary `{architecture}`: no custom code is involved."
-    else:
-        why = (
-            "Layers differ in width, which no stock class can hold: `modeling_atp.py` beside the weights builds each "
-            "layer from transformers' own `per_layer_config` (transformers 5.15 or newer). `trust_remote_code=True` "
-            "runs that file; with the `atp` package imported the flag is not needed."
-        )
-    adapter = any(file.startswith("adapter/") for file in files)
-    if adapter:
-        why += " The weights are the pruned base; the tuned adapter lies beside them."
-    lines = ["```python", load_lines("path/to/this/directory", stock, adapter=adapter), "```"]
-    return "\n".join(["## How to load", "", why, "", *lines, *_other_engines(files)])
+def _further_formats(files: Sequence[str]) -> list[dict[str, Any]]:
+    """How files of the formats beside the directory itself are opened."""
+    shown = []
+    for form in FORMATS.values():
+        mine = [file for file in files if form.loading and PurePath(file).match(form.pattern)]
+        if mine and form.loading:
+            remark = form.remark.format(file=mine[0])
+            lines = [form.loading(file) for file in mine]
+            shown.append({"read_by": form.read_by, "language": form.language, "lines": lines, "remark": remark})
+    return shown
 
 
-def _other_engines(files: Sequence[str]) -> list[str]:
-    """How the further formats are opened."""
-    lines: list[str] = []
-    if gguf := [file for file in files if file.endswith(".gguf")]:
-        lines += ["", "llama.cpp:", "", "```bash", *(f'llama-cli -m {file} -p "..."' for file in gguf), "```"]
-    if graphs := [file for file in files if file.endswith(".onnx")]:
-        inputs = "`input_ids`, `attention_mask` and the `past_*` of every layer (length 0 at first)"
-        lines += ["", f"onnxruntime: `{graphs[0]}` takes {inputs} and gives `logits` and the `present_*` to pass on."]
-    return lines
-
-
-def _checks_table(checks: Sequence[Mapping[str, Any]]) -> str:
-    """What verification found, each format in a process of its own."""
-    run = [check for check in checks if check.get("top1") is not None and check.get("max_abs") is not None]
-    if not run:
-        return ""
-    rows = [
-        f"| {check['format']} | {check['size_bytes'] / 2**20:.1f} | {check['max_abs']:.2g} | {check['top1']:.2%} |"
-        for check in run
+def _check_rows(checks: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """What verification found, each format in a process of its own; those that were not run are left out."""
+    return [
+        [check["format"], f"{check['size_bytes'] / 2**20:.1f}", f"{check['max_abs']:.2g}", f"{check['top1']:.2%}"]
+        for check in checks
+        if check.get("top1") is not None and check.get("max_abs") is not None
     ]
-    head = ["| format | size, MiB | largest logit difference | same likeliest token |", "|---|---|---|---|"]
-    return "\n".join(
-        ["## Formats", "", "Each loaded by itself and compared with the model that was trained.", "", *head, *rows]
-    )
-
-
-def _prompt(prompt: str | None) -> str:
-    if not prompt:
-        return ""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", prompt)), default=0))
-    told = (
-        "The figures above were measured with this around each prompt (a Jinja template; `prompt.json` holds it all):"
-    )
-    return f"## Prompt\n\n{told}\n\n{fence}\n{prompt}\n{fence}"

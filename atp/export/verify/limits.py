@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-QUANTISED = ("bnb-int8", "bnb-4bit", "torchao-int8", "torchao-4bit")
-"""Ways of quantising a Hugging Face directory while it is loaded."""
 MARGIN = 1.5
 """How much more than rounding by itself a rounded file may differ; see docs/how-to/export.md for what was measured."""
 PEAK = 25.0
@@ -33,27 +31,19 @@ class Limit:
     rms: float
 
 
-EXACT = {
-    "hf": Limit(1e-4, 0.999, 5e-5),
-    "adapter": Limit(1e-3, 0.999, 1e-4),
-    "onnx": Limit(1e-3, 0.999, 1e-4),
-    "f32": Limit(2e-2, 0.999, 1e-3),
-}
-
-
-def verdict(result: Mapping[str, Any], kind: str, deviation: float, rounding: float | None = None) -> str:
+def verdict(result: Mapping[str, Any], limit: Limit, deviation: float, rounding: float | None = None) -> str:
     """Says what is wrong with a result; empty if it matches.
 
     Args:
         result: What the probe measured.
-        kind: hf, adapter, onnx, or the type of a GGUF file or quantisation.
+        limit: The format's bounds, for weights that are stored as they are.
         deviation: Standard deviation of the reference's logits.
         rounding: Root mean square that rounding to this type causes; None for an exact format.
     """
     if result["max_abs"] is None or result["rms"] is None:
         return "logits are not numbers"
     if rounding is None:
-        limit, unit = EXACT[kind], max(deviation, 1.0)
+        unit = max(deviation, 1.0)
         allowed, peak, least_top1 = limit.rms * unit, limit.max_abs * unit, limit.top1
     else:
         allowed, peak, least_top1 = MARGIN * rounding, PEAK * MARGIN * rounding, 0.0

@@ -3,20 +3,20 @@
 The reference is the model as atp itself loads it (strictly, float32), or one that the caller brings along. Each format
 runs in :mod:`atp.export.verify.probe`, a process of its own without atp, so that a wrong file, a missing tensor or a
 permutation that only atp would undo shows. Weights must also be the files that were exported, by their digests. What
-counts as a match is in :mod:`atp.export.verify.limits`. Sits above the exporters; knows nothing of training.
+there is to check, and with which engine, is in the rows of :mod:`atp.export.formats`; what counts as a match in
+:mod:`atp.export.verify.limits`. Knows no format by name, and nothing of training.
 
 Shape suffixes: W windows, T tokens.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,21 +27,14 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from atp.errors import UserError
+from atp.export.formats import FORMATS, QUANTISED, Format
 from atp.export.hf.loading import StoredModel, load_exported
 from atp.export.hf.writing import PROVENANCE_FILE, digest
 from atp.export.verify import probe
-from atp.export.verify.limits import QUANTISED, verdict
+from atp.export.verify.limits import verdict
 from atp.export.verify.reference import Reference, spelled, token_windows, write_reference
-from atp.export.verify.rounding import ROUNDINGS
 from atp.model import modeling_atp
 
-_PACKAGES = {"gguf": "llama_cpp", "onnx": "onnxruntime", "adapter": "peft"}
-_WAYS = {
-    "llama_cpp": "pip install 'atp[llamacpp]'",
-    "onnxruntime": "pip install 'atp[onnx]'",
-    "bitsandbytes": "pip install bitsandbytes",
-    "torchao": "pip install torchao",
-}
 _SURE = 1e-3  # logits this near pick another token only where a cache gave others
 
 
@@ -50,7 +43,7 @@ class Check:
     """How one format compared.
 
     Attributes:
-        format: hf, adapter, gguf or onnx, with the type or quantisation.
+        format: Name of the format, with the type or quantisation.
         file: Where it is, relative to the export.
         size_bytes: Size of the weights' files.
         max_abs: Largest absolute logit difference.
@@ -62,6 +55,7 @@ class Check:
         greedy_equal: Greedy tokens equal to the reference's before the first that differs, of how many.
         ok: Whether it matches; None where it could not be run.
         note: Why not, or what to know.
+        load: The line that opens it from within the export; empty for a directory, which has lines of its own.
     """
 
     format: str
@@ -76,6 +70,25 @@ class Check:
     greedy_equal: str = ""
     ok: bool | None = None
     note: str = ""
+    load: str = ""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One thing to check: a format's file or directory, and how it is quantised while loading."""
+
+    form: Format
+    path: Path
+    quantised: str = ""
+
+    @property
+    def rounded_type(self) -> str | None:
+        """The type that the weights are rounded to, None where they are kept."""
+        return self.quantised or self.form.rounded(self.path)
+
+    @property
+    def title(self) -> str:
+        return " ".join(filter(None, (self.form.name, self.form.variant(self.path), self.quantised)))
 
 
 def verify(
@@ -114,14 +127,14 @@ def verify(
         ids_WT = token_windows(stored, text, tokens)
     spelling = spelled(stored, text)
     tasks = _tasks(stored.directory, quantised)
-    types = dict.fromkeys(name for name in map(_rounded_type, tasks) if name)
+    types = dict.fromkeys(task.rounded_type for task in tasks if task.rounded_type)
     with tempfile.TemporaryDirectory(prefix="atp-verify-") as folder:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = reference_model or load_exported(directory, dtype=torch.float32, device=device)
         reference = write_reference(model, ids_WT, Path(folder), list(types))
         del model
         threads = threads or torch.get_num_threads()
-        return [_check(stored, task | spelling, reference, threads) for task in tasks]
+        return [_check(stored, task, reference, {**spelling, "threads": threads}) for task in tasks]
 
 
 def _check_code(directory: Path) -> None:
@@ -136,57 +149,40 @@ def _check_code(directory: Path) -> None:
         )
 
 
-def _tasks(directory: Path, quantised: Sequence[str]) -> list[dict[str, Any]]:
-    """What there is to check, in a fixed order."""
-    adapted = (directory / "adapter" / "adapter_config.json").is_file()
-    tasks: list[dict[str, Any]] = [{"format": "adapter" if adapted else "hf", "path": str(directory)}]
-    tasks += [{**tasks[0], "quantised": kind} for kind in quantised]
-    tasks += [{"format": "gguf", "path": str(file)} for file in sorted(directory.glob("gguf/*.gguf"))]
-    tasks += [{"format": "onnx", "path": str(file)} for file in sorted(directory.glob("onnx/*.onnx"))]
-    return tasks
+def _tasks(directory: Path, quantised: Sequence[str]) -> list[_Task]:
+    """What there is to check, in the order of the table; ways of quantising after the directory itself."""
+    found = [_Task(form, path) for form in FORMATS.values() for path in form.find(directory)]
+    whole = next(task for task in found if task.form.is_directory)
+    at = found.index(whole) + 1
+    return [*found[:at], *(replace(whole, quantised=kind) for kind in quantised), *found[at:]]
 
 
-def _rounded_type(task: dict[str, Any]) -> str | None:
-    """The type that a task's weights are rounded to, None where they are kept; unknown types count as the roughest."""
-    if task.get("quantised"):
-        return str(task["quantised"])
-    if task["format"] != "gguf" or _gguf_type(task) == "f32":
-        return None
-    return _gguf_type(task) if _gguf_type(task) in ROUNDINGS else "q2_k"
-
-
-def _gguf_type(task: dict[str, Any]) -> str:
-    return Path(task["path"]).stem.removeprefix("model-")
-
-
-def _described(stored: StoredModel, task: dict[str, Any]) -> Check:
+def _described(stored: StoredModel, task: _Task) -> Check:
     """What is known of a format before it is run."""
-    kind, path = task["format"], Path(task["path"])
-    name = f"gguf {_gguf_type(task)}" if kind == "gguf" else " ".join([kind, *filter(None, [task.get("quantised")])])
-    if kind in ("hf", "adapter"):
-        size = sum(file.stat().st_size for file in (*path.glob("*.safetensors"), *path.glob("adapter/*.safetensors")))
+    path = task.path
+    if task.form.is_directory:
+        files = [*path.glob("*.safetensors"), *path.glob("adapter/*.safetensors")]
     else:
-        size = sum(file.stat().st_size for file in path.parent.glob(path.name + "*"))
-    return Check(format=name, file=os.path.relpath(path, stored.directory), size_bytes=size)
+        files = list(path.parent.glob(path.name + "*"))
+    file = os.path.relpath(path, stored.directory)
+    size = sum(file.stat().st_size for file in files)
+    return Check(task.title, file, size, load=task.form.loading(file) if task.form.loading else "")
 
 
-def _check(stored: StoredModel, task: dict[str, Any], reference: Reference, threads: int) -> Check:
-    kind = task["format"]
+def _check(stored: StoredModel, task: _Task, reference: Reference, settings: Mapping[str, Any]) -> Check:
     check = replace(_described(stored, task), reference_perplexity=reference.perplexity)
-    package = _PACKAGES.get(kind) or (task.get("quantised") and _quantiser(task["quantised"]))
-    if package and importlib.util.find_spec(package) is None:
-        return replace(check, note=f"not run: {package} is not installed ({_WAYS.get(package, package)})")
-    result = _probe(task, reference, threads)
+    for package in (task.form.engine.package, *([QUANTISED[task.quantised]] if task.quantised else [])):
+        if not package.is_installed:
+            return replace(check, note=f"not run: {package.module} is not installed ({package.way})")
+    result = _probe(task, reference, settings)
     if "error" in result:
         # A quantiser that this platform lacks a kernel for says nothing about the export.
-        return replace(check, ok=None if task.get("quantised") else False, note=result["error"])
-    rounded_type = _rounded_type(task)
-    rounding = reference.rounding[rounded_type] if rounded_type else None
-    exact_kind = _gguf_type(task) if kind == "gguf" else kind
+        return replace(check, ok=None if task.quantised else False, note=result["error"])
+    rounding = reference.rounding[task.rounded_type] if task.rounded_type else None
     pairs = list(zip(result["greedy"], reference.greedy, strict=False))
     equal = next((i for i, (found, expected) in enumerate(pairs) if found != expected), len(pairs))
-    faults = [verdict(result, exact_kind, reference.deviation, rounding), result["spelling"]]
-    faults += [_changed_weights(stored.directory)] if kind in ("hf", "adapter") else []
+    faults = [verdict(result, task.form.limit, reference.deviation, rounding), result["spelling"]]
+    faults += [_changed_weights(stored.directory)] if task.form.is_directory else []
     if not faults[0] and rounding is None and equal < len(pairs) and result["max_abs"] < _SURE:
         faults.append(f"with its cache the greedy text differs from token {equal}")
     note = "; ".join(filter(None, faults))
@@ -207,29 +203,29 @@ def _changed_weights(directory: Path) -> str:
     return f"{', '.join(changed)} changed since the export (sha256 in {PROVENANCE_FILE})" if changed else ""
 
 
-def _quantiser(kind: str) -> str:
-    return "bitsandbytes" if kind.startswith("bnb") else "torchao"
-
-
-def _probe(task: dict[str, Any], reference: Reference, threads: int) -> dict[str, Any]:
+def _probe(task: _Task, reference: Reference, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Runs one format in a fresh process."""
     ids_WT = np.load(reference.folder / "ids.npy", mmap_mode="r")
-    task = task | {
+    sent = {
+        **settings,
+        "format": task.form.name,
+        "path": str(task.path),
+        "quantised": task.quantised or None,
+        "engine": [str(task.form.engine.file), task.form.engine.name],
         "ids": str(reference.folder / "ids.npy"),
         "reference": str(reference.folder / "reference.npy"),
         "context": int(ids_WT.shape[1]) + 1,
         "prompt": reference.prompt,
         "new_tokens": len(reference.greedy),
-        "threads": threads,
     }
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(reference.folder / "modules"),
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(settings["threads"]),
     }
     command = [sys.executable, "-P", "-W", "ignore", probe.__file__]
-    done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, input=json.dumps(sent), capture_output=True, text=True, env=environment)
     if done.returncode == 0:
         return dict(json.loads(done.stdout.strip().splitlines()[-1]))
     if done.returncode < 0:
