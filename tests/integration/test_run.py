@@ -79,7 +79,7 @@ def test_the_report_reads_only_what_runs_write(
     shutil.copytree(run, tmp_path / "one", ignore=shutil.ignore_patterns("checkpoints"))
     page.write_report(tmp_path / "one")
     assert asked and asked <= written
-    template = (Path(page.__file__).parent / "report.html.j2").read_text()
+    template = (Path(page.__file__).parent / "templates" / "report.html.j2").read_text()
     named = {("run" if kind == "run" else None, *rest.split(".")) for kind, rest in NAMED.findall(template)}
     assert named and {tuple(part for part in path if part) for path in named} <= written
     assert _paths(make_metrics(), models | {"holding/accuracy", "bill/rougeL"}) <= written, "figures of these tests"
