@@ -14,7 +14,7 @@ from atp.__main__ import COMMANDS
 from atp.commands.grammar import argument, help_text, option, parse, run_command
 from atp.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @dataclass
