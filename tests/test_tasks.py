@@ -10,12 +10,12 @@ import pytest
 from test_data import make_tokenizer
 
 from atp.data.batches import PruningDataModule
-from atp.data.columns import record_parser
 from atp.data.domains import load_domain, read_task, scored_records
 from atp.data.encoding import Encoder
-from atp.data.files import rows
-from atp.data.overlap import check_overlap
+from atp.data.reading.files import rows
 from atp.data.records import ChoiceRecord, CompletionRecord, Record, Splits, TextRecord, content_key, few_shot
+from atp.data.records.columns import record_parser
+from atp.data.records.overlap import check_overlap
 from atp.data.sources import load_files, read_records
 from atp.data.streaming import MAX_HELD_OUT, StreamedRecords, _fraction
 from atp.data.tasks import Task, find_task, load_tasks

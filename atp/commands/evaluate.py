@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from atp import embedded
 from atp.atomic import write_json
 from atp.data.domains import scored_records
-from atp.data.files import paths_of
 from atp.data.prompt import Prompt, read_prompt
+from atp.data.reading.files import paths_of
 from atp.data.records import Record
 from atp.data.sources import read_records
 from atp.data.tasks import load_tasks

@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from atp.data.encoding import Encoder, Example
-from atp.data.files import rows
-from atp.data.overlap import duplicates
+from atp.data.reading.files import rows
 from atp.data.records import Record, Splits
+from atp.data.records.overlap import duplicates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

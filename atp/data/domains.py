@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from atp.data.files import Row, paths_of, rows
-from atp.data.overlap import check_overlap
+from atp.data.reading.files import Row, paths_of, rows
 from atp.data.records import PathLike, Record, Splits, TextRecord, limit
+from atp.data.records.overlap import check_overlap
 from atp.data.sources import HELD_OUT_SHARE, complete, load_embedded
 from atp.data.tasks import Task, find_task, load_tasks, nearest
 from atp.errors import UserError
@@ -58,7 +58,7 @@ def load_domain(
         max_train: Most training records, in the proportion of the weights; None for as many as the weights allow.
         max_validation: Most validation records, equally many of each task.
         max_test: As ``max_validation``.
-        near_duplicates: ``drop``, ``report`` or ``ignore`` (:func:`atp.data.overlap.check_overlap`).
+        near_duplicates: ``drop``, ``report`` or ``ignore`` (:func:`atp.data.records.overlap.check_overlap`).
         name: Name of the data set.
 
     Returns:

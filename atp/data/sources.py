@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atp.data.columns import record_parser
-from atp.data.files import paths_of, rows
-from atp.data.overlap import check_overlap
+from atp.data.reading.files import paths_of, rows
 from atp.data.records import PathLike, Record, Splits, carve, parse_record, separate
+from atp.data.records.columns import record_parser
+from atp.data.records.overlap import check_overlap
 from atp.data.streaming import StreamedRecords, stream_splits
 from atp.errors import UserError
 
@@ -48,8 +48,8 @@ def load_files(
         test_path: As ``path``; None carves ``test_fraction`` off.
         validation_fraction: Share of the distinct contents of ``path``, in (0, 1).
         test_fraction: Share of the distinct contents of ``path``, in (0, 1).
-        fields: Record key to column or Jinja template (:func:`atp.data.columns.record_parser`).
-        near_duplicates: ``drop``, ``report`` or ``ignore`` (:func:`atp.data.overlap.check_overlap`).
+        fields: Record key to column or Jinja template (:func:`atp.data.records.columns.record_parser`).
+        near_duplicates: ``drop``, ``report`` or ``ignore`` (:func:`atp.data.records.overlap.check_overlap`).
         stream: Read training records anew at every pass instead of holding them in memory.
         name: Name of the data set.
 

@@ -1,8 +1,9 @@
 """Tasks: a declarative description of each (``tasks.toml``), and how it makes records of a set's rows.
 
 A task says where its rows are, which Jinja templates make a prompt and a target of them, and how answers are scored;
-adding one is adding a table to a TOML file, this package's or the user's. It sits between :mod:`atp.data.files` (or the
-hub) and :mod:`atp.data.sources`. It knows nothing of splits, tokens or models, and opens no data itself.
+adding one is adding a table to a TOML file, this package's or the user's. It sits between
+:mod:`atp.data.reading.files` (or the hub) and :mod:`atp.data.sources`. It knows nothing of splits, tokens or models,
+and opens no data itself.
 """
 
 from __future__ import annotations

@@ -16,14 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from atp.config.schema import DataConfig, PromptConfig, TrainConfig
 from atp.data.batches import PruningDataModule
-from atp.data.cache import TokenCache, default_folder
 from atp.data.check import faults
-from atp.data.columns import record_parser
 from atp.data.domains import load_domain, scored_records
-from atp.data.files import paths_of
-from atp.data.overlap import check_overlap
+from atp.data.encoding.cache import TokenCache, default_folder
 from atp.data.prompt import COLLABORATIVE, Prompt, from_text
+from atp.data.reading.files import paths_of
 from atp.data.records import Record, Splits, few_shot, limit
+from atp.data.records.columns import record_parser
+from atp.data.records.overlap import check_overlap
 from atp.data.sources import load_embedded, load_files
 from atp.data.streaming import StreamedRecords
 from atp.data.tasks import NORMALISATIONS, find_task, load_tasks, nearest

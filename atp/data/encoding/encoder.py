@@ -21,11 +21,11 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from atp.data.encoding.example import Choices, Example
 from atp.data.records import ChoiceRecord, CompletionRecord, Record, TextRecord
 from atp.errors import UserError
 
@@ -34,54 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IGNORED = -100
-"""Label of tokens that do not count, as in torch and transformers."""
-
 LOSS_ON = ("auto", "completion", "all")
 _CHUNK = 1024
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Example:
-    """One sequence to train on or to score.
-
-    Attributes:
-        input_ids: Token ids, int32 [T].
-        context: Leading tokens that are given, not learnt. The first token of a sequence never counts in the loss,
-            since nothing precedes it.
-        text_bytes: UTF-8 bytes of the text that the learnt tokens spell.
-    """
-
-    input_ids: np.ndarray
-    context: int
-    text_bytes: int
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Return the unshifted ids, int64 [T], with the given ones replaced by :data:`IGNORED`."""
-        labels = self.input_ids.astype(np.int64)
-        labels[: self.context] = IGNORED
-        return labels
-
-    @property
-    def loss_tokens(self) -> int:
-        """Return how many tokens count in the loss."""
-        return len(self.input_ids) - max(1, self.context)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Choices:
-    """One multiple-choice item to score.
-
-    Attributes:
-        prompt: Ids of beginning-of-sequence and prompt, the same for every choice.
-        continuations: Ids of each choice.
-        text_bytes: UTF-8 bytes of each choice's text.
-    """
-
-    prompt: list[int]
-    continuations: list[list[int]]
-    text_bytes: list[int]
 
 
 class Encoder:

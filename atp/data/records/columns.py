@@ -1,7 +1,7 @@
 """Columns: how a row of the user's own file becomes a record, with a mapping of columns where they are named otherwise.
 
-It sits between :mod:`atp.data.files` and :mod:`atp.data.sources`. It knows the three shapes of a record and Jinja, and
-nothing of files, splits or tokens.
+It sits between :mod:`atp.data.reading.files` and :mod:`atp.data.sources`. It knows the three shapes of a
+record and Jinja, and nothing of files, splits or tokens.
 """
 
 from __future__ import annotations

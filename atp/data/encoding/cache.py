@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from atp.atomic import appearing
-from atp.data.encoding import Encoder, Example
+from atp.data.encoding.encoder import Encoder
+from atp.data.encoding.example import Example
 from atp.data.records import ChoiceRecord, CompletionRecord, Record
 from atp.errors import UserError
 

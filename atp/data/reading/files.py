@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from atp.data.records import PathLike, kind
+from atp.data.records.types import PathLike, kind
 from atp.errors import UserError
 
 Row = tuple[Any, str]

@@ -1,0 +1,38 @@
+"""Records: what a training or test item is, and splits of them that share no content.
+
+Rows become records in :mod:`atp.data.records.columns`; near duplicates are found in :mod:`atp.data.records.overlap`.
+"""
+
+from atp.data.records.splits import Splits, carve, few_shot, limit, separate
+from atp.data.records.types import (
+    SHAPES,
+    ChoiceRecord,
+    CompletionRecord,
+    PathLike,
+    Record,
+    TextRecord,
+    as_completion,
+    content_key,
+    kind,
+    parse_record,
+    text_of,
+)
+
+__all__ = [
+    "SHAPES",
+    "ChoiceRecord",
+    "CompletionRecord",
+    "PathLike",
+    "Record",
+    "Splits",
+    "TextRecord",
+    "as_completion",
+    "carve",
+    "content_key",
+    "few_shot",
+    "kind",
+    "limit",
+    "parse_record",
+    "separate",
+    "text_of",
+]
