@@ -18,7 +18,7 @@ from typing import Any
 
 from atp.data.reading.files import rows
 from atp.data.records import Record, Splits, content_key
-from atp.data.records.overlap import HeldOutIndex
+from atp.data.records.overlap import HeldOutIndex, shown, tell_near_duplicates
 from atp.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -106,30 +106,38 @@ def stream_splits(
                 f"the {split} split of {name!r} is empty; raise data.{split}_fraction or give a file of its own"
             )
     given = {content_key(record) for some in held_out.values() for record in some}
-    index = HeldOutIndex([*parts["validation"], *parts["test"]]) if near_duplicates != "ignore" else None
-    counts = {"exact": 0, "near": 0}
+    trained = (record for record in records if split_of(record) == "train")
+    held = [*parts["test"], *parts["validation"]]
+    index = HeldOutIndex(held, trained) if near_duplicates != "ignore" else None
+    found = {"exact": 0, "near": 0}
+    examples: list[dict[str, str]] = []
 
     def keep(record: Record) -> bool:
         if split_of(record) != "train":
             return False
         if content_key(record) in given:
-            counts["exact"] += 1
+            found["exact"] += 1
             return False
-        if index is not None and index.find(record) is not None:
-            counts["near"] += 1
-            return near_duplicates != "drop"
-        return True
+        owner = None if index is None else index.find(record)
+        if owner is not None:
+            found["near"] += 1
+            if not examples:
+                examples.append({"train": shown(record), "held out": shown(held[owner])})
+        return owner is None or near_duplicates != "drop"
 
     train = StreamedRecords(records.files, records.parse, keep)
-    if not len(train):
+    if not len(train) and not found["near"]:
         raise UserError(f"the train split of {name!r} is empty; give more records or another data.path")
+    near = {"train_held_out": found["near"]}
     report = {
-        "exact_dropped": {"train": counts["exact"], "validation": 0},
-        "near": {"train_held_out": counts["near"]},
+        "exact_dropped": {"train": found["exact"], "validation": 0},
+        "near": near,
         "near_duplicates": near_duplicates,
-        "examples": [],
+        "examples": list(examples),
     }
-    log.info("%s: streaming %d training records; overlap: %s", name, len(train), report["near"])
+    left = len(train)
+    tell_near_duplicates(name, near, examples, near_duplicates, {"training": (left + found["near"], left)})
+    log.info("%s: streaming %d training records; overlap: %s", name, left, near)
     return Splits(train, parts["validation"], parts["test"], name, report)
 
 

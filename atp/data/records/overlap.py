@@ -4,8 +4,12 @@ A model that has trained on its test figures well on it. ATP's calibration set l
 holds two items of MeQSum's training set; so this check runs by default and its findings are reported. It sits beside
 :mod:`atp.data.sources`. It knows nothing of tasks, files or tokens.
 
-Two records are near duplicates if one holds most of the other's word five-grams (shingles, Broder 1997). Shingles that
-many held-out records share, such as a task's template, say nothing and are left out.
+Two records are near duplicates if their word five-grams (shingles, Broder 1997) have a Jaccard similarity of 0.8 (the
+threshold of Lee et al. 2022, arXiv 2107.06499), or one holds nearly all of the other's. Shingles that more than a few
+records of the data set share are left out of both: what many records share is a template, and says nothing of any two.
+
+Shared shingles are counted, not estimated with MinHash: one side of each comparison is the held-out records, whose
+index is small.
 """
 
 from __future__ import annotations
@@ -14,21 +18,30 @@ import logging
 import re
 import zlib
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from atp.data.records import ChoiceRecord, CompletionRecord, Record, Splits, TextRecord, content_key
+from atp.data.records.splits import Splits
+from atp.data.records.types import Record, all_text, content_key
 from atp.errors import UserError
 
 log = logging.getLogger(__name__)
 
 NEAR_DUPLICATES = ("drop", "report", "ignore")
 _WORDS = 5
-_SHARED = 0.8
+_JACCARD = 0.8
+_CONTAINED = 0.95
 _FEWEST = 4
+_TEMPLATE = 5
+"""A shingle that more distinct records hold is part of a template."""
+
+_ALARMING = 0.2
 _EXAMPLES = 3
-_WORD = re.compile(r"\w+")
+# Signs that change what a formula says are words; scripts without spaces have a word a character.
+_WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+|[+*/=<>^%|&~]"
+)
 
 
 class HeldOutIndex:
@@ -36,47 +49,74 @@ class HeldOutIndex:
 
     Args:
         records: The held-out records.
+        others: The other records of the data set, read once, to learn which shingles belong to a template.
     """
 
-    def __init__(self, records: Sequence[Record]) -> None:
+    def __init__(self, records: Sequence[Record], others: Iterable[Record] = ()) -> None:
         self.records = records
-        every = [shingles(record) for record in records]
-        frequency = Counter(shingle for some in every for shingle in some)
-        common = max(5, 0.02 * len(records))
+        every = [words_of(record) for record in records]
+        self._same = {tuple(words): number for number, words in reversed(list(enumerate(every)))}
+        held = [shingles(words) for words in every]
+        frequency = Counter({shingle: 0 for some in held for shingle in some})
+        seen: set[int] = set()
+        for words, some in zip(every, held, strict=True):
+            self._count(frequency, seen, words, some)
+        for record in others:
+            words = words_of(record)
+            self._count(frequency, seen, words, shingles(words))
+        self._template = {shingle for shingle, count in frequency.items() if count > _TEMPLATE}
         self._sizes: list[int] = []
         self._owners: dict[int, list[int]] = {}
-        self._common = {shingle for shingle, count in frequency.items() if count > common}
-        for number, some in enumerate(every):
-            telling = some - self._common
+        for number, some in enumerate(held):
+            telling = some - self._template
             self._sizes.append(len(telling))
             for shingle in telling:
                 self._owners.setdefault(shingle, []).append(number)
 
-    def find(self, record: Record) -> int | None:
-        """Return the position of a held-out record that nearly equals this one, or None."""
-        mine = shingles(record) - self._common
+    @staticmethod
+    def _count(frequency: Counter[int], seen: set[int], words: Sequence[str], some: set[int]) -> None:
+        """Count a record's shingles that held-out records have, once however often its words are repeated."""
+        known = [shingle for shingle in some if shingle in frequency]
+        whole = hash(tuple(words))
+        if known and whole not in seen:
+            seen.add(whole)
+            frequency.update(known)
+
+    def find(self, record: Record, among: Collection[int] | None = None) -> int | None:
+        """Return the position of a held-out record that nearly equals this one, or None.
+
+        Args:
+            record: The record.
+            among: Positions to look at; None for all.
+        """
+        words = words_of(record)
+        same = self._same.get(tuple(words))
+        if words and same is not None and (among is None or same in among):
+            return same
+        mine = shingles(words) - self._template
         owners = self._owners
         shared = Counter([owner for shingle in mine if shingle in owners for owner in owners[shingle]])
-        for owner, count in shared.most_common(3):
-            if count >= _FEWEST and count >= _SHARED * min(self._sizes[owner], len(mine)):
+        for owner, count in shared.most_common():
+            if count < _FEWEST:
+                break
+            sizes = self._sizes[owner], len(mine)
+            near = count >= _JACCARD * (sum(sizes) - count) or count >= _CONTAINED * min(sizes)
+            if near and (among is None or owner in among):
                 return owner
         return None
 
 
-def shingles(record: Record) -> set[int]:
-    """Return digests of the word five-grams of a record, without regard to case and punctuation."""
-    words = _WORD.findall(text_of_record(record).casefold())
-    return {zlib.crc32(" ".join(words[i : i + _WORDS]).encode()) for i in range(max(1, len(words) - _WORDS + 1))}
+def words_of(record: Record) -> list[str]:
+    """Return the words of a record in order, without regard to case and punctuation."""
+    return _WORD.findall(all_text(record).casefold())
 
 
-def text_of_record(record: Record) -> str:
-    """Return all the text of a record."""
-    if isinstance(record, TextRecord):
-        return record.text
-    if isinstance(record, CompletionRecord):
-        return f"{record.prompt} {record.completion}"
-    assert isinstance(record, ChoiceRecord)
-    return " ".join((record.prompt, *record.choices))
+def shingles(words: Sequence[str]) -> set[int]:
+    """Return digests of the five-grams of words; of fewer words, of all of them."""
+    return {
+        zlib.crc32(" ".join(words[i : i + _WORDS]).encode("utf-8", "surrogatepass"))
+        for i in range(max(1, len(words) - _WORDS + 1))
+    }
 
 
 def check_overlap(splits: Splits, near_duplicates: str = "drop") -> Splits:
@@ -91,35 +131,88 @@ def check_overlap(splits: Splits, near_duplicates: str = "drop") -> Splits:
         The splits, with the findings under ``overlap``: near duplicates per pair of splits, and a few of them.
 
     Raises:
-        ValueError: ``near_duplicates`` is unknown.
+        ValueError: ``near_duplicates`` is unknown, or dropping leaves a split empty.
     """
     if near_duplicates not in NEAR_DUPLICATES:
         raise UserError(f"data.near_duplicates={near_duplicates!r} is unknown; choose one of {NEAR_DUPLICATES}")
-    if near_duplicates == "ignore" or not splits.test:
+    if near_duplicates == "ignore" or not (splits.test or splits.validation):
         return splits
-    found: dict[str, int] = {}
+    index = HeldOutIndex([*splits.test, *splits.validation], splits.train)
+    tested = range(len(splits.test))
+    validated = set(range(len(splits.test), len(index.records)))
+    found = {"validation_test": 0, "train_test": 0, "train_validation": 0}
     examples: list[dict[str, str]] = []
-    kept: dict[str, Collection[Record]] = {"train": splits.train, "validation": splits.validation}
-    for early, late in (("validation", "test"), ("train", "test"), ("train", "validation")):
-        index = HeldOutIndex(list(getattr(splits, late)))
-        rest: list[Record] = []
-        pairs = 0
-        for record in kept[early]:
-            owner = index.find(record)
-            if owner is None:
-                rest.append(record)
-                continue
-            pairs += 1
-            if len(examples) < _EXAMPLES:
-                examples.append({early: _shown(record), late: _shown(index.records[owner])})
-        found[f"{early}_{late}"] = pairs
-        if near_duplicates == "drop":
-            kept[early] = rest
-    if any(found.values()):
-        done = "left out of the earlier split" if near_duplicates == "drop" else "kept (data.near_duplicates=report)"
-        log.warning("%s: near duplicates across splits, %s: %s", splits.name, done, found)
+
+    def note(early: str, record: Record, owner: int) -> None:
+        late = "test" if owner in tested else "validation"
+        found[f"{early}_{late}"] += 1
+        if len(examples) < _EXAMPLES:
+            examples.append({early: shown(record), late: shown(index.records[owner])})
+
+    validation: list[Record] = []
+    for place, record in enumerate(splits.validation, start=len(splits.test)):
+        owner = index.find(record, tested)
+        if owner is not None:
+            note("validation", record, owner)
+        if owner is None or near_duplicates != "drop":
+            validation.append(record)
+        else:
+            validated.discard(place)
+    train: list[Record] = []
+    for record in splits.train:
+        owner = index.find(record, tested)
+        if owner is None:
+            owner = index.find(record, validated)
+        if owner is not None:
+            note("train", record, owner)
+        if owner is None or near_duplicates != "drop":
+            train.append(record)
     report: dict[str, Any] = {**splits.overlap, "near": found, "near_duplicates": near_duplicates, "examples": examples}
-    return replace(splits, train=list(kept["train"]), validation=list(kept["validation"]), overlap=report)
+    result = replace(splits, train=train, validation=validation, overlap=report)
+    sizes = {
+        "training": (len(splits.train), len(train)),
+        "validation": (len(splits.validation), len(validation)),
+    }
+    tell_near_duplicates(splits.name, found, examples, near_duplicates, sizes)
+    return result
+
+
+def tell_near_duplicates(
+    name: str,
+    found: Mapping[str, int],
+    examples: Sequence[Mapping[str, str]],
+    near_duplicates: str,
+    sizes: Mapping[str, tuple[int, int]],
+) -> None:
+    """Say how many near duplicates there were, and show a pair of them.
+
+    Args:
+        name: Name of the data set.
+        found: How many, per pair of splits.
+        examples: Pairs of split to text.
+        near_duplicates: What is done with them.
+        sizes: Split to its records with them and, where they are dropped, without.
+
+    Raises:
+        ValueError: Dropping them leaves a split empty.
+    """
+    if not any(found.values()):
+        return
+    pair = "; for example " + ", and ".join(f"{split}: {text!r}" for split, text in examples[0].items())
+    ways = "data.near_duplicates=report keeps them, data.near_duplicates=ignore does not look"
+    if near_duplicates != "drop":
+        log.warning("%s: near duplicates across splits, kept (data.near_duplicates=report): %s%s", name, found, pair)
+        return
+    for split, (had, left) in sizes.items():
+        if had and not left:
+            raise UserError(f"{name}: all {had} {split} records nearly equal records of a later split{pair}. {ways}")
+        if had - left > _ALARMING * had:
+            log.warning(
+                "%s: WARNING: %d of %d %s records (%d%%) ARE LEFT OUT as near duplicates of a later split; if they are "
+                "not, %s",
+                *(name, had - left, had, split, 100 * (had - left) // had, ways),
+            )
+    log.warning("%s: near duplicates across splits, left out of the earlier split: %s%s", name, found, pair)
 
 
 def duplicates(records: Collection[Record]) -> int:
@@ -127,6 +220,7 @@ def duplicates(records: Collection[Record]) -> int:
     return len(records) - len({content_key(record) for record in records})
 
 
-def _shown(record: Record) -> str:
-    text = " ".join(text_of_record(record).split())
+def shown(record: Record) -> str:
+    """Return how a record begins, on one line."""
+    text = " ".join(all_text(record).split())
     return text if len(text) <= 160 else text[:157] + "..."

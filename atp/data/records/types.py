@@ -100,6 +100,15 @@ def content_key(record: Record) -> str:
     return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def all_text(record: Record) -> str:
+    """Return all the text of a record."""
+    if isinstance(record, TextRecord):
+        return record.text
+    if isinstance(record, CompletionRecord):
+        return f"{record.prompt} {record.completion}"
+    return " ".join((record.prompt, *record.choices))
+
+
 def text_of(raw: Mapping[str, Any], key: str, where: str) -> str:
     """Return ``raw[key]``, which must be a string with something in it; ValueError otherwise."""
     value = raw.get(key)
