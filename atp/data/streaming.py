@@ -109,34 +109,34 @@ def stream_splits(
     trained = (record for record in records if split_of(record) == "train")
     held = [*parts["test"], *parts["validation"]]
     index = HeldOutIndex(held, trained) if near_duplicates != "ignore" else None
-    found = {"exact": 0, "near": 0}
+    counts = {"exact": 0, "near": 0}
     examples: list[dict[str, str]] = []
 
     def keep(record: Record) -> bool:
         if split_of(record) != "train":
             return False
         if content_key(record) in given:
-            found["exact"] += 1
+            counts["exact"] += 1
             return False
         owner = None if index is None else index.find(record)
         if owner is not None:
-            found["near"] += 1
+            counts["near"] += 1
             if not examples:
                 examples.append({"train": shown(record), "held out": shown(held[owner])})
         return owner is None or near_duplicates != "drop"
 
     train = StreamedRecords(records.files, records.parse, keep)
-    if not len(train) and not found["near"]:
+    if not len(train) and not counts["near"]:
         raise UserError(f"the train split of {name!r} is empty; give more records or another data.path")
-    near = {"train_held_out": found["near"]}
+    near = {"train_held_out": counts["near"]}
     report = {
-        "exact_dropped": {"train": found["exact"], "validation": 0},
+        "exact_dropped": {"train": counts["exact"], "validation": 0},
         "near": near,
         "near_duplicates": near_duplicates,
         "examples": list(examples),
     }
     left = len(train)
-    tell_near_duplicates(name, near, examples, near_duplicates, {"training": (left + found["near"], left)})
+    tell_near_duplicates(name, near, examples, near_duplicates, {"training": (left + counts["near"], left)})
     log.info("%s: streaming %d training records; overlap: %s", name, left, near)
     return Splits(train, parts["validation"], parts["test"], name, report)
 
