@@ -16,7 +16,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atp.data.reading.files import rows
+from atp.data.reading.bad_rows import OnBad, refuse
+from atp.data.reading.files import parsed
 from atp.data.records import Record, Splits, content_key
 from atp.data.records.overlap import HeldOutIndex, shown, tell_near_duplicates
 from atp.errors import UserError
@@ -35,6 +36,8 @@ class StreamedRecords(Collection[Record]):
         keep: Which records belong to it; None takes all.
         most: At most so many, the first.
         transform: What is done to each record that belongs to it, such as putting a prompt before it.
+        bad: Takes bad rows, at every iteration.
+        form: Format of the files in place of their suffixes.
     """
 
     def __init__(
@@ -44,12 +47,15 @@ class StreamedRecords(Collection[Record]):
         keep: Callable[[Record], bool] | None = None,
         most: int | None = None,
         transform: Callable[[Record], Record] | None = None,
+        bad: OnBad = refuse,
+        form: str | None = None,
     ) -> None:
         self.files, self.parse, self.keep, self.most, self.transform = list(files), parse, keep, most, transform
+        self.bad, self.form = bad, form
         self._count: int | None = None
 
     def __iter__(self) -> Iterator[Record]:
-        every = (self.parse(row, where) for file in self.files for row, where in rows(file))
+        every = parsed(self.files, self.parse, self.bad, self.form)
         kept = every if self.keep is None else filter(self.keep, every)
         first = itertools.islice(kept, self.most)
         return first if self.transform is None else map(self.transform, first)
@@ -64,11 +70,23 @@ class StreamedRecords(Collection[Record]):
 
     def limited(self, most: int | None) -> StreamedRecords:
         """Return the first ``most`` of the records; None keeps all."""
-        return self if most is None else StreamedRecords(self.files, self.parse, self.keep, most, self.transform)
+        return self if most is None else self._with(self.keep, most, self.transform)
 
     def transformed(self, transform: Callable[[Record], Record]) -> StreamedRecords:
         """Return the same records, each transformed."""
-        return StreamedRecords(self.files, self.parse, self.keep, self.most, transform)
+        return self._with(self.keep, self.most, transform)
+
+    def kept(self, keep: Callable[[Record], bool]) -> StreamedRecords:
+        """Return those of the records that ``keep`` takes."""
+        return self._with(keep, self.most, self.transform)
+
+    def _with(
+        self,
+        keep: Callable[[Record], bool] | None,
+        most: int | None,
+        transform: Callable[[Record], Record] | None,
+    ) -> StreamedRecords:
+        return StreamedRecords(self.files, self.parse, keep, most, transform, self.bad, self.form)
 
 
 def stream_splits(
@@ -125,7 +143,7 @@ def stream_splits(
                 examples.append({"train": shown(record), "held out": shown(held[owner])})
         return owner is None or near_duplicates != "drop"
 
-    train = StreamedRecords(records.files, records.parse, keep)
+    train = records.kept(keep)
     if not len(train) and not counts["near"]:
         raise UserError(f"the train split of {name!r} is empty; give more records or another data.path")
     near = {"train_held_out": counts["near"]}

@@ -81,6 +81,16 @@ def test_near_duplicates_are_found_also_within_a_template() -> None:
     assert kept.overlap["near"] == {"validation_test": 0, "train_test": 25, "train_validation": 0}
 
 
+def test_the_same_question_with_another_answer_is_one() -> None:
+    rng = random.Random(5)
+    asked = [say(rng, 20) for _ in range(100)]
+    records: list[Record] = [CompletionRecord(prompt, say(rng, 12)) for prompt in asked]
+    again: list[Record] = [CompletionRecord(prompt + "?", say(rng, 12)) for prompt in asked[:10]]
+    assert check_overlap(Splits([*records[10:], *again], [], records[:10], "x")).train == records[10:]
+    open_ended: list[Record] = [CompletionRecord(asked[0], say(rng, 12)) for _ in range(100)]
+    assert len(check_overlap(Splits(open_ended[10:], [], open_ended[:10], "x")).train) == 90
+
+
 def test_an_excerpt_of_a_held_out_text_is_one() -> None:
     rng = random.Random(2)
     long = say(rng, 300)

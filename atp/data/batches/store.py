@@ -37,6 +37,7 @@ class TokenStore(Sequence[Example]):
         self._finalizer = weakref.finalize(self, self._folder.cleanup)
         path = Path(self._folder.name) / "tokens.bin"
         self._ends, self._contexts, self._bytes = array("q"), array("i"), array("i")
+        self._given: dict[int, tuple[tuple[int, int], ...]] = {}
         source = iter(records)
         with path.open("wb") as file:
             end = 0
@@ -45,6 +46,8 @@ class TokenStore(Sequence[Example]):
                     if example.loss_tokens > 0:
                         file.write(example.input_ids.astype(np.int32).tobytes())
                         end += len(example.input_ids)
+                        if example.given:
+                            self._given[len(self._ends)] = example.given
                         self._ends.append(end)
                         self._contexts.append(example.context)
                         self._bytes.append(example.text_bytes)
@@ -71,4 +74,4 @@ class TokenStore(Sequence[Example]):
         index %= len(self)
         start = self._ends[index - 1] if index else 0
         ids = np.array(self._ids[start : self._ends[index]])
-        return Example(ids, self._contexts[index], self._bytes[index])
+        return Example(ids, self._contexts[index], self._bytes[index], self._given.get(index, ()))

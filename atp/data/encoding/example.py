@@ -26,23 +26,27 @@ class Example:
         context: Leading tokens that are given, not learnt. The first token of a sequence never counts in the loss,
             since nothing precedes it.
         text_bytes: UTF-8 bytes of the text that the learnt tokens spell.
+        given: Stretches of tokens after the context that are not learnt either, as (start, end), in order.
     """
 
     input_ids: np.ndarray
     context: int
     text_bytes: int
+    given: tuple[tuple[int, int], ...] = ()
 
     @property
     def labels(self) -> np.ndarray:
         """Return the unshifted ids, int64 [T], with the given ones replaced by :data:`IGNORED`."""
         labels = self.input_ids.astype(np.int64)
         labels[: self.context] = IGNORED
+        for start, end in self.given:
+            labels[start:end] = IGNORED
         return labels
 
     @property
     def loss_tokens(self) -> int:
         """Return how many tokens count in the loss."""
-        return len(self.input_ids) - max(1, self.context)
+        return len(self.input_ids) - max(1, self.context) - sum(end - start for start, end in self.given)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

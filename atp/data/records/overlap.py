@@ -4,8 +4,9 @@ A model that has trained on its test figures well on it. ATP's calibration set l
 holds two items of MeQSum's training set; so this check runs by default and its findings are reported. It sits beside
 :mod:`atp.data.sources`. It knows nothing of tasks, files or tokens.
 
-Two records are near duplicates if their word five-grams (shingles, Broder 1997) have a Jaccard similarity of 0.8 (the
-threshold of Lee et al. 2022, arXiv 2107.06499), or one holds nearly all of the other's. Shingles that more than a few
+Two records are near duplicates if the word five-grams (shingles, Broder 1997) of the whole, or of what is asked, have a
+Jaccard similarity of 0.8 (the threshold of Lee et al. 2022, arXiv 2107.06499), or one holds nearly all of the other's:
+the two questions of MeQSum have answers of their own in HQS. Shingles that more than a few
 records of the data set share are left out of both: what many records share is a template, and says nothing of any two.
 
 Shared shingles are counted, not estimated with MinHash: one side of each comparison is the held-out records, whose
@@ -23,7 +24,7 @@ from dataclasses import replace
 from typing import Any
 
 from atp.data.records.splits import Splits
-from atp.data.records.types import Record, all_text, content_key
+from atp.data.records.types import ChatRecord, Record, TextRecord, all_text, content_key, spoken
 from atp.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -65,13 +66,15 @@ class HeldOutIndex:
             words = words_of(record)
             self._count(frequency, seen, words, shingles(words))
         self._template = {shingle for shingle, count in frequency.items() if count > _TEMPLATE}
-        self._sizes: list[int] = []
+        self._held = [some - self._template for some in held]
+        self._asked = [self._telling(asked_words(record)) for record in records]
         self._owners: dict[int, list[int]] = {}
-        for number, some in enumerate(held):
-            telling = some - self._template
-            self._sizes.append(len(telling))
+        for number, telling in enumerate(self._held):
             for shingle in telling:
                 self._owners.setdefault(shingle, []).append(number)
+
+    def _telling(self, words: Sequence[str]) -> set[int]:
+        return shingles(words) - self._template
 
     @staticmethod
     def _count(frequency: Counter[int], seen: set[int], words: Sequence[str], some: set[int]) -> None:
@@ -93,17 +96,33 @@ class HeldOutIndex:
         same = self._same.get(tuple(words))
         if words and same is not None and (among is None or same in among):
             return same
-        mine = shingles(words) - self._template
+        mine, asked = self._telling(words), self._telling(asked_words(record))
         owners = self._owners
         shared = Counter([owner for shingle in mine if shingle in owners for owner in owners[shingle]])
         for owner, count in shared.most_common():
             if count < _FEWEST:
                 break
-            sizes = self._sizes[owner], len(mine)
-            near = count >= _JACCARD * (sum(sizes) - count) or count >= _CONTAINED * min(sizes)
-            if near and (among is None or owner in among):
+            if among is not None and owner not in among:
+                continue
+            theirs = self._held[owner]
+            if count >= _CONTAINED * min(len(theirs), len(mine)) or _alike(theirs, mine):
+                return owner
+            if _alike(self._asked[owner], asked):
                 return owner
         return None
+
+
+def _alike(one: set[int], other: set[int]) -> bool:
+    shared = len(one & other)
+    return shared >= _FEWEST and shared >= _JACCARD * (len(one) + len(other) - shared)
+
+
+def asked_words(record: Record) -> list[str]:
+    """Return the words of what is asked: of a prompt, or of the turns before the assistant's last one."""
+    if isinstance(record, ChatRecord):
+        last = max((place for place, turn in enumerate(record.messages) if turn["role"] == "assistant"), default=0)
+        return _WORD.findall(" ".join(map(spoken, record.messages[:last])).casefold())
+    return [] if isinstance(record, TextRecord) else _WORD.findall(record.prompt.casefold())
 
 
 def words_of(record: Record) -> list[str]:

@@ -25,6 +25,8 @@ class Splits:
     Attributes:
         train: A list, or what reads the records anew at each iteration where they may not fit in memory.
         overlap: What the checks across splits found (:mod:`atp.data.records.overlap`).
+        notes: What is to be said of where the records are from, a line each.
+        skipped: Place of each row that was left out as bad, and what is wrong with it.
     """
 
     train: Collection[Record]
@@ -32,6 +34,8 @@ class Splits:
     test: list[Record]
     name: str
     overlap: dict[str, Any] = field(default_factory=dict, compare=False)
+    notes: Sequence[str] = field(default=(), compare=False)
+    skipped: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def counts(self) -> dict[str, int]:
         """Return the number of records per split."""

@@ -8,14 +8,15 @@ knows nothing of files, tokens, models, torch or the network.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from atp.errors import UserError
 
-SHAPES = '{"text"}, {"prompt", "completion"} or {"prompt", "choices", "label"}'
+SHAPES = '{"text"}, {"prompt", "completion"}, {"prompt", "choices", "label"} or {"messages"}'
 PathLike = str | os.PathLike[str]
 
 
@@ -46,7 +47,23 @@ class ChoiceRecord:
     task: str = "choice"
 
 
-Record = TextRecord | CompletionRecord | ChoiceRecord
+@dataclass(frozen=True)
+class ChatRecord:
+    """A conversation; the assistant's turns count in the loss. It is written out by the model's own chat template.
+
+    Attributes:
+        messages: Turns with ``role``, ``content`` and what else the template may use (``tool_calls``, ``name``).
+        tools: Tools that the assistant may call, as JSON schemas.
+        where: Its place in the data, for messages.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    task: str = "chat"
+    where: str = field(default="", compare=False)
+
+
+Record = TextRecord | CompletionRecord | ChoiceRecord | ChatRecord
 
 
 def parse_record(raw: object, where: str) -> Record:
@@ -94,6 +111,8 @@ def content_key(record: Record) -> str:
         parts = [record.text]
     elif isinstance(record, CompletionRecord):
         parts = [record.prompt, record.completion]
+    elif isinstance(record, ChatRecord):
+        parts = [part for message in record.messages for part in (message["role"], spoken(message))]
     else:
         parts = [record.prompt, *sorted(record.choices)]
     plain = "\x1f".join(" ".join(part.split()).casefold() for part in parts)
@@ -106,7 +125,32 @@ def all_text(record: Record) -> str:
         return record.text
     if isinstance(record, CompletionRecord):
         return f"{record.prompt} {record.completion}"
+    if isinstance(record, ChatRecord):
+        return " ".join(map(spoken, record.messages))
     return " ".join((record.prompt, *record.choices))
+
+
+def spoken(message: Mapping[str, Any]) -> str:
+    """Return what a turn says, its calls of tools as JSON."""
+    calls = message.get("tool_calls")
+    text = str(message["content"])
+    return f"{text} {json.dumps(calls, sort_keys=True, default=str)}" if calls else text
+
+
+def check_text(text: str, name: str, where: str) -> None:
+    """Refuse what is no valid Unicode text, or holds a NUL, which no text does; ValueError says where."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        why = f"not valid text (lone surrogate U+{code:04X} after {error.start} characters); mend it or leave it out"
+        if 0xDC80 <= code <= 0xDCFF:  # how a byte that is not UTF-8 was read
+            why = f"not UTF-8 (byte 0x{code - 0xDC00:02x}); save the file as UTF-8"
+        raise UserError(f"{where}: {name} is {why}") from None
+    if "\0" in text:
+        raise UserError(
+            f"{where}: {name} holds a NUL character after {text.index(chr(0))} characters; mend or leave the record out"
+        )
 
 
 def text_of(raw: Mapping[str, Any], key: str, where: str) -> str:
@@ -116,6 +160,7 @@ def text_of(raw: Mapping[str, Any], key: str, where: str) -> str:
         raise UserError(f"{where}: {key} must be a string, got {kind(value)}")
     if not value.strip():
         raise UserError(f"{where}: {key} is empty; fill it in or leave the record out")
+    check_text(value, key, where)
     return value
 
 
