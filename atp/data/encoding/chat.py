@@ -42,10 +42,12 @@ class ChatIds(NamedTuple):
 
 
 class _Text(NamedTuple):
-    """A conversation written out, and the places between which the assistant speaks."""
+    """Turns written out, the places between which the assistant speaks, and whether generation would go on."""
 
     text: str
     spans: list[tuple[int, int]]
+    messages: Sequence[Mapping[str, Any]]
+    prompt: bool = False
 
 
 class ChatTemplate:
@@ -82,7 +84,7 @@ class ChatTemplate:
         messages = record.messages if messages is None else messages
         if self._marks and not self._special_in(messages):
             return [self._marked(record, messages)]
-        return [self._ids(text, messages) for text in self._write(record, messages)]
+        return [self._ids(record, text) for text in self._write(record, messages)]
 
     def fitting(self, record: ChatRecord, most: int) -> tuple[list[ChatIds], bool]:
         """Return the ids of a conversation, in parts of whole exchanges where it is longer than ``most`` tokens.
@@ -139,7 +141,7 @@ class ChatTemplate:
     def prompt_ids(self, record: ChatRecord) -> list[int]:
         """Return the ids to generate the last of the assistant's turns from."""
         messages = record.messages[: last_turn(record)]
-        return self._ids(_Text(self._render(record, messages, prompt=True), []), messages).ids
+        return self._ids(record, _Text(self._render(record, messages, prompt=True), [], messages, prompt=True)).ids
 
     def prompt_text(self, record: ChatRecord) -> str:
         """Return the text to generate the last of the assistant's turns from."""
@@ -153,7 +155,7 @@ class ChatTemplate:
         if self._marks:
             self._marked(record, messages)
             if not self._special_in(messages):
-                return [_Text(whole, [])]
+                return [_Text(whole, [], messages)]
         spans: list[tuple[int, int]] = []
         alone: list[_Text] = []
         for place, message in enumerate(messages):
@@ -168,10 +170,10 @@ class ChatTemplate:
                     "{% endgeneration %}, or make prompts of the turns with data.fields"
                 )
             spans.append((len(begun), len(ended)))
-            alone.append(_Text(ended, [spans[-1]]))
+            alone.append(_Text(ended, [spans[-1]], messages[: place + 1]))
         ends = [text.text for text in alone]
         if all(whole.startswith(end) for end in ends):
-            return [_Text(whole, spans)]
+            return [_Text(whole, spans, messages)]
         if not self._told:
             self._told = True
             log.warning(
@@ -223,13 +225,13 @@ class ChatTemplate:
             raise UserError(f"{record.where}: the chat template marks nothing of this conversation with generation")
         return ChatIds(list(found["input_ids"]), learnt)
 
-    def _special_in(self, messages: Sequence[Mapping[str, Any]]) -> bool:
-        return any(token in message["content"] for message in messages for token in self._special)
+    def _special_in(self, messages: Sequence[Mapping[str, Any]]) -> list[str]:
+        return [token for token in self._special if any(token in message["content"] for message in messages)]
 
-    def _ids(self, text: _Text, messages: Sequence[Mapping[str, Any]]) -> ChatIds:
+    def _ids(self, record: ChatRecord, text: _Text) -> ChatIds:
         """Tokenise a text whole, or where a token would span the beginning or end of a turn, part by part."""
         cuts = sorted({place for span in text.spans for place in span} - {0, len(text.text)})
-        literal = self._literal(text.text, messages) if self._special_in(messages) else []
+        literal = self._literal(record, text) if self._special_in(text.messages) else []
         if not literal:
             whole, *parts = self._tokens([text.text, *(text.text[:cut] for cut in cuts)])
             if all(whole[: len(part)] == part for part in parts):
@@ -248,17 +250,25 @@ class ChatTemplate:
             learnt += [any(low <= start and end <= high for low, high in text.spans)] * len(part)
         return ChatIds(ids, learnt)
 
-    def _literal(self, text: str, messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-        """Where the turns' own words stand, in which a special token's name is only text."""
-        found: list[tuple[int, int]] = []
-        place = 0
-        for message in messages:
-            said = message["content"].strip()
-            start = text.find(said, place) if said else -1
-            if start >= 0:
-                found.append((start, start + len(said)))
-                place = start + len(said)
-        return found
+    def _literal(self, record: ChatRecord, text: _Text) -> list[tuple[int, int]]:
+        """Where the turns' own words stand, in which a special token's name is only text.
+
+        Found by writing the conversation with a stand-in for what each turn says.
+        """
+        marks = [f"\ue000{place}\ue001" for place in range(len(text.messages))]
+        stand_ins = [{**message, "content": mark} for message, mark in zip(text.messages, marks, strict=True)]
+        frame = self._render(record, stand_ins, prompt=text.prompt)
+        for strip in (False, True):
+            said = [m["content"].strip() if strip else m["content"] for m in text.messages]
+            parts = re.split("\ue000(\\d+)\ue001", frame)
+            parts[1::2] = [said[int(number)] for number in parts[1::2]]
+            if "".join(parts) == text.text:
+                ends = list(itertools.accumulate(map(len, parts)))
+                return list(zip(ends[0::2], ends[1::2], strict=False))
+        raise UserError(
+            f"{record.where}: a turn holds the name of a control token ({', '.join(self._special_in(text.messages))}), "
+            "and the chat template changes what turns say, so the two cannot be told apart; leave the record out"
+        )
 
     def _tokens(self, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
         how: dict[str, Any] = {"split_special_tokens": True} if plain else {}
