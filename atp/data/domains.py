@@ -17,6 +17,7 @@ from typing import Any
 
 from atp.data.reading.bad_rows import BadRows, OnBad, bad_rows_of, refuse
 from atp.data.reading.files import Row, made, paths_of, rows
+from atp.data.reading.folders import find_files, visible_files
 from atp.data.records import PathLike, Record, Splits, TextRecord, limit
 from atp.data.records.overlap import check_overlap
 from atp.data.sources import HELD_OUT_SHARE, complete, load_embedded
@@ -189,7 +190,7 @@ def task_files(task: Task, path: Any, *, alone: bool = True) -> dict[str, list[P
     """
     if isinstance(path, Mapping):
         if set(path) <= set(SPLIT_NAMES):
-            return {split: paths_of(some) for split, some in path.items()}
+            return {split: _expanded(paths_of(some), split) for split, some in path.items()}
         return task_files(task, path[task.name]) if path.get(task.name) is not None else None
     given = paths_of(path)
     if len(given) > 1 or not given[0].is_dir():
@@ -199,7 +200,7 @@ def task_files(task: Task, path: Any, *, alone: bool = True) -> dict[str, list[P
                 f"data.path={{{task.name}: <file>}}"
             )
         return {"train": given}
-    files = [file for file in sorted(given[0].rglob("*")) if file.is_file()]
+    files = [file for file in visible_files(given[0]) if file.is_file()]
     found: dict[str, list[Path]] = {}
     for split in SPLIT_NAMES:
         for stem in _stems(task, split):
@@ -215,6 +216,15 @@ def task_files(task: Task, path: Any, *, alone: bool = True) -> dict[str, list[P
             f"with any known suffix; rename yours, or name it: data.path={{{task.name}: <file>}}"
         )
     return found
+
+
+def _expanded(paths: Sequence[Path], split: str) -> list[Path]:
+    """Files, and of folders those of a split, or all where names tell no splits."""
+    found = find_files(paths)
+    wanted = found.by_split.get(split, []) if found.named else found.by_split["train"]
+    if not wanted:
+        raise UserError(f"{', '.join(map(str, paths))} holds no {split} files, only {', '.join(found.by_split)}")
+    return wanted
 
 
 def _stem(file: Path, stem: str) -> str:

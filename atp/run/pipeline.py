@@ -185,7 +185,11 @@ def _execute(stages: Stages, config: TrainConfig, directory: RunDirectory, origi
         results,
         config=config,
         origin=origin,
-        data={"name": stages.splits.name, **stages.splits.counts()},
+        data={
+            "name": stages.splits.name,
+            **stages.splits.counts(),
+            **({"skipped_rows": len(stages.splits.skipped)} if stages.splits.skipped else {}),
+        },
         overlap=stages.splits.overlap,
         prompt=stages.prompt.plain(),
         dense_parameters=stages.dense_parameters,

@@ -206,6 +206,8 @@ def test_tools_are_kept_or_refused() -> None:
     found = learnt(example, tokenizer)
     assert '"arguments": {"year": 1999}' in found[0] and found[1] == "Nothing.<|im_end|>\n"
     assert "look_up" in tokenizer.decode(example.input_ids[:60]) and "1999: nothing" not in "".join(found)
+    legacy = [turns[0], {"role": "assistant", "content": None, "function_call": calls[0]["function"]}, *turns[2:]]
+    assert record(legacy).messages[1]["tool_calls"][0]["function"]["arguments"] == {"year": 1999}
     with pytest.raises(ValueError, match="leaves out the tool 'look_up'"):
         ChatTemplate(tokenizer_with(FORGETFUL)).check(record(TURNS, tools=tools))
 

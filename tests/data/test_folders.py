@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from atp.data.domains import task_files
 from atp.data.reading.folders import find_files, split_of_name
 from atp.data.sources import load_files, read_records
+from atp.data.tasks import load_tasks
 
 CARD = "---\nlicense: mit\nconfigs:\n{configs}---\n# A card\n"
 
@@ -191,3 +193,19 @@ def test_names_tell_splits_between_marks_only() -> None:
         "strain": None,
         "evals": None,
     }
+
+
+def test_a_tasks_files_are_found_without_hidden_ones_and_in_folders_by_split(tmp_path: Path) -> None:
+    task = load_tasks()["casehold"]
+    put(tmp_path, ".cache/casehold_train.jsonl", "data/casehold_train.jsonl", "data/casehold_test.jsonl")
+    assert task_files(task, tmp_path) == {
+        "train": [tmp_path / "data/casehold_train.jsonl"],
+        "test": [tmp_path / "data/casehold_test.jsonl"],
+    }
+    put(tmp_path, "parts/train-1.jsonl", "parts/test-1.jsonl", "held/a.jsonl", "held/README.md")
+    assert task_files(task, {"train": tmp_path / "parts", "test": tmp_path / "held"}) == {
+        "train": [tmp_path / "parts/train-1.jsonl"],
+        "test": [tmp_path / "held/a.jsonl"],
+    }
+    with pytest.raises(ValueError, match="holds no validation files, only train, test"):
+        task_files(task, {"validation": tmp_path / "parts"})

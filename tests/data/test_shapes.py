@@ -38,6 +38,16 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
             "instruction",
         ),
         ({"instruction": "Do.", "context": "c", "response": "r"}, CompletionRecord("Do.\n\nc\n\n", "r"), "instruction"),
+        (
+            {"system": "s", "instruction": "Do.", "output": "o"},
+            CompletionRecord("s\n\nDo.\n\n", "o"),
+            "instruction",
+        ),
+        (
+            {"conversations": TURNS, "system": "s"},
+            ChatRecord(({"role": "system", "content": "s"}, *TURNS)),
+            "chat",
+        ),
         ({"prompt": "p", "response": "r"}, CompletionRecord("p\n\n", "r"), "instruction"),
         ({"query": "p", "answer": "r"}, CompletionRecord("p\n\n", "r"), "instruction"),
         ({"question": "q", "answer": "a"}, CompletionRecord("Question: q\nAnswer:", " a"), "question"),

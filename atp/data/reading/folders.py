@@ -130,7 +130,7 @@ def _data_files(root: Path) -> tuple[list[Path], list[Path]]:
     """The files that may be data, in order, and what is none; hidden files are passed over."""
     files: list[Path] = []
     left: list[Path] = []
-    for file in _visible(root):
+    for file in visible_files(root):
         if is_saved(file):
             files.append(file)
         elif format_of(file) is None or file.name in _METADATA or _DOCUMENTS.fullmatch(file.name):
@@ -140,13 +140,13 @@ def _data_files(root: Path) -> tuple[list[Path], list[Path]]:
     return files, left
 
 
-def _visible(folder: Path) -> Iterator[Path]:
-    """Files below a folder, and saved data sets in place of theirs."""
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder that are not hidden, and saved data sets in place of theirs."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith((".", "__", "~$")):
             continue
         if path.is_dir() and not is_saved(path):
-            yield from _visible(path)
+            yield from visible_files(path)
         else:
             yield path
 

@@ -41,7 +41,7 @@ def column_of(row: Mapping[str, Any]) -> str | None:
 
 
 def chat_record(row: Mapping[str, Any], where: str, task: str = "chat") -> ChatRecord:
-    """Make a record of a row with a conversation, and ``tools`` where it has any.
+    """Make a record of a row with a conversation, and ``tools`` and ``system`` where it has any.
 
     Args:
         row: The row.
@@ -57,6 +57,8 @@ def chat_record(row: Mapping[str, Any], where: str, task: str = "chat") -> ChatR
         raise UserError(f"{where}: no conversation; it stands in {' or '.join(COLUMNS[:2])}")
     turns = _list(row[column], column, where)
     messages = tuple(_message(turn, f"{column}[{place}]", where) for place, turn in enumerate(turns))
+    if isinstance(row.get("system"), str) and row["system"].strip() and messages[0]["role"] != "system":
+        messages = ({"role": "system", "content": text_of(row, "system", where)}, *messages)
     tools = tuple(_tools(row.get("tools"), where))
     for place, message in enumerate(messages):
         if message["role"] in ("system", "developer") and place and messages[place - 1]["role"] != "system":
@@ -101,6 +103,8 @@ def _message(turn: Any, name: str, where: str) -> dict[str, Any]:
     kept = {key: value for key, value in turn.items() if key not in ("role", "from", "content", "value", "weight")}
     message: dict[str, Any] = {"role": role, "content": content}
     message |= {key: value for key, value in kept.items() if value is not None}
+    if isinstance(message.get("function_call"), Mapping) and "tool_calls" not in message:
+        message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     if "tool_calls" in message:
         message["tool_calls"] = _calls(message["tool_calls"], name, where)
     if not content.strip() and role in ("user", "assistant") and not message.get("tool_calls"):

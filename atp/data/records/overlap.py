@@ -37,6 +37,9 @@ _FEWEST = 4
 _TEMPLATE = 5
 """A shingle that more distinct records hold is part of a template."""
 
+_TELLING = 8
+"""Fewer words may be the same by chance, or differ in signs that are not words."""
+
 _ALARMING = 0.2
 _EXAMPLES = 3
 # Signs that change what a formula says are words; scripts without spaces have a word a character.
@@ -94,7 +97,7 @@ class HeldOutIndex:
         """
         words = words_of(record)
         same = self._same.get(tuple(words))
-        if words and same is not None and (among is None or same in among):
+        if len(words) >= _TELLING and same is not None and (among is None or same in among):
             return same
         mine, asked = self._telling(words), self._telling(asked_words(record))
         owners = self._owners

@@ -85,7 +85,7 @@ def _chat(row: Mapping[str, Any], where: str) -> tuple[Recognised, Record] | Non
     column = column_of(row)
     if column is None:
         return None
-    columns = (column, *(["tools"] if row.get("tools") is not None else []))
+    columns = (column, *(name for name in ("tools", "system") if row.get(name)))
     record = chat_record(row, where, _task(row, where, "chat"))
     return Recognised("chat", columns, "a conversation; the assistant's turns are learnt"), record
 
@@ -96,10 +96,11 @@ def _instruction(row: Mapping[str, Any], where: str) -> tuple[Recognised, Record
     if request is None or answer is None or {request, answer} == {"prompt", "completion"}:
         return None
     more = _first(row, CONTEXTS, (request,)) if request in ("instruction", "prompt") else None
-    parts = [text_of(row, request, where).strip()]
+    before = [name for name in ("system",) if str(row.get(name) or "").strip()]
+    parts = [text_of(row, name, where).strip() for name in (*before, request)]
     if more is not None and str(row[more] or "").strip():
         parts.append(text_of(row, more, where).strip())
-    used = (request, *([more] if more else []), answer)
+    used = (*before, request, *([more] if more else []), answer)
     told = f"prompt: {', '.join(used[:-1])}, each with an empty line after it; completion: {answer}"
     prompt = "".join(f"{part}\n\n" for part in parts)
     record = CompletionRecord(prompt, text_of(row, answer, where).strip(), _task(row, where, "completion"))
