@@ -84,7 +84,13 @@ def load_files(
         splits = stream_splits(records, held_out, shares, seed=seed, near_duplicates=near_duplicates, name=name)
     else:
         read = {split: how.read(some) for split, some in files.items()}
-        splits = check_overlap(complete(read, shares, seed=seed, where=str(path), name=name), near_duplicates)
+        splits = complete(read, shares, seed=seed, where=str(path), name=name)
+        if not splits.train:
+            raise UserError(
+                f"{path}: all {len(read['train'])} training records also stand in a later split; give other files as "
+                "data.validation_path and data.test_path"
+            )
+        splits = check_overlap(splits, near_duplicates)
     for told in parse.told():
         log.info("data: %s", told)
     skipped = bad.reasons if isinstance(bad, BadRows) else {}

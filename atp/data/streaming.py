@@ -145,7 +145,8 @@ def stream_splits(
 
     train = records.kept(keep)
     if not len(train) and not counts["near"]:
-        raise UserError(f"the train split of {name!r} is empty; give more records or another data.path")
+        why = f": {counts['exact']} also stand in a later split" if counts["exact"] else ""
+        raise UserError(f"the train split of {name!r} is empty{why}; give more records or another data.path")
     near = {"train_held_out": counts["near"]}
     report = {
         "exact_dropped": {"train": counts["exact"], "validation": 0},

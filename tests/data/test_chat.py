@@ -226,6 +226,7 @@ def test_tools_are_kept_or_refused() -> None:
         ([TURNS[1], {"role": "assistant", "content": "a\ud83d"}], r"messages\[1\]\.content is not valid text"),
         ([TURNS[1], {"role": "assistant", "content": [{"type": "image_url"}]}], "image_url.*is not text"),
         ([TURNS[1], {**TURNS[2], "weight": 0}], r"weight, train"),
+        ([TURNS[1], {**TURNS[2], "name": "a\ud83d"}], r"messages\[1\] is not valid text"),
     ],
 )
 def test_a_bad_conversation_is_named_with_its_place(turns: Any, message: str) -> None:

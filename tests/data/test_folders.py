@@ -114,6 +114,7 @@ def test_the_card_names_files(tmp_path: Path) -> None:
     put(tmp_path, "data/part-1.jsonl", "data/part-2.jsonl", "held.jsonl", "other.csv")
     put(tmp_path, "README.md", content=CARD.format(configs=one))
     assert found(tmp_path) == {"train": ["data/part-1.jsonl", "data/part-2.jsonl"], "test": ["held.jsonl"]}
+    assert "left out: README.md, other.csv" in find_files([tmp_path]).notes[0]
     two = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("de", "en"))
     put(tmp_path, "README.md", content=CARD.format(configs=two))
     with pytest.raises(ValueError, match=r"several data sets, de, en \(README\.md\)"):
@@ -170,6 +171,13 @@ def test_splits_of_a_folder_are_used_and_may_be_replaced(tmp_path: Path, caplog:
         load_files(tmp_path / "e", seed=0)
     with pytest.raises(ValueError, match=r"data\.validation_path=.* names no validation files, only test"):
         load_files(tmp_path / "own.jsonl", seed=0, validation_path=tmp_path / "e")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_same_file_for_training_and_testing_is_refused(tmp_path: Path, stream: bool) -> None:
+    put(tmp_path, "a.jsonl", content=rows(0, 20))
+    with pytest.raises(ValueError, match="also stand in a later split"):
+        load_files(tmp_path / "a.jsonl", seed=0, test_path=tmp_path / "a.jsonl", stream=stream, validation_fraction=0.1)
 
 
 def test_patterns_name_files(tmp_path: Path) -> None:

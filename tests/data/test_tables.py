@@ -90,6 +90,10 @@ def test_a_quote_that_takes_lines_is_found_where_it_opens(tmp_path: Path) -> Non
     opened = [*PAIRS[:10], ('"Item 10', "c 10"), *PAIRS[11:20], ('Item 20 he said"', "c 20"), *PAIRS[21:]]
     with pytest.raises(UserError, match=r"a\.csv:12: .*a quote that opens in this line takes 11 lines, up to line 22"):
         read(tmp_path / "a.csv", lines(opened, ","))
+    single = [a for a, _ in PAIRS]
+    single[10], single[20] = '"' + single[10], single[20] + '"'
+    with pytest.raises(UserError, match=r"a\.csv:12: .*takes 11 lines, up to line 22"):
+        read(tmp_path / "a.csv", "text\n" + "\n".join(single))
     never = [*PAIRS[:10], ('"Item 10', "c 10"), *PAIRS[11:]]
     with pytest.raises(UserError, match=r"a\.csv:12: .*a quote opens in this line and is not closed"):
         read(tmp_path / "a.csv", lines(never, ","))

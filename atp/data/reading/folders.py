@@ -102,7 +102,8 @@ def _of_folder(root: Path, form: str | None) -> tuple[dict[str, list[Path]], boo
         return _by_split(root, [root / name for name in _saved_splits(root)], []) if form is None else _no_saved(root)
     configured = _configured(root)
     if configured is not None:
-        return configured, True, []
+        used = {file for some in configured.values() for file in some}
+        return configured, True, [file for file in visible_files(root) if file not in used]
     files, left = _data_files(root)
     if form is not None:
         left += [file for file in files if format_of(file) != form]

@@ -25,7 +25,7 @@ from atp.errors import UserError
 
 Row = tuple[Any, str]
 
-_LONG = 10
+_LONG = 25
 """Lines of one row, each of them a row by itself, that no file has by chance."""
 
 _MANY = 0.2
@@ -129,7 +129,7 @@ def _cells(
             count = len(lines.taken)
             if quoted and count > 1 and _each_is_a_row(lines.taken, delimiter, width):
                 used = _writes_quotes(path, delimiter) if used is None else used
-                if not used or count >= _LONG:
+                if not used or (count >= _LONG and width != 1):
                     number = lines.finish(1)
                     bad(f"{path}:{number}", _swallowed(path, number, count))
                     reader = _reader(lines, delimiter, quoted)
@@ -167,7 +167,7 @@ def _format(path: Path) -> str:
 
 def _each_is_a_row(lines: Sequence[str], delimiter: str, width: int | None) -> bool:
     """Whether each of several lines has as many cells as the table has columns."""
-    return width is not None and width > 1 and all(line.count(delimiter) == width - 1 for line in lines)
+    return width is not None and all(line.count(delimiter) == width - 1 for line in lines)
 
 
 def _writes_quotes(path: Path, delimiter: str) -> bool:

@@ -107,6 +107,9 @@ def _message(turn: Any, name: str, where: str) -> dict[str, Any]:
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     if "tool_calls" in message:
         message["tool_calls"] = _calls(message["tool_calls"], name, where)
+    extras = {key: value for key, value in message.items() if key not in ("role", "content")}
+    if extras:
+        check_text(json.dumps(extras, ensure_ascii=False, default=str), name, where)
     if not content.strip() and role in ("user", "assistant") and not message.get("tool_calls"):
         raise UserError(f"{where}: {name}: the {role}'s turn is empty; fill it in or leave the record out")
     return message
@@ -181,4 +184,5 @@ def _tools(value: Any, where: str) -> Sequence[Any]:
         or not all(isinstance(tool, Mapping) for tool in value)
     ):
         raise UserError(f"{where}: tools must be a list of objects, got {kind(value)}")
+    check_text(json.dumps(value, ensure_ascii=False, default=str), "tools", where)
     return value

@@ -99,9 +99,11 @@ class HeldOutIndex:
         same = self._same.get(tuple(words))
         if len(words) >= _TELLING and same is not None and (among is None or same in among):
             return same
-        mine, asked = self._telling(words), self._telling(asked_words(record))
-        owners = self._owners
-        shared = Counter([owner for shingle in mine if shingle in owners for owner in owners[shingle]])
+        whole, owners = shingles(words), self._owners
+        shared = Counter([owner for shingle in whole if shingle in owners for owner in owners[shingle]])
+        if max(shared.values(), default=0) < _FEWEST:
+            return None
+        mine, asked = whole - self._template, self._telling(asked_words(record))
         for owner, count in shared.most_common():
             if count < _FEWEST:
                 break

@@ -95,7 +95,10 @@ def parse_record(raw: object, where: str) -> Record:
         return CompletionRecord(text_of(raw, "prompt", where), text_of(raw, "completion", where), **named)
     if "text" in raw:
         return TextRecord(text_of(raw, "text", where), **named)
-    raise UserError(f"{where}: no valid record, got the keys {sorted(map(str, raw))}; valid shapes: {SHAPES}")
+    raise UserError(
+        f"{where}: no valid record, got the keys {sorted(map(str, raw))}; valid shapes: {SHAPES}; map other columns "
+        "with data.fields"
+    )
 
 
 def as_completion(record: Record) -> Record:
