@@ -195,7 +195,7 @@ def prompt_to_ask_with(model_name: str, chosen: str) -> Prompt:
 
 def _record_sets(options: Options) -> dict[str, list[Record]]:
     from atp.data.domains import scored_records
-    from atp.data.files import paths_of
+    from atp.data.reading.files import paths_of
     from atp.data.sources import read_records
 
     sets = {

@@ -50,9 +50,16 @@ class DataConfig:
     name: str = option("embedded_legal", "short name for reports")
     source: str = option("embedded", "embedded, files (your own), or tasks (from the hub or local files)")
     domain: str = option("legal", "embedded: legal, health, finance or narrative")
-    path: Any = option(None, "files: file, folder or list to train on; tasks: folder of local files, or task: file")
-    validation_path: Any = option(None, "files: validation file; unset carves a share off the training data")
-    test_path: Any = option(None, "files: test file; unset carves a share off the training data")
+    path: Any = option(
+        None, "files: file, pattern, folder or list of them; tasks: folder of local files, or task: file"
+    )
+    validation_path: Any = option(None, "files: validation file; unset takes the folder's own or carves a share off")
+    test_path: Any = option(None, "files: test file; unset takes the folder's own or carves a share off")
+    format: str | None = option(None, "files: jsonl, json, csv, tsv, parquet, arrow or text; unset goes by the suffix")
+    shape: str = option(
+        "auto", "files: what columns mean: auto, text, completion, choice, chat, question, instruction or chosen"
+    )
+    on_error: str = option("raise", "bad rows: raise at the first, or skip them and list them in skipped_rows.jsonl")
     fields: Any = option({}, "files: our field name -> column or Jinja template, e.g. {text: body}")
     tasks: Any = option({}, "tasks: name -> weight in the mix, null for all; embedded: tasks to keep")
     tasks_file: str | None = option(None, "TOML file that describes tasks of your own (see atp/data/tasks.toml)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from atp.data.encoding import Encoder, Example
-from atp.data.files import rows
-from atp.data.overlap import duplicates
+from atp.data.encoding import IGNORED, Encoder, Example
+from atp.data.reading.bad_rows import BadRows
+from atp.data.reading.files import parsed
 from atp.data.records import Record, Splits
+from atp.data.records.overlap import duplicates
+from atp.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,26 +33,26 @@ BINS = 10
 MOST_FAULTS = 20
 _BAR = 40
 _SHOWN_TOKENS = 160
+_MARKS = (">>>", "<<<")
+_LEGEND = "given tokens are dim, learnt ones underlined in green"
 
 
-def faults(files: Iterable[Path], parse: Callable[[Any, str], Record]) -> tuple[list[str], int]:
+def faults(
+    files: Iterable[Path], parse: Callable[[Any, str], Record], form: str | None = None
+) -> tuple[list[str], int]:
     """Return what is wrong with the rows of files, each with its place, and how many rows are good.
 
     A file that cannot be read on ends with its fault.
     """
-    found: list[str] = []
+    bad = BadRows()
+    broken: list[str] = []
     good = 0
     for file in files:
         try:
-            for row, where in rows(file):
-                try:
-                    parse(row, where)
-                    good += 1
-                except ValueError as error:
-                    found.append(str(error))
-        except ValueError as error:
-            found.append(str(error))
-    return found, good
+            good += sum(1 for _ in parsed([file], parse, bad, form))
+        except UserError as error:
+            broken.append(str(error))
+    return [f"{where}: {reason}" for where, reason in bad.reasons.items()] + broken, good
 
 
 def report(
@@ -79,7 +82,11 @@ def report(
         ValueError: No answer fits into a sequence; everything else is printed before.
     """
     console = console or Console()
+    for note in splits.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     train = list(splits.train)
+    if not train:
+        raise UserError(f"{splits.name}: no training record is left; give more records, or another data.path")
     encoder = Encoder(tokenizer, max_length)
     encoded = encoder.encode(train, loss_on)
     lengths = [len(example.input_ids) for found in encoded for example in found]
@@ -93,13 +100,18 @@ def report(
         "duplicates": {name: duplicates(getattr(splits, name)) for name in ("train", "validation", "test")},
         "overlap": splits.overlap,
     }
+    plain = console.color_system is None
     console.print(_counts(splits.name, figures, max_length))
     console.print(histogram(lengths, max_length))
     for number, (record, found) in enumerate(_spread(list(zip(train, encoded, strict=True)), examples), start=1):
         console.print(Text(f"\nexample {number} of the task {record.task}", style="bold"))
-        console.print(coloured(found[0], tokenizer), soft_wrap=True)
-    console.print(Text("\ngiven tokens are dim, learnt ones underlined in green", style="italic"))
+        console.print(coloured(found[0], tokenizer, marked=plain), soft_wrap=True)
+    legend = f"learnt tokens stand between {_MARKS[0]} and {_MARKS[1]}" if plain else _LEGEND
+    console.print(Text(f"\n{legend}", style="italic"))
     encoder.check_answers(splits.name)
+    for split in ("validation", "test"):
+        if not getattr(splits, split):
+            raise UserError(f"{splits.name}: no {split} record is left; give more records, or data.{split}_path")
     return figures
 
 
@@ -115,21 +127,40 @@ def histogram(lengths: Sequence[int], max_length: int) -> Table:
     return table
 
 
-def coloured(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Return the text of a sequence with its loss mask as colour; a long one loses its middle."""
-    ids, given = example.input_ids.tolist(), max(1, example.context)
+def coloured(example: Example, tokenizer: PreTrainedTokenizerBase, *, marked: bool = False) -> Text:
+    """Return the text of a sequence with its loss mask as colour; a long part of it loses its middle.
+
+    Args:
+        example: The sequence.
+        tokenizer: Its tokenizer.
+        marked: Put marks around what is learnt, for where there are no colours.
+    """
+    ids = example.input_ids.tolist()
+    learnt = (example.labels != IGNORED).tolist()
+    learnt[0] = False
+    parts = [
+        (mark, [token for token, _ in group]) for mark, group in groupby(zip(ids, learnt, strict=True), _is_learnt)
+    ]
     cut = max(0, len(ids) - _SHOWN_TOKENS)
-    keep = _SHOWN_TOKENS // 2
+    keep = max(2, _SHOWN_TOKENS // max(2, len(parts)))
     text = Text()
-    for learnt, part in ((False, ids[:given]), (True, ids[given:])):
-        style = "green underline" if learnt else "dim"
+    for mark, part in parts:
+        style = "green underline" if mark else "dim"
+        if mark and marked:
+            text.append(_MARKS[0])
         if cut and len(part) > 2 * keep:
             text.append(str(tokenizer.decode(part[:keep])), style)
             text.append(f" ... {len(part) - 2 * keep} tokens ... ", "italic")
             text.append(str(tokenizer.decode(part[-keep:])), style)
         else:
             text.append(str(tokenizer.decode(part)), style)
+        if mark and marked:
+            text.append(_MARKS[1])
     return text
+
+
+def _is_learnt(token: tuple[int, bool]) -> bool:
+    return token[1]
 
 
 def _counts(name: str, figures: Mapping[str, Any], max_length: int) -> Table:
@@ -145,6 +176,7 @@ def _counts(name: str, figures: Mapping[str, Any], max_length: int) -> Table:
         f"prompts cut to {max_length} tokens": f"{truncated['prompts']:,}",
         "completions cut": f"{truncated['completions']:,}",
         "texts cut into windows": f"{truncated['texts']:,}",
+        **({"conversations in several sequences": f"{truncated['chats']:,}"} if truncated["chats"] else {}),
         **{f"repeated within {split}": f"{count:,}" for split, count in figures["duplicates"].items()},
         **{f"dropped from {split}, in a later split": str(n) for split, n in overlap.get("exact_dropped", {}).items()},
         **{f"near duplicates, {pair.replace('_', ' and ')}": str(n) for pair, n in overlap.get("near", {}).items()},

@@ -15,9 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from atp.data.files import Row, paths_of, rows
-from atp.data.overlap import check_overlap
+from atp.data.reading.bad_rows import BadRows, OnBad, bad_rows_of, refuse
+from atp.data.reading.files import Row, made, paths_of, rows
+from atp.data.reading.folders import find_files, visible_files
 from atp.data.records import PathLike, Record, Splits, TextRecord, limit
+from atp.data.records.overlap import check_overlap
 from atp.data.sources import HELD_OUT_SHARE, complete, load_embedded
 from atp.data.tasks import Task, find_task, load_tasks, nearest
 from atp.errors import UserError
@@ -44,6 +46,7 @@ def load_domain(
     max_validation: int | None = None,
     max_test: int | None = None,
     near_duplicates: str = "drop",
+    on_error: str = "raise",
     name: str = "tasks",
 ) -> Splits:
     """Combine tasks to one data set.
@@ -58,7 +61,8 @@ def load_domain(
         max_train: Most training records, in the proportion of the weights; None for as many as the weights allow.
         max_validation: Most validation records, equally many of each task.
         max_test: As ``max_validation``.
-        near_duplicates: ``drop``, ``report`` or ``ignore`` (:func:`atp.data.overlap.check_overlap`).
+        near_duplicates: ``drop``, ``report`` or ``ignore`` (:func:`atp.data.records.overlap.check_overlap`).
+        on_error: ``raise`` at the first bad row of local files, or ``skip`` bad rows, which the splits then list.
         name: Name of the data set.
 
     Returns:
@@ -74,14 +78,18 @@ def load_domain(
     known = load_tasks(tasks_file)
     shares = {"validation": validation_fraction, "test": test_fraction}
     parts = {}
+    bad = bad_rows_of(on_error)
     for task_name in weights:
         task = find_task(task_name, known)
-        read = read_task(task, path, alone=len(weights) == 1)
+        read = read_task(task, path, alone=len(weights) == 1, bad=bad)
         parts[task_name] = complete(read, shares, seed=seed, where=task_name, name=task_name)
     sizes = _sizes({task: len(part.train) for task, part in parts.items()}, weights, max_train)
     each = {most: None if most is None else max(1, most // len(parts)) for most in (max_validation, max_test)}
     joined = _mixed(parts, sizes, each[max_validation], each[max_test], seed)
-    return check_overlap(replace(joined, name=name), near_duplicates)
+    skipped = bad.reasons if isinstance(bad, BadRows) else {}
+    if skipped:
+        log.warning("%s: %s", name, bad)
+    return replace(check_overlap(replace(joined, name=name), near_duplicates), skipped=skipped)
 
 
 def _mixed(
@@ -135,13 +143,14 @@ def scored_records(
     return splits.test
 
 
-def read_task(task: Task, path: Any = None, *, alone: bool = True) -> dict[str, list[Record]]:
+def read_task(task: Task, path: Any = None, *, alone: bool = True, bad: OnBad = refuse) -> dict[str, list[Record]]:
     """Read the records of a task by split, from local files or from the hub.
 
     Args:
         task: The task.
         path: A folder, file, or mapping (:func:`task_files`); None takes the hub.
         alone: Whether ``path`` may name a file or folder of just this task.
+        bad: Takes bad rows of local files.
 
     Raises:
         ValueError: There is nothing to read, a row is bad, or the hub cannot be reached or refuses.
@@ -156,12 +165,12 @@ def read_task(task: Task, path: Any = None, *, alone: bool = True) -> dict[str, 
             )
         return _read_hub(task)
     raw = {
-        split: list(itertools.chain.from_iterable(rows(p, header=_header(task, p)) for p in some))
+        split: list(itertools.chain.from_iterable(rows(p, header=_header(task, p), bad=bad) for p in some))
         for split, some in found.items()
     }
     raw = {split: _filled(task, some) for split, some in raw.items()}
     bound = task.with_options_of(row for some in raw.values() for row, _ in some)
-    return {split: _joined(bound, [bound.record(row, where) for row, where in some]) for split, some in raw.items()}
+    return {split: _joined(bound, list(made(some, bound.record, bad))) for split, some in raw.items()}
 
 
 def task_files(task: Task, path: Any, *, alone: bool = True) -> dict[str, list[Path]] | None:
@@ -181,7 +190,7 @@ def task_files(task: Task, path: Any, *, alone: bool = True) -> dict[str, list[P
     """
     if isinstance(path, Mapping):
         if set(path) <= set(SPLIT_NAMES):
-            return {split: paths_of(some) for split, some in path.items()}
+            return {split: _expanded(paths_of(some), split) for split, some in path.items()}
         return task_files(task, path[task.name]) if path.get(task.name) is not None else None
     given = paths_of(path)
     if len(given) > 1 or not given[0].is_dir():
@@ -191,7 +200,7 @@ def task_files(task: Task, path: Any, *, alone: bool = True) -> dict[str, list[P
                 f"data.path={{{task.name}: <file>}}"
             )
         return {"train": given}
-    files = [file for file in sorted(given[0].rglob("*")) if file.is_file()]
+    files = [file for file in visible_files(given[0]) if file.is_file()]
     found: dict[str, list[Path]] = {}
     for split in SPLIT_NAMES:
         for stem in _stems(task, split):
@@ -207,6 +216,15 @@ def task_files(task: Task, path: Any, *, alone: bool = True) -> dict[str, list[P
             f"with any known suffix; rename yours, or name it: data.path={{{task.name}: <file>}}"
         )
     return found
+
+
+def _expanded(paths: Sequence[Path], split: str) -> list[Path]:
+    """Files, and of folders those of a split, or all where names tell no splits."""
+    found = find_files(paths)
+    wanted = found.by_split.get(split, []) if found.named else found.by_split["train"]
+    if not wanted:
+        raise UserError(f"{', '.join(map(str, paths))} holds no {split} files, only {', '.join(found.by_split)}")
+    return wanted
 
 
 def _stem(file: Path, stem: str) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from jinja2 import meta
 
-from atp.data.records import ChoiceRecord, CompletionRecord, Record, Splits, TextRecord
+from atp.data.records import ChatRecord, ChoiceRecord, CompletionRecord, Record, Splits, TextRecord
 from atp.data.streaming import StreamedRecords
 from atp.data.tasks import ENVIRONMENT
 from atp.errors import UserError
@@ -118,8 +118,23 @@ class Prompt:
         """Return the record with the prompt around its own; running text as it is."""
         if isinstance(record, TextRecord) or self.is_empty:
             return record
+        if isinstance(record, ChatRecord):
+            return self._on_chat(record)
         assert isinstance(record, CompletionRecord | ChoiceRecord)
         return replace(record, prompt=self.render(record.prompt, record.task, tokenizer))
+
+    def _on_chat(self, record: ChatRecord) -> ChatRecord:
+        """The conversation with the system part before or as its system turn; its turns are not put into a template."""
+        if not self.system.strip():
+            return record
+        asked = next((message["content"] for message in record.messages if message["role"] == "user"), "")
+        system = replace(self, template="{{ prompt }}", chat=None).render(asked, record.task)
+        system = system.removesuffix(asked).strip()
+        first, *rest = record.messages
+        if first["role"] in ("system", "developer"):
+            first = {**first, "content": f"{system}\n\n{first['content']}".strip()}
+            return replace(record, messages=(first, *rest))
+        return replace(record, messages=({"role": "system", "content": system}, *record.messages))
 
     def on_splits(self, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Splits:
         """Return splits with the prompt around their records, where its switches say so."""
@@ -127,6 +142,8 @@ class Prompt:
             return splits
         if not isinstance(splits.train, StreamedRecords) and all(isinstance(r, TextRecord) for r in splits.train):
             log.warning("prompt=%s is ignored in training: %s holds only running text", self.name, splits.name)
+        if self.template != "{{ prompt }}" and any(isinstance(record, ChatRecord) for record in splits.test):
+            log.warning("prompt.template is ignored for conversations; only prompt.system is put before them")
         if self.train and isinstance(splits.train, StreamedRecords):
             splits = replace(splits, train=splits.train.transformed(lambda record: self.on(record, tokenizer)))
         elif self.train:
@@ -151,7 +168,7 @@ class Prompt:
             ``tokens_added`` on average, ``share_of_context`` that they take, ``shared_prefix_tokens`` that all prompts
             begin with, and whose keys and values are therefore computed once, and ``records`` that were looked at.
         """
-        asked = [record for record in plain if not isinstance(record, TextRecord)]
+        asked = [record for record in plain if isinstance(record, CompletionRecord | ChoiceRecord)]
         if not asked or self.is_empty:
             return {"tokens_added": 0.0, "share_of_context": 0.0, "shared_prefix_tokens": 0, "records": len(asked)}
         before = _ids([record.prompt for record in asked], tokenizer)

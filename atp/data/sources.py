@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from atp.data.columns import record_parser
-from atp.data.files import paths_of, rows
-from atp.data.overlap import check_overlap
+from atp.data.reading.bad_rows import BadRows, OnBad, bad_rows_of, refuse
+from atp.data.reading.files import parsed, paths_of
+from atp.data.reading.folders import find_files
 from atp.data.records import PathLike, Record, Splits, carve, parse_record, separate
+from atp.data.records.columns import RowParser
+from atp.data.records.overlap import check_overlap
 from atp.data.streaming import StreamedRecords, stream_splits
 from atp.errors import UserError
 
@@ -35,22 +38,31 @@ def load_files(
     validation_fraction: float = HELD_OUT_SHARE,
     test_fraction: float = HELD_OUT_SHARE,
     fields: Mapping[str, Any] | None = None,
+    shape: str = "auto",
+    form: str | None = None,
+    on_error: str = "raise",
     near_duplicates: str = "drop",
     stream: bool = False,
+    check: Callable[[Record], None] | None = None,
     name: str = "files",
 ) -> Splits:
     """Read splits from the user's files, and carve off by content what has no file of its own.
 
     Args:
-        path: File, folder or several of them to train on: JSONL, JSON, CSV, TSV, Parquet, text or Markdown.
+        path: File, folder or several of them: JSONL, JSON, CSV, TSV, Parquet, Arrow, text or Markdown. Of a folder the
+            splits that it names are used (:func:`atp.data.reading.folders.find_files`).
         seed: Which carving (:func:`atp.data.records.carve`).
-        validation_path: As ``path``; None carves ``validation_fraction`` off.
-        test_path: As ``path``; None carves ``test_fraction`` off.
+        validation_path: As ``path``; None takes the folder's validation split or carves ``validation_fraction`` off.
+        test_path: As ``path``; None takes the folder's test split or carves ``test_fraction`` off.
         validation_fraction: Share of the distinct contents of ``path``, in (0, 1).
         test_fraction: Share of the distinct contents of ``path``, in (0, 1).
-        fields: Record key to column or Jinja template (:func:`atp.data.columns.record_parser`).
-        near_duplicates: ``drop``, ``report`` or ``ignore`` (:func:`atp.data.overlap.check_overlap`).
+        fields: Record key to column or Jinja template (:class:`atp.data.records.columns.RowParser`).
+        shape: What columns mean (:data:`atp.data.records.shapes.SHAPE_NAMES`); ``auto`` recognises it.
+        form: Format of the files in place of their suffixes (:data:`atp.data.reading.files.FORMATS`).
+        on_error: ``raise`` at the first bad row, or ``skip`` bad rows, which the splits then list.
+        near_duplicates: ``drop``, ``report`` or ``ignore`` (:func:`atp.data.records.overlap.check_overlap`).
         stream: Read training records anew at every pass instead of holding them in memory.
+        check: Raises UserError for a record that the model cannot take, which makes its row a bad one.
         name: Name of the data set.
 
     Returns:
@@ -59,29 +71,89 @@ def load_files(
     Raises:
         ValueError: A bad file, a fraction out of range, or too few distinct records to carve from.
     """
-    parse = record_parser(fields)
+    bad = bad_rows_of(on_error)
+    files, notes = _files({"train": path, "validation": validation_path, "test": test_path}, form)
+    for note in notes:
+        log.info("data: %s", note)
+    parse = RowParser(fields, shape, check)
+    how = _How(parse, bad, form)
     shares = {"validation": validation_fraction, "test": test_fraction}
-    files = _files({"train": path, "validation": validation_path, "test": test_path})
     if stream:
-        held_out = {split: _read(some, parse) for split, some in files.items() if split != "train"}
-        records = StreamedRecords(files["train"], parse)
-        return stream_splits(records, held_out, shares, seed=seed, near_duplicates=near_duplicates, name=name)
-    read = {split: _read(some, parse) for split, some in files.items()}
-    return check_overlap(complete(read, shares, seed=seed, where=str(path), name=name), near_duplicates)
+        held_out = {split: how.read(some) for split, some in files.items() if split != "train"}
+        records = StreamedRecords(files["train"], parse, bad=bad, form=form)
+        splits = stream_splits(records, held_out, shares, seed=seed, near_duplicates=near_duplicates, name=name)
+    else:
+        read = {split: how.read(some) for split, some in files.items()}
+        splits = complete(read, shares, seed=seed, where=str(path), name=name)
+        if not splits.train:
+            raise UserError(
+                f"{path}: all {len(read['train'])} training records also stand in a later split; give other files as "
+                "data.validation_path and data.test_path"
+            )
+        splits = check_overlap(splits, near_duplicates)
+    for told in parse.told():
+        log.info("data: %s", told)
+    skipped = bad.reasons if isinstance(bad, BadRows) else {}
+    if skipped:
+        log.warning("%s: %s", name, bad)
+    return replace(splits, notes=(*notes, *parse.told()), skipped=skipped)
 
 
-def _files(given: Mapping[str, Paths | None]) -> dict[str, list[Path]]:
-    """The files of each split that has any."""
-    return {
-        split: paths_of(paths, "data.path" if split == "train" else f"data.{split}_path")
-        for split, paths in given.items()
-        if paths is not None
-    }
+def _files(given: Mapping[str, Paths | None], form: str | None) -> tuple[dict[str, list[Path]], list[str]]:
+    """The files of each split that has any, and what is to be said of them."""
+    found = find_files(paths_of(given["train"] or []), form)
+    files = found.by_split
+    if "train" not in files:
+        raise UserError(
+            f"data.path={given['train']} names only files of {' and '.join(files)}; name those to train on: "
+            "data.path=<file>"
+        )
+    notes = list(found.notes)
+    for split in ("validation", "test"):
+        paths = given[split]
+        if paths is None:
+            continue
+        own = find_files(paths_of(paths, f"data.{split}_path"), form)
+        chosen = own.by_split.get(split) or (None if own.named else own.by_split.get("train"))
+        if chosen is None:
+            raise UserError(f"data.{split}_path={paths} names no {split} files, only {', '.join(own.by_split)}")
+        if split in files:
+            notes.append(f"data.{split}_path={paths} is used in place of the {split} split of data.path")
+        files[split] = chosen
+        notes += own.notes
+    return files, notes
+
+
+@dataclass(frozen=True)
+class _How:
+    """How files are read."""
+
+    parse: Callable[[Any, str], Record]
+    bad: OnBad = refuse
+    form: str | None = None
+
+    def read(self, files: Sequence[Path], most: int | None = None) -> list[Record]:
+        found = list(itertools.islice(parsed(files, self.parse, self.bad, self.form), most))
+        if not found:
+            first = f" ({self.bad})" if isinstance(self.bad, BadRows) and len(self.bad) else ""
+            raise UserError(
+                f"{', '.join(map(str, files))} holds no records{first}; see docs/how-to/own-data.md for the shapes of "
+                "a record"
+            )
+        return found
 
 
 def read_records(path: Paths, *, fields: Mapping[str, Any] | None = None, most: int | None = None) -> list[Record]:
-    """Read the records of files in file order, at most ``most``; ValueError names what is wrong with ``file:line``."""
-    return _read(paths_of(path), record_parser(fields), most)
+    """Read the records of files in order, at most ``most``; of a folder that names splits, those of its test split.
+
+    Raises:
+        ValueError: What is wrong, with ``file:line``.
+    """
+    found = find_files(paths_of(path))
+    split = next(split for split in ("test", "validation", "train") if split in found.by_split)
+    for note in found.notes:
+        log.info("data: %s", note)
+    return _How(RowParser(fields)).read(found.by_split[split] if found.named else found.by_split["train"], most)
 
 
 def load_embedded(
@@ -129,10 +201,3 @@ def complete(
     train, carved = carve(read["train"], missing, seed=seed, where=where) if missing else (read["train"], {})
     parts = {**read, **carved}
     return separate(Splits(train, parts["validation"], parts["test"], name))
-
-
-def _read(files: Iterable[Path], parse: Any, most: int | None = None) -> list[Record]:
-    found = [parse(row, where) for file in files for row, where in itertools.islice(rows(file), most)]
-    if not found:
-        raise UserError(f"{', '.join(map(str, files))} holds no records; see the README for the shapes of a record")
-    return found[:most]

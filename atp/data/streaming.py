@@ -1,9 +1,8 @@
 """Streaming: training data larger than memory.
 
 Records are read from their files anew at every pass; their split is a function of their content alone, so that no list
-of them is needed to carve test and validation records off. Token ids go to a file on disk that is mapped into memory,
-from which batches take examples in any order; a run over a stream therefore resumes like any other. It sits beside
-:mod:`atp.data.sources` and :mod:`atp.data.batches`. It knows nothing of torch or models.
+of them is needed to carve test and validation records off. Their token ids go to
+:mod:`atp.data.batches.store`. It sits beside :mod:`atp.data.sources`. It knows nothing of torch or models.
 """
 
 from __future__ import annotations
@@ -13,25 +12,19 @@ import hashlib
 import heapq
 import itertools
 import logging
-import tempfile
-import weakref
-from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-import numpy as np
-
-from atp.data.encoding import Encoder, Example
-from atp.data.files import rows
-from atp.data.overlap import HeldOutIndex
+from atp.data.reading.bad_rows import OnBad, refuse
+from atp.data.reading.files import parsed
 from atp.data.records import Record, Splits, content_key
+from atp.data.records.overlap import HeldOutIndex, shown, tell_near_duplicates
 from atp.errors import UserError
 
 log = logging.getLogger(__name__)
 
 MAX_HELD_OUT = 2000
-_CHUNK = 1024
 
 
 class StreamedRecords(Collection[Record]):
@@ -43,6 +36,8 @@ class StreamedRecords(Collection[Record]):
         keep: Which records belong to it; None takes all.
         most: At most so many, the first.
         transform: What is done to each record that belongs to it, such as putting a prompt before it.
+        bad: Takes bad rows, at every iteration.
+        form: Format of the files in place of their suffixes.
     """
 
     def __init__(
@@ -52,12 +47,15 @@ class StreamedRecords(Collection[Record]):
         keep: Callable[[Record], bool] | None = None,
         most: int | None = None,
         transform: Callable[[Record], Record] | None = None,
+        bad: OnBad = refuse,
+        form: str | None = None,
     ) -> None:
         self.files, self.parse, self.keep, self.most, self.transform = list(files), parse, keep, most, transform
+        self.bad, self.form = bad, form
         self._count: int | None = None
 
     def __iter__(self) -> Iterator[Record]:
-        every = (self.parse(row, where) for file in self.files for row, where in rows(file))
+        every = parsed(self.files, self.parse, self.bad, self.form)
         kept = every if self.keep is None else filter(self.keep, every)
         first = itertools.islice(kept, self.most)
         return first if self.transform is None else map(self.transform, first)
@@ -72,11 +70,23 @@ class StreamedRecords(Collection[Record]):
 
     def limited(self, most: int | None) -> StreamedRecords:
         """Return the first ``most`` of the records; None keeps all."""
-        return self if most is None else StreamedRecords(self.files, self.parse, self.keep, most, self.transform)
+        return self if most is None else self._with(self.keep, most, self.transform)
 
     def transformed(self, transform: Callable[[Record], Record]) -> StreamedRecords:
         """Return the same records, each transformed."""
-        return StreamedRecords(self.files, self.parse, self.keep, self.most, transform)
+        return self._with(self.keep, self.most, transform)
+
+    def kept(self, keep: Callable[[Record], bool]) -> StreamedRecords:
+        """Return those of the records that ``keep`` takes."""
+        return self._with(keep, self.most, self.transform)
+
+    def _with(
+        self,
+        keep: Callable[[Record], bool] | None,
+        most: int | None,
+        transform: Callable[[Record], Record] | None,
+    ) -> StreamedRecords:
+        return StreamedRecords(self.files, self.parse, keep, most, transform, self.bad, self.form)
 
 
 def stream_splits(
@@ -114,8 +124,11 @@ def stream_splits(
                 f"the {split} split of {name!r} is empty; raise data.{split}_fraction or give a file of its own"
             )
     given = {content_key(record) for some in held_out.values() for record in some}
-    index = HeldOutIndex([*parts["validation"], *parts["test"]]) if near_duplicates != "ignore" else None
+    trained = (record for record in records if split_of(record) == "train")
+    held = [*parts["test"], *parts["validation"]]
+    index = HeldOutIndex(held, trained) if near_duplicates != "ignore" else None
     counts = {"exact": 0, "near": 0}
+    examples: list[dict[str, str]] = []
 
     def keep(record: Record) -> bool:
         if split_of(record) != "train":
@@ -123,21 +136,27 @@ def stream_splits(
         if content_key(record) in given:
             counts["exact"] += 1
             return False
-        if index is not None and index.find(record) is not None:
+        owner = None if index is None else index.find(record)
+        if owner is not None:
             counts["near"] += 1
-            return near_duplicates != "drop"
-        return True
+            if not examples:
+                examples.append({"train": shown(record), "held out": shown(held[owner])})
+        return owner is None or near_duplicates != "drop"
 
-    train = StreamedRecords(records.files, records.parse, keep)
-    if not len(train):
-        raise UserError(f"the train split of {name!r} is empty; give more records or another data.path")
+    train = records.kept(keep)
+    if not len(train) and not counts["near"]:
+        why = f": {counts['exact']} also stand in a later split" if counts["exact"] else ""
+        raise UserError(f"the train split of {name!r} is empty{why}; give more records or another data.path")
+    near = {"train_held_out": counts["near"]}
     report = {
         "exact_dropped": {"train": counts["exact"], "validation": 0},
-        "near": {"train_held_out": counts["near"]},
+        "near": near,
         "near_duplicates": near_duplicates,
-        "examples": [],
+        "examples": list(examples),
     }
-    log.info("%s: streaming %d training records; overlap: %s", name, len(train), report["near"])
+    left = len(train)
+    tell_near_duplicates(name, near, examples, near_duplicates, {"training": (left + counts["near"], left)})
+    log.info("%s: streaming %d training records; overlap: %s", name, left, near)
     return Splits(train, parts["validation"], parts["test"], name, report)
 
 
@@ -162,57 +181,6 @@ def _carve(
         if len(found[split]) > MAX_HELD_OUT:
             del found[split][heapq.heappop(highest[split])[1]]
     return {split: list(kept.values()) for split, kept in found.items()}
-
-
-class TokenStore(Sequence[Example]):
-    """Examples whose token ids lie in a file, mapped into memory; of each, a dozen bytes are held.
-
-    Args:
-        records: What to encode, in one pass.
-        encoder: The encoder.
-        loss_on: As for :meth:`atp.data.encoding.Encoder.encode`.
-    """
-
-    def __init__(self, records: Collection[Record], encoder: Encoder, loss_on: str) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="atp-tokens-")
-        self._finalizer = weakref.finalize(self, self._folder.cleanup)
-        path = Path(self._folder.name) / "tokens.bin"
-        self._ends, self._contexts, self._bytes = array("q"), array("i"), array("i")
-        source = iter(records)
-        with path.open("wb") as file:
-            end = 0
-            while chunk := list(itertools.islice(source, _CHUNK)):
-                for example in itertools.chain.from_iterable(encoder.encode(chunk, loss_on)):
-                    if example.loss_tokens > 0:
-                        file.write(example.input_ids.astype(np.int32).tobytes())
-                        end += len(example.input_ids)
-                        self._ends.append(end)
-                        self._contexts.append(example.context)
-                        self._bytes.append(example.text_bytes)
-        self._ids = np.memmap(path, dtype=np.int32, mode="r") if end else np.zeros(0, np.int32)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Return the tokens of each example."""
-        return np.diff(np.frombuffer(self._ends, dtype=np.int64), prepend=0).tolist() if self._ends else []
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Return an example, or several."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        start = self._ends[index - 1] if index else 0
-        ids = np.array(self._ids[start : self._ends[index]])
-        return Example(ids, self._contexts[index], self._bytes[index])
 
 
 def _fraction(record: Record, seed: int) -> float:

@@ -1,8 +1,9 @@
 """Tasks: a declarative description of each (``tasks.toml``), and how it makes records of a set's rows.
 
 A task says where its rows are, which Jinja templates make a prompt and a target of them, and how answers are scored;
-adding one is adding a table to a TOML file, this package's or the user's. It sits between :mod:`atp.data.files` (or the
-hub) and :mod:`atp.data.sources`. It knows nothing of splits, tokens or models, and opens no data itself.
+adding one is adding a table to a TOML file, this package's or the user's. It sits between
+:mod:`atp.data.reading.files` (or the hub) and :mod:`atp.data.sources`. It knows nothing of splits, tokens or models,
+and opens no data itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import jinja2
 import jinja2.meta
 from jinja2.sandbox import SandboxedEnvironment
 
-from atp.data.records import ChoiceRecord, CompletionRecord, PathLike, Record, TextRecord, kind
+from atp.data.records import ChoiceRecord, CompletionRecord, PathLike, Record, TextRecord, check_text, kind
 from atp.errors import UserError
 
 METRICS = ("accuracy", "macro_f1", "rouge", "perplexity")
@@ -128,6 +129,8 @@ class Task:
         texts = ["" if choice is None else str(choice).strip() for choice in found]
         if not all(texts):
             raise UserError(f"{where}: choices[{texts.index('')}] is empty; fill it in or leave the record out")
+        for text in texts:
+            check_text(text, "choices", where)
         label = label_of(self._evaluate("label", row, where), texts, where)
         return ChoiceRecord(prompt, tuple(" " + text for text in texts), label, self.name)
 
@@ -172,6 +175,7 @@ class Task:
         text = str(self._evaluate(key, row, where))
         if not text.strip():
             raise UserError(f"{where}: {key} is empty; fill it in or leave the record out")
+        check_text(text, key, where)
         return text
 
     def _evaluate(self, key: str, row: Mapping[str, Any], where: str) -> Any:

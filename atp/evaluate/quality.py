@@ -22,7 +22,9 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from torchmetrics.functional.text import rouge_score
 
 from atp.data.encoding import Encoder
-from atp.data.records import ChoiceRecord, CompletionRecord, Record, TextRecord
+from atp.data.encoding.chat import last_turn
+from atp.data.records import ChatRecord, ChoiceRecord, CompletionRecord, Record, TextRecord
+from atp.data.records.types import spoken
 from atp.errors import UserError
 from atp.evaluate.intervals import Items, score
 from atp.evaluate.metrics import ROUGE, Metrics, Tally
@@ -137,9 +139,10 @@ def samples(
     """
     _check_context(model, max_length)
     run = _Evaluation(model, Encoder(tokenizer, max_length), batch_size, _device(model, device))
-    pairs = [_prompt_and_reference(record) for record in _spread(records, count)]
+    chosen = _spread(records, count)
+    pairs = [_prompt_and_reference(record, run.encoder) for record in chosen]
     with evaluating(model):
-        texts = run.generate([prompt for prompt, _ in pairs], max_new_tokens)
+        texts = run.generate(chosen, [prompt for prompt, _ in pairs], max_new_tokens)
     return [Sample(prompt, text, reference) for (prompt, reference), text in zip(pairs, texts, strict=True)]
 
 
@@ -204,24 +207,32 @@ class _Evaluation:
         self, records: Sequence[Record], max_new_tokens: int, max_generate: int | None
     ) -> dict[str, list[tuple[str, str]]]:
         """Return generated and true completions by task."""
-        by_task: dict[str, list[CompletionRecord]] = {}
+        by_task: dict[str, list[CompletionRecord | ChatRecord]] = {}
         for record in records:
-            if isinstance(record, CompletionRecord):
+            if isinstance(record, CompletionRecord | ChatRecord):
                 by_task.setdefault(record.task, []).append(record)
         chosen = [record for some in by_task.values() for record in _spread(some, max_generate)]
         texts: dict[str, list[tuple[str, str]]] = {}
         if chosen:
-            generated = self.generate([record.prompt for record in chosen], max_new_tokens)
-            for record, text in zip(chosen, generated, strict=True):
-                texts.setdefault(record.task, []).append((text, record.completion))
+            pairs = [_prompt_and_reference(record, self.encoder) for record in chosen]
+            generated = self.generate(chosen, [prompt for prompt, _ in pairs], max_new_tokens)
+            for record, text, (_, reference) in zip(chosen, generated, pairs, strict=True):
+                texts.setdefault(record.task, []).append((text, reference))
         return texts
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Return the greedy continuation of each prompt."""
+    def generate(self, records: Sequence[Record], prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Return the greedy continuation of each record's prompt; of a conversation, the assistant's last turn."""
         tokenizer = self.encoder.tokenizer
         own = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-        prompt_ids = self.encoder.prompts(prompts, max_new_tokens)
+        chats = iter(self.encoder.chat_prompts([r for r in records if isinstance(r, ChatRecord)], max_new_tokens))
+        plain = iter(
+            self.encoder.prompts(
+                [text for text, r in zip(prompts, records, strict=True) if not isinstance(r, ChatRecord)],
+                max_new_tokens,
+            )
+        )
+        prompt_ids = [next(chats) if isinstance(record, ChatRecord) else next(plain) for record in records]
         found = greedy(self.model, prompt_ids, stops=sorted(stops), max_new_tokens=max_new_tokens, **self._how)
         return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
 
@@ -270,7 +281,9 @@ def _put_rouge(metrics: Metrics, task: str, texts: Sequence[tuple[str, str]]) ->
         metrics.put(f"{task}/{name}", score(items), len(texts), items)
 
 
-def _prompt_and_reference(record: Record) -> tuple[str, str]:
+def _prompt_and_reference(record: Record, encoder: Encoder) -> tuple[str, str]:
+    if isinstance(record, ChatRecord):
+        return encoder.chats.prompt_text(record), spoken(record.messages[last_turn(record)])
     if isinstance(record, ChoiceRecord):
         return record.prompt, record.choices[record.label]
     if isinstance(record, CompletionRecord):

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from atp.data.encoding import IGNORED, Choices, Example
-from atp.data.padding import pad
+from atp.data.encoding import IGNORED, Choices, Example, pad
 from atp.evaluate.reading import Reader, State, batches, right_padded
 
 if TYPE_CHECKING:

@@ -149,14 +149,18 @@ def check_data(cfg: DictConfig) -> int:
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, TrainConfig)
     console = Console()
-    faults, good = parts.data_faults(config.data)
-    for fault in faults[: check.MOST_FAULTS]:
-        console.print(fault, style="red", highlight=False, markup=False, soft_wrap=True)
-    if faults:
-        console.print(f"{len(faults)} bad rows, {good} good ones; mend or remove the bad ones", style="bold red")
-        return len(faults)
     tokenizer = parts.load_tokenizer(config.model)
-    splits = parts.load_prompt(config, tokenizer).on_splits(parts.load_splits(config.data, config.seed), tokenizer)
+    faults, good = parts.data_faults(config.data, tokenizer)
+    skips = config.data.on_error == "skip" and good
+    if faults:
+        ways = "skipped (data.on_error=skip)" if skips else "mend or remove them, or skip them with data.on_error=skip"
+        console.print(f"{len(faults)} bad rows, {good} good ones; {ways}:", style="bold red", soft_wrap=True)
+    for fault in faults[: check.MOST_FAULTS]:
+        console.print(f"error: {fault}", style="red", highlight=False, markup=False, soft_wrap=True)
+    if faults and not skips:
+        return len(faults)
+    plain = parts.load_splits(config.data, config.seed, tokenizer)
+    splits = parts.load_prompt(config, tokenizer).on_splits(plain, tokenizer)
     check.report(splits, tokenizer, max_length=config.data.max_length, loss_on=config.data.loss_on, console=console)
     return 0
 
@@ -183,7 +187,11 @@ def _execute(stages: Stages, config: TrainConfig, directory: RunDirectory, origi
         results,
         config=config,
         origin=origin,
-        data={"name": stages.splits.name, **stages.splits.counts()},
+        data={
+            "name": stages.splits.name,
+            **stages.splits.counts(),
+            **({"skipped_rows": len(stages.splits.skipped)} if stages.splits.skipped else {}),
+        },
         overlap=stages.splits.overlap,
         prompt=stages.prompt.plain(),
         dense_parameters=stages.dense_parameters,

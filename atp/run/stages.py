@@ -28,6 +28,8 @@ from atp.atomic import write_json
 from atp.config.schema import TrainConfig
 from atp.cut.removal import max_logit_difference, remove, slice_adapter, widths_after
 from atp.data.prompt import PROMPT_FILE
+from atp.data.reading.bad_rows import FILE as SKIPPED_FILE
+from atp.data.reading.bad_rows import write_bad_rows
 from atp.errors import UserError
 from atp.evaluate.measure import count_parameters, peak_memory
 from atp.export.bundle import check_formats, verify_formats, windows_of, write_formats
@@ -84,7 +86,9 @@ class Stages:
         log.info("run directory: %s", directory.path)
         self.tokenizer = parts.load_tokenizer(config.model)
         self.prompt = parts.load_prompt(config, self.tokenizer)
-        plain = parts.load_splits(config.data, config.seed)
+        plain = parts.load_splits(config.data, config.seed, self.tokenizer)
+        if plain.skipped:
+            write_bad_rows(directory.path / SKIPPED_FILE, plain.skipped)
         self.prompt_cost = self.prompt.cost(plain.test[:PROMPTS_COUNTED], self.tokenizer, config.data.max_length)
         self.splits = self.prompt.on_splits(plain, self.tokenizer)
         write_json(directory.path / PROMPT_FILE, self.prompt.plain())

@@ -11,10 +11,10 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from atp import embedded
-from atp.data import cache as cache_module
 from atp.data.batches import PruningDataModule
-from atp.data.cache import TokenCache, cache_key, default_folder
 from atp.data.encoding import Encoder, Example
+from atp.data.encoding import cache as cache_module
+from atp.data.encoding.cache import TokenCache, cache_key, default_folder
 from atp.data.records import ChoiceRecord, CompletionRecord, Record, TextRecord
 from atp.data.sources import load_embedded
 

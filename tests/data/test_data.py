@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from atp.data.batches import PruningDataModule, encode
+from atp.data.batches.loading import BatchOrder, ResumableLoader
 from atp.data.encoding import IGNORED, Encoder
-from atp.data.loading import BatchOrder, ResumableLoader
 from atp.data.records import ChoiceRecord, CompletionRecord, Splits, TextRecord
 from atp.data.sources import load_files
 

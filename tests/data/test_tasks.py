@@ -10,12 +10,12 @@ import pytest
 from test_data import make_tokenizer
 
 from atp.data.batches import PruningDataModule
-from atp.data.columns import record_parser
 from atp.data.domains import load_domain, read_task, scored_records
 from atp.data.encoding import Encoder
-from atp.data.files import rows
-from atp.data.overlap import check_overlap
+from atp.data.reading.files import rows
 from atp.data.records import ChoiceRecord, CompletionRecord, Record, Splits, TextRecord, content_key, few_shot
+from atp.data.records.columns import RowParser as record_parser
+from atp.data.records.overlap import check_overlap
 from atp.data.sources import load_files, read_records
 from atp.data.streaming import MAX_HELD_OUT, StreamedRecords, _fraction
 from atp.data.tasks import Task, find_task, load_tasks
@@ -216,8 +216,8 @@ def test_columns_map_by_name_template_and_list() -> None:
     ("name", "content", "message"),
     [
         ("a.csv", b"text,n\none,1\ntwo\n", r"a\.csv:3: 1 cells, but the columns are"),
-        ("a.csv", b"text\n\xff\xfe\n", r"a\.csv: not UTF-8"),
-        ("a.json", b"[1,\n2", r"a\.json:2: not valid JSON"),
+        ("a.csv", b"text\n\xff\xfe\n", r"a\.csv:2: text is not UTF-8 \(byte 0xff\)"),
+        ("a.json", b'[{"text": "a"},\n{"text"', r"a\.json:2: not valid JSON"),
         ("a.json", b"{}", "must hold a list"),
         ("a.parquet", b"no", "not a Parquet file"),
         ("a.docx", b"no", r"unknown format '\.docx'"),

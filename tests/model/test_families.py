@@ -146,7 +146,7 @@ NAMES = (
     }
     | {"embed_tokens", *FAMILIES}
 ) - {"layers", "norm", "mlp"}  # words that mean other things as well
-STANDALONE = {"export/verify/engines.py", "export/verify/probe.py"}  # runs without atp, to see what a user's own process sees
+STANDALONE = {"export/verify/engines.py", "export/verify/probe.py"}  # run without atp, as a user's process does
 DEFAULTS = {"config/schema.py"}  # the default of lora.target_modules, which users read and override
 LLAMA_ONLY = {"embedded/growth.py", "embedded/pretrain.py"}  # make the shipped base, which is a Llama
 OTHERS_NAMES = {"export/gguf"}  # llama.cpp's names of architectures and vocabularies

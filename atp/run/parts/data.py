@@ -7,7 +7,7 @@ of models beyond their tokenizer and context.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,16 @@ from transformers import PreTrainedTokenizerBase
 
 from atp.config.schema import DataConfig, TrainConfig
 from atp.data.batches import PruningDataModule
-from atp.data.cache import TokenCache, default_folder
 from atp.data.check import faults
-from atp.data.columns import record_parser
 from atp.data.domains import load_domain, scored_records
-from atp.data.files import paths_of
-from atp.data.overlap import check_overlap
+from atp.data.encoding.cache import TokenCache, default_folder
+from atp.data.encoding.chat import ChatTemplate
 from atp.data.prompt import Prompt, from_text
-from atp.data.records import Record, Splits, few_shot, limit
+from atp.data.reading.files import paths_of
+from atp.data.reading.folders import find_files
+from atp.data.records import ChatRecord, Record, Splits, few_shot, limit
+from atp.data.records.columns import RowParser
+from atp.data.records.overlap import check_overlap
 from atp.data.sources import load_embedded, load_files
 from atp.data.streaming import StreamedRecords
 from atp.data.tasks import NORMALISATIONS, find_task, load_tasks, nearest
@@ -33,13 +35,21 @@ from atp.evaluate import harness
 log = logging.getLogger(__name__)
 
 
-def load_splits(config: DataConfig, seed: int) -> Splits:
+def load_splits(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerBase | None = None) -> Splits:
     """Training, validation and test records.
+
+    Args:
+        config: The data settings.
+        seed: Which carving and which subset.
+        tokenizer: Whose chat template conversations of the user's own must fit; None does not look.
 
     Raises:
         ValueError: An unknown source, or whatever the source complains of.
     """
-    shares = {"validation_fraction": config.validation_fraction, "test_fraction": config.test_fraction}
+    shares: dict[str, Any] = {
+        "validation_fraction": config.validation_fraction,
+        "test_fraction": config.test_fraction,
+    }
     if config.source == "embedded":
         splits = load_embedded(
             config.domain, train=config.max_train, validation=config.max_validation, test=config.max_test
@@ -54,6 +64,10 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
             validation_path=config.validation_path,
             test_path=config.test_path,
             fields=config.fields or None,
+            shape=config.shape,
+            form=config.format,
+            on_error=config.on_error,
+            check=_check_of(tokenizer),
             near_duplicates=config.near_duplicates,
             stream=config.stream,
             name=config.name,
@@ -69,24 +83,57 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
             max_validation=config.max_validation,
             max_test=config.max_test,
             near_duplicates=config.near_duplicates,
+            on_error=config.on_error,
             name=config.name,
             **shares,
         )
     else:
         raise UserError(f"data.source is {config.source!r}; known: embedded, files, tasks")
-    if config.stream and config.source != "files":
-        log.warning("data.stream is ignored: only data=files can be streamed")
+    _tell_ignored(config)
     return _limited(splits, config, seed)
 
 
-def data_faults(config: DataConfig) -> tuple[list[str], int]:
+def _tell_ignored(config: DataConfig) -> None:
+    if config.source == "files":
+        return
+    if config.stream:
+        log.warning("data.stream is ignored: only data=files can be streamed")
+    if config.format is not None or config.shape != "auto":
+        log.warning("data.format and data.shape are ignored: only data=files has files of any format and shape")
+    if config.on_error != "raise" and config.source == "embedded":
+        log.warning("data.on_error is ignored: the embedded data holds no bad rows")
+
+
+def _check_of(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Record], None] | None:
+    """What refuses conversations that the tokenizer's chat template cannot write."""
+    if tokenizer is None:
+        return None
+    template = ChatTemplate(tokenizer)
+
+    def check(record: Record) -> None:
+        if isinstance(record, ChatRecord):
+            template.check(record)
+
+    return check
+
+
+def data_faults(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[list[str], int]:
     """What is wrong with the rows of the user's own files, each with its place, and how many are good."""
     if config.source != "files" or not config.path:
         return [], 0
+    given = {
+        "data.path": config.path,
+        "data.validation_path": config.validation_path,
+        "data.test_path": config.test_path,
+    }
     files = [
-        file for value in (config.path, config.validation_path, config.test_path) if value for file in paths_of(value)
+        file
+        for field, value in given.items()
+        if value
+        for some in find_files(paths_of(value, field), config.format).by_split.values()
+        for file in some
     ]
-    return faults(files, record_parser(config.fields or None))
+    return faults(files, RowParser(config.fields or None, config.shape, _check_of(tokenizer)), config.format)
 
 
 def _only(splits: Splits, tasks: Mapping[str, Any]) -> Splits:

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from atp.data.encoding import Example
-from atp.data.packing import PackedExample, block_mask
-from atp.data.padding import pad
-from atp.data.streaming import TokenStore
+from atp.data.batches.packing import PackedExample, block_mask
+from atp.data.batches.store import TokenStore
+from atp.data.encoding.example import Example, pad
 from atp.errors import UserError
 
 Batch = dict[str, Tensor]

@@ -10,7 +10,8 @@ that; where a token of the whole text would span the boundary, the completion is
 Too long: a completion is kept whole as long as it fits with one token of its prompt; the prompt gives way, losing its
 middle, because its beginning holds the task and the start of the document and its end the question (as LongBench does,
 Bai et al. 2023, arXiv 2308.14508, section 4). Only a completion that leaves no room at all is cut, at its end. Running
-text is never dropped but continued in further windows.
+text is never dropped but continued in further windows; a conversation goes on in further sequences, each with its
+system turn and as many exchanges as fit.
 
 Shape suffixes: B batch, T tokens.
 """
@@ -18,15 +19,17 @@ Shape suffixes: B batch, T tokens.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from atp.data.records import ChoiceRecord, CompletionRecord, Record, TextRecord
+from atp.data.encoding.chat import ChatIds, ChatTemplate
+from atp.data.encoding.example import Choices, Example
+from atp.data.records import ChatRecord, ChoiceRecord, CompletionRecord, Record, TextRecord
 from atp.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,54 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IGNORED = -100
-"""Label of tokens that do not count, as in torch and transformers."""
-
 LOSS_ON = ("auto", "completion", "all")
 _CHUNK = 1024
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Example:
-    """One sequence to train on or to score.
-
-    Attributes:
-        input_ids: Token ids, int32 [T].
-        context: Leading tokens that are given, not learnt. The first token of a sequence never counts in the loss,
-            since nothing precedes it.
-        text_bytes: UTF-8 bytes of the text that the learnt tokens spell.
-    """
-
-    input_ids: np.ndarray
-    context: int
-    text_bytes: int
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Return the unshifted ids, int64 [T], with the given ones replaced by :data:`IGNORED`."""
-        labels = self.input_ids.astype(np.int64)
-        labels[: self.context] = IGNORED
-        return labels
-
-    @property
-    def loss_tokens(self) -> int:
-        """Return how many tokens count in the loss."""
-        return len(self.input_ids) - max(1, self.context)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Choices:
-    """One multiple-choice item to score.
-
-    Attributes:
-        prompt: Ids of beginning-of-sequence and prompt, the same for every choice.
-        continuations: Ids of each choice.
-        text_bytes: UTF-8 bytes of each choice's text.
-    """
-
-    prompt: list[int]
-    continuations: list[list[int]]
-    text_bytes: list[int]
 
 
 class Encoder:
@@ -95,7 +52,8 @@ class Encoder:
             repeats only the token before it.
 
     Attributes:
-        truncated: How many ``prompts``, ``completions`` and ``texts`` (cut into windows) did not fit so far.
+        truncated: How many ``prompts``, ``completions``, ``texts`` (cut into windows) and ``chats`` (continued in
+            further sequences) did not fit so far.
 
     Raises:
         ValueError: ``max_length`` is too small to hold a prompt and a completion.
@@ -112,11 +70,13 @@ class Encoder:
             )
         self.stride = stride
         self.tokenizer = tokenizer
+        self.chats = ChatTemplate(tokenizer)
         self.max_length = max_length
-        self.truncated: Counter[str] = Counter(prompts=0, completions=0, texts=0)
+        self.truncated: Counter[str] = Counter(prompts=0, completions=0, texts=0, chats=0)
         self._answers = 0
         self._longest_answer = 0
         self._bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+        self._close_chats = close
         self._eos = [int(tokenizer.eos_token_id)] if close and tokenizer.eos_token_id is not None else []
 
     @property
@@ -190,13 +150,26 @@ class Encoder:
         Raises:
             ValueError: ``new_tokens`` leaves no room for a prompt.
         """
+        room = self._room(new_tokens)
+        return [self._bos + self._cut_middle(ids, room) for ids in self._ids(texts)]
+
+    def _room(self, new_tokens: int) -> int:
         room = self.max_length - new_tokens - len(self._bos)
         if room < 1:
             raise UserError(
                 f"evaluate.max_new_tokens={new_tokens} leaves no room for a prompt within "
                 f"data.max_length={self.max_length}; lower the one or raise the other"
             )
-        return [self._bos + self._cut_middle(ids, room) for ids in self._ids(texts)]
+        return room
+
+    def chat_prompts(self, records: Sequence[ChatRecord], new_tokens: int) -> list[list[int]]:
+        """Return the ids to generate the last of the assistant's turns from, leaving room for ``new_tokens``.
+
+        Raises:
+            ValueError: ``new_tokens`` leaves no room for a prompt.
+        """
+        room = self._room(new_tokens)
+        return [self._cut_middle(self.chats.prompt_ids(record), room) for record in records]
 
     def check_answers(self, name: str, *, refuse: bool = True) -> None:
         """Warn of answers encoded so far that are longer than a sequence, which are cut at their end.
@@ -228,7 +201,7 @@ class Encoder:
                 f"{texts[0].text[:40]!r}; use data.loss_on=auto"
             )
         windows = (self._windows(ids, record.text) for ids, record in zip(self._texts(texts), texts, strict=True))
-        prompted = [record for record in records if not isinstance(record, TextRecord)]
+        prompted = [record for record in records if isinstance(record, CompletionRecord | ChoiceRecord)]
         answers = [_answer(record) for record in prompted]
         pairs = self._pairs([record.prompt for record in prompted], answers)
         fitted = iter(self._fitted(prompted, pairs, answers))
@@ -236,11 +209,49 @@ class Encoder:
             if isinstance(record, TextRecord):
                 yield next(windows)
                 continue
+            if isinstance(record, ChatRecord):
+                yield self._chat(record, loss_on)
+                continue
             prompt, continuation, text_bytes = next(fitted)
             if loss_on == "all":
                 text_bytes += self._bytes(prompt[len(self._bos) :])
             ids = np.array(prompt + continuation, dtype=np.int32)
             yield [Example(ids, 0 if loss_on == "all" else len(prompt), text_bytes)]
+
+    def _chat(self, record: ChatRecord, loss_on: str) -> list[Example]:
+        """The sequences of a conversation: one, or where it is too long several, of as many exchanges as fit."""
+        found, parted = self.chats.fitting(record, self.max_length)
+        self.truncated["chats"] += parted
+        return [self._chat_example(one, loss_on) for one in found]
+
+    def _chat_example(self, chat: ChatIds, loss_on: str) -> Example:
+        """Make an example of ids; where they are too many, what comes before the first learnt turn loses its middle."""
+        learnt = chat.learnt if self._close_chats else self.chats.without_ends(chat)
+        first = learnt.index(True)
+        prompt, rest = chat.ids[:first], chat.ids[first:]
+        self._answers += 1
+        self._longest_answer = max(self._longest_answer, len(rest))
+        room = self.max_length - len(rest)
+        prompt = self._cut_middle(prompt, room if room >= 1 else self.max_length // 8)
+        if len(prompt) + len(rest) > self.max_length:
+            self.truncated["completions"] += 1
+            rest = rest[: self.max_length - len(prompt)]
+        if loss_on == "all":
+            ids = prompt + rest
+            return Example(np.array(ids, dtype=np.int32), 0, self._spoken_bytes(ids))
+        marks = [False] * len(prompt) + learnt[first : first + len(rest)]
+        runs = [(mark, len(list(group))) for mark, group in itertools.groupby(marks)]
+        ends = list(itertools.accumulate(size for _, size in runs))
+        given = tuple((end - size, end) for (mark, size), end in zip(runs, ends, strict=True) if not mark)
+        given = given[1:] if given and given[0][0] == 0 else given
+        ids = prompt + rest
+        said = sum(
+            self._spoken_bytes(ids[end - size : end]) for (mark, size), end in zip(runs, ends, strict=True) if mark
+        )
+        return Example(np.array(ids, dtype=np.int32), len(prompt), said, given)
+
+    def _spoken_bytes(self, ids: list[int]) -> int:
+        return len(str(self.tokenizer.decode(ids, skip_special_tokens=True)).encode())
 
     def _fitted(
         self,

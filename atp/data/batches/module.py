@@ -3,7 +3,7 @@
 :class:`PruningDataModule` is what the trainer gets. It sits between :mod:`atp.data.encoding` and the training module,
 and knows nothing of masks, losses or optimisers, nor of where records come from.
 
-The whole run is one epoch of ``num_batches`` micro-batches (:mod:`atp.data.loading`).
+The whole run is one epoch of ``num_batches`` micro-batches (:mod:`atp.data.batches.loading`).
 
 Shape suffixes: B batch, T tokens.
 """
@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import lightning
 import numpy as np
 
-from atp.data.cache import TokenCache
+from atp.data.batches.loading import Batch, BatchOrder, Collate, FixedBatches, ResumableLoader, lengths_of
+from atp.data.batches.packing import PackedExample, pack
+from atp.data.batches.store import TokenStore
 from atp.data.encoding import Encoder, Example
-from atp.data.loading import Batch, BatchOrder, Collate, FixedBatches, ResumableLoader, lengths_of
-from atp.data.packing import PackedExample, pack
+from atp.data.encoding.cache import TokenCache
 from atp.data.records import Record, Splits
-from atp.data.streaming import StreamedRecords, TokenStore
+from atp.data.streaming import StreamedRecords
 from atp.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class PruningDataModule(lightning.LightningDataModule):
 
     Batches are dicts of int64 tensors [B, T]: ``input_ids`` and ``attention_mask``, padded on the right to the longest
     of the batch, and unshifted ``labels`` with -100 where nothing is learnt. Packed training batches hold a boolean
-    ``attention_mask`` [B, 1, T, T] instead (:func:`atp.data.packing.block_mask`); validation is never packed.
+    ``attention_mask`` [B, 1, T, T] instead (:func:`atp.data.batches.packing.block_mask`); validation is never packed.
 
     Args:
         splits: Records to train on and to validate on.

@@ -25,8 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from atp.atomic import appearing
-from atp.data.encoding import Encoder, Example
-from atp.data.records import ChoiceRecord, CompletionRecord, Record
+from atp.data.encoding.encoder import Encoder
+from atp.data.encoding.example import Example
+from atp.data.records import ChatRecord, ChoiceRecord, CompletionRecord, Record
 from atp.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,14 +35,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 FEWEST_RECORDS = 500
 """Fewer are tokenised as fast as they are read."""
 
 MOST_BYTES = 10 * 2**30
 """What a cache may hold; beyond it, what was used longest ago is deleted."""
 
-_ARRAYS = {"input_ids": np.int32, "ends": np.int64, "contexts": np.int32, "text_bytes": np.int64}
+_ARRAYS = {
+    "input_ids": np.int32,
+    "ends": np.int64,
+    "contexts": np.int32,
+    "text_bytes": np.int64,
+    "given": np.int64,  # example, start and end of each stretch, one after the other
+}
 
 
 def default_folder() -> Path:
@@ -133,6 +140,9 @@ def cache_key(records: Iterable[Record], encoder: Encoder, loss_on: str) -> str:
             parts = ["choice", record.prompt, *record.choices, str(record.label)]
         elif isinstance(record, CompletionRecord):
             parts = ["completion", record.prompt, record.completion]
+        elif isinstance(record, ChatRecord):
+            turns = json.dumps([record.messages, record.tools], sort_keys=True, default=str)
+            parts = ["chat", turns, encoder.chats.text]
         else:
             parts = ["text", record.text]
         for part in parts:
@@ -169,6 +179,9 @@ def _packed(examples: Sequence[Example]) -> dict[str, np.ndarray]:
         "ends": np.cumsum([len(one) for one in ids], dtype=np.int64),
         "contexts": np.array([example.context for example in examples], dtype=np.int32),
         "text_bytes": np.array([example.text_bytes for example in examples], dtype=np.int64),
+        "given": np.array(
+            [[number, *span] for number, example in enumerate(examples) for span in example.given], dtype=np.int64
+        ).reshape(-1),
     }
 
 
@@ -182,7 +195,13 @@ def _unpacked(arrays: dict[str, np.ndarray]) -> list[Example]:
         ends and ends[-1] != len(arrays["input_ids"])
     ):
         raise UserError("its arrays do not fit together")
-    return [Example(arrays["input_ids"][start:end], context, size) for start, end, context, size in rows]
+    given: dict[int, list[tuple[int, int]]] = {}
+    for number, first, last in arrays["given"].reshape(-1, 3).tolist():
+        given.setdefault(number, []).append((first, last))
+    return [
+        Example(arrays["input_ids"][start:end], context, size, tuple(given.get(number, ())))
+        for number, (start, end, context, size) in enumerate(rows)
+    ]
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> int:

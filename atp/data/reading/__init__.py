@@ -1,0 +1,1 @@
+"""Reading: the user's files as rows, each with its place."""
