@@ -11,11 +11,11 @@ Shape suffixes: U units.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -211,9 +211,5 @@ def binary_entropy(probability_U: Tensor) -> Tensor:
 
 
 def _resident_mib() -> float:
-    """Resident memory of this process in MiB; 0 where the system does not tell (anything but Linux)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0.0
-    return pages * os.sysconf("SC_PAGE_SIZE") / _MIB
+    """Resident memory of this process in MiB."""
+    return psutil.Process().memory_info().rss / _MIB
