@@ -118,19 +118,24 @@ def report(
         "duplicates": {name: duplicates(getattr(splits, name)) for name in ("train", "validation", "test")},
         "overlap": splits.overlap,
     }
-    plain = console.color_system is None
     console.print(_counts(splits.name, figures, max_length))
     console.print(histogram(lengths, max_length))
-    for number, (record, found) in enumerate(_spread(list(zip(train, encoded, strict=True)), examples), start=1):
-        console.print(Text(f"\nexample {number} of the task {record.task}", style="bold"))
-        console.print(coloured(found[0], tokenizer, marked=plain), soft_wrap=True)
-    legend = f"learnt tokens stand between {_MARKS[0]} and {_MARKS[1]}" if plain else _LEGEND
-    console.print(Text(f"\n{legend}", style="italic"))
+    _show(console, _spread(list(zip(train, encoded, strict=True)), examples), tokenizer)
     encoder.check_answers(splits.name)
     for split in ("validation", "test"):
         if not getattr(splits, split):
             raise UserError(f"{splits.name}: no {split} record is left; give more records, or data.{split}_path")
     return figures
+
+
+def _show(console: Console, found: Sequence[tuple[Record, list[Example]]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print records as the model sees them; where there are no colours, with marks around what is learnt."""
+    plain = console.color_system is None
+    for number, (record, some) in enumerate(found, start=1):
+        console.print(Text(f"\nexample {number} of the task {record.task}", style="bold"))
+        console.print(coloured(some[0], tokenizer, marked=plain), soft_wrap=True)
+    legend = f"learnt tokens stand between {_MARKS[0]} and {_MARKS[1]}" if plain else _LEGEND
+    console.print(Text(f"\n{legend}", style="italic"))
 
 
 def histogram(lengths: Sequence[int], max_length: int) -> Table:
