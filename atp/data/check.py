@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,13 +38,23 @@ _MARKS = (">>>", "<<<")
 _LEGEND = "given tokens are dim, learnt ones underlined in green"
 
 
-def faults(
-    files: Iterable[Path], parse: Callable[[Any, str], Record], form: str | None = None
-) -> tuple[list[str], int]:
-    """Return what is wrong with the rows of files, each with its place, and how many rows are good.
+@dataclass(frozen=True)
+class Faults:
+    """What is wrong with files.
 
-    A file that cannot be read on ends with its fault.
+    Attributes:
+        lines: Each fault with the first place that has it, and how many more there are.
+        count: How many rows or files are bad.
+        good: How many rows are good.
     """
+
+    lines: list[str]
+    count: int
+    good: int
+
+
+def faults(files: Iterable[Path], parse: Callable[[Any, str], Record], form: str | None = None) -> Faults:
+    """Return what is wrong with the rows of files; a file that cannot be read on ends with its fault."""
     bad = BadRows()
     broken: list[str] = []
     good = 0
@@ -52,7 +63,14 @@ def faults(
             good += sum(1 for _ in parsed([file], parse, bad, form))
         except UserError as error:
             broken.append(str(error))
-    return [f"{where}: {reason}" for where, reason in bad.reasons.items()] + broken, good
+    places: dict[str, list[str]] = {}
+    for where, reason in bad.reasons.items():
+        places.setdefault(reason, []).append(where)
+    lines = [
+        f"{some[0]}: {reason}" + (f" (and {len(some) - 1} more rows like it)" if len(some) > 1 else "")
+        for reason, some in places.items()
+    ]
+    return Faults(lines + broken, len(bad) + len(broken), good)
 
 
 def report(
@@ -100,19 +118,24 @@ def report(
         "duplicates": {name: duplicates(getattr(splits, name)) for name in ("train", "validation", "test")},
         "overlap": splits.overlap,
     }
-    plain = console.color_system is None
     console.print(_counts(splits.name, figures, max_length))
     console.print(histogram(lengths, max_length))
-    for number, (record, found) in enumerate(_spread(list(zip(train, encoded, strict=True)), examples), start=1):
-        console.print(Text(f"\nexample {number} of the task {record.task}", style="bold"))
-        console.print(coloured(found[0], tokenizer, marked=plain), soft_wrap=True)
-    legend = f"learnt tokens stand between {_MARKS[0]} and {_MARKS[1]}" if plain else _LEGEND
-    console.print(Text(f"\n{legend}", style="italic"))
+    _show(console, _spread(list(zip(train, encoded, strict=True)), examples), tokenizer)
     encoder.check_answers(splits.name)
     for split in ("validation", "test"):
         if not getattr(splits, split):
             raise UserError(f"{splits.name}: no {split} record is left; give more records, or data.{split}_path")
     return figures
+
+
+def _show(console: Console, found: Sequence[tuple[Record, list[Example]]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print records as the model sees them; where there are no colours, with marks around what is learnt."""
+    plain = console.color_system is None
+    for number, (record, some) in enumerate(found, start=1):
+        console.print(Text(f"\nexample {number} of the task {record.task}", style="bold"))
+        console.print(coloured(some[0], tokenizer, marked=plain), soft_wrap=True)
+    legend = f"learnt tokens stand between {_MARKS[0]} and {_MARKS[1]}" if plain else _LEGEND
+    console.print(Text(f"\n{legend}", style="italic"))
 
 
 def histogram(lengths: Sequence[int], max_length: int) -> Table:

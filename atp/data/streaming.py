@@ -127,24 +127,10 @@ def stream_splits(
     trained = (record for record in records if split_of(record) == "train")
     held = [*parts["test"], *parts["validation"]]
     index = HeldOutIndex(held, trained) if near_duplicates != "ignore" else None
-    counts = {"exact": 0, "near": 0}
-    examples: list[dict[str, str]] = []
-
-    def keep(record: Record) -> bool:
-        if split_of(record) != "train":
-            return False
-        if content_key(record) in given:
-            counts["exact"] += 1
-            return False
-        owner = None if index is None else index.find(record)
-        if owner is not None:
-            counts["near"] += 1
-            if not examples:
-                examples.append({"train": shown(record), "held out": shown(held[owner])})
-        return owner is None or near_duplicates != "drop"
-
-    train = records.kept(keep)
-    if not len(train) and not counts["near"]:
+    rule = _Training(split_of, given, index, drop=near_duplicates == "drop")
+    train = records.kept(rule)
+    left, counts = len(train), dict(rule.counts)
+    if not left and not counts["near"]:
         why = f": {counts['exact']} also stand in a later split" if counts["exact"] else ""
         raise UserError(f"the train split of {name!r} is empty{why}; give more records or another data.path")
     near = {"train_held_out": counts["near"]}
@@ -152,12 +138,35 @@ def stream_splits(
         "exact_dropped": {"train": counts["exact"], "validation": 0},
         "near": near,
         "near_duplicates": near_duplicates,
-        "examples": list(examples),
+        "examples": list(rule.examples),
     }
-    left = len(train)
-    tell_near_duplicates(name, near, examples, near_duplicates, {"training": (left + counts["near"], left)})
+    tell_near_duplicates(name, near, rule.examples, near_duplicates, {"training": (left + counts["near"], left)})
     log.info("%s: streaming %d training records; overlap: %s", name, left, near)
     return Splits(train, parts["validation"], parts["test"], name, report)
+
+
+class _Training:
+    """Which records of a stream are trained on; counts those that are left out."""
+
+    def __init__(
+        self, split_of: Callable[[Record], str], given: Collection[str], index: HeldOutIndex | None, *, drop: bool
+    ) -> None:
+        self.split_of, self.given, self.index, self.drop = split_of, given, index, drop
+        self.counts = {"exact": 0, "near": 0}
+        self.examples: list[dict[str, str]] = []
+
+    def __call__(self, record: Record) -> bool:
+        if self.split_of(record) != "train":
+            return False
+        if content_key(record) in self.given:
+            self.counts["exact"] += 1
+            return False
+        owner = None if self.index is None else self.index.find(record)
+        if self.index is not None and owner is not None:
+            self.counts["near"] += 1
+            if not self.examples:
+                self.examples.append({"train": shown(record), "held out": shown(self.index.records[owner])})
+        return owner is None or not self.drop
 
 
 def _split_of(bounds: Mapping[str, float], seed: int, record: Record) -> str:

@@ -150,15 +150,15 @@ def check_data(cfg: DictConfig) -> int:
     assert isinstance(config, TrainConfig)
     console = Console()
     tokenizer = parts.load_tokenizer(config.model)
-    faults, good = parts.data_faults(config.data, tokenizer)
-    skips = config.data.on_error == "skip" and good
-    if faults:
+    faults = parts.data_faults(config.data, tokenizer)
+    skips = config.data.on_error == "skip" and faults.good
+    if faults.count:
         ways = "skipped (data.on_error=skip)" if skips else "mend or remove them, or skip them with data.on_error=skip"
-        console.print(f"{len(faults)} bad rows, {good} good ones; {ways}:", style="bold red", soft_wrap=True)
-    for fault in faults[: check.MOST_FAULTS]:
+        console.print(f"{faults.count} bad rows, {faults.good} good ones; {ways}:", style="bold red", soft_wrap=True)
+    for fault in faults.lines[: check.MOST_FAULTS]:
         console.print(f"error: {fault}", style="red", highlight=False, markup=False, soft_wrap=True)
-    if faults and not skips:
-        return len(faults)
+    if faults.count and not skips:
+        return faults.count
     plain = parts.load_splits(config.data, config.seed, tokenizer)
     splits = parts.load_prompt(config, tokenizer).on_splits(plain, tokenizer)
     check.report(splits, tokenizer, max_length=config.data.max_length, loss_on=config.data.loss_on, console=console)

@@ -64,6 +64,11 @@ def test_bad_rows_are_all_named_or_skipped(tmp_path: Path, capsys: pytest.Captur
     code, shown = checked(capsys, f"data.path={file}")
     assert code == 2 and "2 bad rows, 28 good ones" in shown and "data.on_error=skip" in shown
     assert "a.jsonl:5: output is not valid text (lone surrogate" in shown and "a.jsonl:9: not valid JSON" in shown
+    assert "more rows like it" not in shown
+    other = tmp_path / "b.jsonl"
+    other.write_text('{"body": "x"}\n' * 30)
+    code, shown = checked(capsys, f"data.path={other}")
+    assert code == 2 and shown.count("no valid record") == 1 and "(and 29 more rows like it)" in shown
     code, shown = checked(capsys, f"data.path={file}", "data.on_error=skip")
     assert code == 0 and "skipped" in shown and "26" in shown and "are read as instruction" in shown
 

@@ -162,43 +162,39 @@ def check_overlap(splits: Splits, near_duplicates: str = "drop") -> Splits:
     if near_duplicates == "ignore" or not (splits.test or splits.validation):
         return splits
     index = HeldOutIndex([*splits.test, *splits.validation], splits.train)
-    tested = range(len(splits.test))
-    validated = set(range(len(splits.test), len(index.records)))
-    found = {"validation_test": 0, "train_test": 0, "train_validation": 0}
-    examples: list[dict[str, str]] = []
-
-    def note(early: str, record: Record, owner: int) -> None:
-        late = "test" if owner in tested else "validation"
-        found[f"{early}_{late}"] += 1
-        if len(examples) < _EXAMPLES:
-            examples.append({early: shown(record), late: shown(index.records[owner])})
-
-    validation: list[Record] = []
-    for place, record in enumerate(splits.validation, start=len(splits.test)):
-        owner = index.find(record, tested)
-        if owner is not None:
-            note("validation", record, owner)
-        if owner is None or near_duplicates != "drop":
-            validation.append(record)
-        else:
-            validated.discard(place)
-    train: list[Record] = []
-    for record in splits.train:
-        owner = index.find(record, tested)
-        if owner is None:
-            owner = index.find(record, validated)
-        if owner is not None:
-            note("train", record, owner)
-        if owner is None or near_duplicates != "drop":
-            train.append(record)
-    report: dict[str, Any] = {**splits.overlap, "near": found, "near_duplicates": near_duplicates, "examples": examples}
-    result = replace(splits, train=train, validation=validation, overlap=report)
+    tested, drop = range(len(splits.test)), near_duplicates == "drop"
+    search = _Search(index, tested)
+    gone = [search.finds("validation", record, tested) and drop for record in splits.validation]
+    validation = [record for record, flag in zip(splits.validation, gone, strict=True) if not flag]
+    validated = {place for place, flag in enumerate(gone, start=len(splits.test)) if not flag}
+    train = [record for record in splits.train if not (search.finds("train", record, tested, validated) and drop)]
+    report: dict[str, Any] = {"near": search.found, "near_duplicates": near_duplicates, "examples": search.examples}
     sizes = {
         "training": (len(splits.train), len(train)),
         "validation": (len(splits.validation), len(validation)),
     }
-    tell_near_duplicates(splits.name, found, examples, near_duplicates, sizes)
-    return result
+    tell_near_duplicates(splits.name, search.found, search.examples, near_duplicates, sizes)
+    return replace(splits, train=train, validation=validation, overlap={**splits.overlap, **report})
+
+
+class _Search:
+    """Looks records up among held-out ones, and keeps count of what it finds and a few pairs."""
+
+    def __init__(self, index: HeldOutIndex, tested: range) -> None:
+        self.index, self.tested = index, tested
+        self.found = {"validation_test": 0, "train_test": 0, "train_validation": 0}
+        self.examples: list[dict[str, str]] = []
+
+    def finds(self, early: str, record: Record, *among: Collection[int]) -> bool:
+        """Whether a record nearly equals one of some held-out records, which are looked through one set at a time."""
+        owner = next((found for some in among if (found := self.index.find(record, some)) is not None), None)
+        if owner is None:
+            return False
+        late = "test" if owner in self.tested else "validation"
+        self.found[f"{early}_{late}"] += 1
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append({early: shown(record), late: shown(self.index.records[owner])})
+        return True
 
 
 def tell_near_duplicates(

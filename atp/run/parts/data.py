@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from atp.config.schema import DataConfig, TrainConfig
 from atp.data.batches import PruningDataModule
-from atp.data.check import faults
+from atp.data.check import Faults, faults
 from atp.data.domains import load_domain, scored_records
 from atp.data.encoding.cache import TokenCache, default_folder
 from atp.data.encoding.chat import ChatTemplate
@@ -117,10 +117,10 @@ def _check_of(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Record], N
     return check
 
 
-def data_faults(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[list[str], int]:
-    """What is wrong with the rows of the user's own files, each with its place, and how many are good."""
+def data_faults(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Faults:
+    """What is wrong with the rows of the user's own files, and how many are good."""
     if config.source != "files" or not config.path:
-        return [], 0
+        return Faults([], 0, 0)
     given = {
         "data.path": config.path,
         "data.validation_path": config.validation_path,
