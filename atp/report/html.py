@@ -1,4 +1,4 @@
-"""Pages from templates: the one place that knows Jinja.
+"""Pages from Jinja templates.
 
 Both pages, of one run and of many, share a style sheet, macros for charts and facts, and filters. It does not know what
 the pages show.
