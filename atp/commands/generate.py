@@ -79,6 +79,7 @@ def _prompt(options: Options) -> str:
 
 def _framed(text: str, options: Options) -> str:
     """The text in its task's template, and in the prompt that the model was evaluated with."""
+    from atp.data.encoding.tokenizer import load_tokenizer
     from atp.data.prompt import Prompt, read_prompt
     from atp.data.tasks import fill_prompt, load_tasks
 
@@ -92,9 +93,7 @@ def _framed(text: str, options: Options) -> str:
         text = fill_prompt(options.task, text)
     if own.is_empty:
         return text
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True) if own.chat else None
+    tokenizer = load_tokenizer(folder, local_files_only=True) if own.chat else None
     sys.stderr.write(f"prompt: {own.name}, from the model's prompt.json; --plain leaves it out\n")
     return own.render(text, options.task or "text", tokenizer)
 
@@ -162,17 +161,19 @@ def find_model(path: Path, engine: str | None) -> tuple[Path, str]:
 
 def _stream_hf(path: Path, prompt: str, chat: bool, **sampling: Any) -> Iterator[str]:
     import torch
-    from transformers import AutoTokenizer, TextIteratorStreamer
+    from transformers import TextIteratorStreamer
 
     from atp.data.encoding import Encoder
+    from atp.data.encoding.tokenizer import check_ids, load_tokenizer
     from atp.export.hf.loading import load_exported
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = load_tokenizer(path, local_files_only=True)
+    except OSError as error:
         raise UserError(f"{path} holds no tokenizer that can be read; copy the base model's files there") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = load_exported(path, device=device)
+    check_ids(tokenizer, model.config.vocab_size, path)
     if chat:
         if not tokenizer.chat_template:
             raise UserError(f"the tokenizer in {path} has no chat template; leave --chat out")
