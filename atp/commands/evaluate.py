@@ -153,9 +153,10 @@ def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         ValueError: There is no such model, or the dtype is unknown.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from atp import embedded
+    from atp.data.encoding.tokenizer import check_ids, load_tokenizer
     from atp.masks.adapter import merge_beside
     from atp.model import modeling_atp
 
@@ -170,7 +171,10 @@ def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     try:
         path = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = load_tokenizer(path)
+        check_ids(tokenizer, model.config.vocab_size, path)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{source}: cannot be loaded ({reason})") from error

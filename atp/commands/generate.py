@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from atp.commands.grammar import argument, option, run_command
 from atp.commands.places import model_directory
 from atp.errors import UserError
 from atp.export.formats import FORMATS
+
+if TYPE_CHECKING:
+    from atp.data.records import Frame
 
 
 @dataclass
@@ -50,9 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: Options) -> int:
+    prompt, frame = _prompt(options)
     for piece in stream(
         options.model,
-        _prompt(options),
+        prompt,
+        frame=frame,
         engine=options.format,
         chat=options.chat,
         max_new_tokens=options.max_new_tokens,
@@ -66,7 +71,8 @@ def _run(options: Options) -> int:
     return 0
 
 
-def _prompt(options: Options) -> str:
+def _prompt(options: Options) -> tuple[str, Frame]:
+    """The prompt, and what of it a chat template wrote."""
     prompt = options.prompt
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().removesuffix("\n")
@@ -77,8 +83,9 @@ def _prompt(options: Options) -> str:
     return _framed(prompt, options)
 
 
-def _framed(text: str, options: Options) -> str:
+def _framed(text: str, options: Options) -> tuple[str, Frame]:
     """The text in its task's template, and in the prompt that the model was evaluated with."""
+    from atp.data.encoding.tokenizer import load_tokenizer
     from atp.data.prompt import Prompt, read_prompt
     from atp.data.tasks import fill_prompt, load_tasks
 
@@ -91,12 +98,10 @@ def _framed(text: str, options: Options) -> str:
     if options.task and not instructed:
         text = fill_prompt(options.task, text)
     if own.is_empty:
-        return text
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True) if own.chat else None
+        return text, ()
+    tokenizer = load_tokenizer(folder, local_files_only=True) if own.chat else None
     sys.stderr.write(f"prompt: {own.name}, from the model's prompt.json; --plain leaves it out\n")
-    return own.render(text, options.task or "text", tokenizer)
+    return own.framed(text, options.task or "text", tokenizer)
 
 
 def stream(
@@ -109,6 +114,7 @@ def stream(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    frame: Frame = (),
 ) -> Iterator[str]:
     """Continues a prompt piece by piece.
 
@@ -121,6 +127,7 @@ def stream(
         temperature: 0 takes the likeliest token.
         top_p: Sample from the likeliest tokens of this probability mass.
         seed: Seed of sampling.
+        frame: Stretches of the prompt that a chat template wrote; elsewhere control tokens' names are text.
 
     Returns:
         Pieces of text.
@@ -136,7 +143,7 @@ def stream(
     path, kind = find_model(Path(model), engine)
     streams: dict[str, Callable[..., Iterator[str]]] = {"hf": _stream_hf, "gguf": _stream_gguf}
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    return streams[kind](path, prompt, chat, **sampling)
+    return streams[kind](path, prompt, chat, frame, **sampling)
 
 
 def find_model(path: Path, engine: str | None) -> tuple[Path, str]:
@@ -160,29 +167,33 @@ def find_model(path: Path, engine: str | None) -> tuple[Path, str]:
     return files[0], "gguf"
 
 
-def _stream_hf(path: Path, prompt: str, chat: bool, **sampling: Any) -> Iterator[str]:
+def _stream_hf(path: Path, prompt: str, chat: bool, frame: Frame, **sampling: Any) -> Iterator[str]:
     import torch
-    from transformers import AutoTokenizer, TextIteratorStreamer
+    from transformers import TextIteratorStreamer
 
     from atp.data.encoding import Encoder
+    from atp.data.encoding.chat import ChatTemplate
+    from atp.data.encoding.tokenizer import check_ids, load_tokenizer
+    from atp.data.records import ChatRecord
     from atp.export.hf.loading import load_exported
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = load_tokenizer(path, local_files_only=True)
+    except OSError as error:
         raise UserError(f"{path} holds no tokenizer that can be read; copy the base model's files there") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = load_exported(path, device=device)
+    check_ids(tokenizer, model.config.vocab_size, path)
     if chat:
         if not tokenizer.chat_template:
             raise UserError(f"the tokenizer in {path} has no chat template; leave --chat out")
-        turns = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": ""})
+        ids = ChatTemplate(tokenizer).prompt_ids(ChatRecord(turns, where="--prompt"))
     else:
         context = model.config.max_position_embeddings
         if sampling["max_new_tokens"] >= context:
             raise UserError(f"--max-new-tokens {sampling['max_new_tokens']} must be below the context of {context}")
-        ids = Encoder(tokenizer, context).prompts([prompt], sampling["max_new_tokens"])[0]
+        ids = Encoder(tokenizer, context).prompts([prompt], sampling["max_new_tokens"], [frame])[0]
     torch.manual_seed(sampling["seed"])
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
     input_ids = torch.tensor([ids], device=device)
@@ -208,7 +219,8 @@ def _stream_hf(path: Path, prompt: str, chat: bool, **sampling: Any) -> Iterator
         raise failures[0]
 
 
-def _stream_gguf(path: Path, prompt: str, chat: bool, **sampling: Any) -> Iterator[str]:
+def _stream_gguf(path: Path, prompt: str, chat: bool, frame: Frame, **sampling: Any) -> Iterator[str]:
+    from atp.data.encoding.text import stretches
     from atp.export.extras import silenced_llama_cpp
 
     llama_cpp = silenced_llama_cpp()
@@ -235,7 +247,9 @@ def _stream_gguf(path: Path, prompt: str, chat: bool, **sampling: Any) -> Iterat
         for chunk in llama.create_chat_completion([{"role": "user", "content": prompt}], **options):
             yield chunk["choices"][0]["delta"].get("content") or ""
         return
-    ids = llama.tokenize(prompt.encode("utf-8"), add_bos=True, special=False)
+    ids = []
+    for start, end, framed in stretches(prompt, frame):
+        ids += llama.tokenize(prompt[start:end].encode("utf-8"), add_bos=start == 0, special=framed)
     for chunk in llama.create_completion(ids, **options):
         yield chunk["choices"][0]["text"]
 

@@ -94,7 +94,7 @@ def report(
 
     Returns:
         The figures: ``records``, ``tasks``, ``tokens``, ``loss_tokens``, ``lengths`` (tokens of each training example),
-        ``truncated``, ``duplicates`` and ``overlap``.
+        ``truncated``, ``duplicates``, ``overlap``, and ``control``: records that hold a control token's name.
 
     Raises:
         ValueError: No answer fits into a sequence; everything else is printed before.
@@ -117,6 +117,7 @@ def report(
         "truncated": dict(encoder.truncated),
         "duplicates": {name: duplicates(getattr(splits, name)) for name in ("train", "validation", "test")},
         "overlap": splits.overlap,
+        "control": sum(map(encoder.names_control_tokens, train)),
     }
     console.print(_counts(splits.name, figures, max_length))
     console.print(histogram(lengths, max_length))
@@ -200,6 +201,11 @@ def _counts(name: str, figures: Mapping[str, Any], max_length: int) -> Table:
         "completions cut": f"{truncated['completions']:,}",
         "texts cut into windows": f"{truncated['texts']:,}",
         **({"conversations in several sequences": f"{truncated['chats']:,}"} if truncated["chats"] else {}),
+        **(
+            {"records with a control token's name, read as text": f"{figures['control']:,}"}
+            if figures["control"]
+            else {}
+        ),
         **{f"repeated within {split}": f"{count:,}" for split, count in figures["duplicates"].items()},
         **{f"dropped from {split}, in a later split": str(n) for split, n in overlap.get("exact_dropped", {}).items()},
         **{f"near duplicates, {pair.replace('_', ' and ')}": str(n) for pair, n in overlap.get("near", {}).items()},

@@ -10,8 +10,10 @@ Running text has no prompt to stand before, and is left as it is.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from jinja2 import meta
 
-from atp.data.records import ChatRecord, ChoiceRecord, CompletionRecord, Record, Splits, TextRecord
+from atp.data.encoding.chat import said_in, stand_in
+from atp.data.encoding.tokenizer import control_pattern, surroundings
+from atp.data.records import ChatRecord, ChoiceRecord, CompletionRecord, Frame, Record, Splits, TextRecord
 from atp.data.streaming import StreamedRecords
 from atp.data.tasks import ENVIRONMENT
 from atp.errors import UserError
@@ -72,12 +76,19 @@ class Prompt:
         return not self.system.strip() and self.template == "{{ prompt }}" and self.chat is None
 
     def render(self, text: str, task: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+        """As :meth:`framed`, and gives the text alone."""
+        return self.framed(text, task, tokenizer)[0]
+
+    def framed(self, text: str, task: str, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[str, Frame]:
         """Put the prompt around a record's own.
 
         Args:
             text: The record's own prompt.
             task: Its task.
             tokenizer: Whose chat template to use, if ``chat`` is set.
+
+        Returns:
+            The text, and the stretches of it that the chat template wrote, where control tokens' names are tokens.
 
         Raises:
             ValueError: ``{{ instruction }}`` is used and the task has none, or a template fails on this record; names
@@ -99,10 +110,10 @@ class Prompt:
                 f"set prompt.instructions.{task} or prompt.instructions.default"
             ) from None
         if self.chat is None or tokenizer is None:
-            return f"{system}\n\n{rest}" if system else rest
+            return f"{system}\n\n{rest}" if system else rest, ()
         return self._as_chat(system, rest, tokenizer)
 
-    def _as_chat(self, system: str, rest: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    def _as_chat(self, system: str, rest: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Frame]:
         user = {"role": "user", "content": rest}
         turns = [{"role": "system", "content": system}, user] if system else [user]
         how: dict[str, Any] = {"chat_template": self.chat, "tokenize": False, "add_generation_prompt": True}
@@ -111,8 +122,23 @@ class Prompt:
         except jinja2.TemplateError:  # some templates know no system turn
             turns = [{"role": "user", "content": f"{system}\n\n{rest}" if system else rest}]
             text = str(tokenizer.apply_chat_template(turns, **how))
-        start = tokenizer.bos_token
-        return text.removeprefix(str(start)) if start else text  # the encoder puts its own before every sequence
+        said = [str(turn["content"]) for turn in turns]
+        frame: Frame = ((0, len(text)),)
+        control, start = _framing(tokenizer, len(tokenizer), tokenizer.bos_token)
+        if any(map(control.search, said)):
+            marked = [{**turn, "content": stand_in(place)} for place, turn in enumerate(turns)]
+            own = said_in(text, str(tokenizer.apply_chat_template(marked, **how)), said)
+            if own is None:
+                raise UserError(
+                    f"prompt={self.name}: the record that begins {rest[:60]!r} holds the name of a control token, and "
+                    "the chat template changes what turns say, so the two cannot be told apart; leave the record out, "
+                    "or use prompt.chat=never"
+                )
+            bounds = [0, *(place for span in own for place in span), len(text)]
+            frame = tuple(zip(bounds[::2], bounds[1::2], strict=True))
+        # The encoder puts before every sequence what the tokenizer puts there, so the template's own is taken away.
+        cut = len(start) if start and text.startswith(start) else 0
+        return text[cut:], tuple((max(low - cut, 0), high - cut) for low, high in frame if high > cut)
 
     def on(self, record: Record, tokenizer: PreTrainedTokenizerBase | None = None) -> Record:
         """Return the record with the prompt around its own; running text as it is."""
@@ -121,7 +147,8 @@ class Prompt:
         if isinstance(record, ChatRecord):
             return self._on_chat(record)
         assert isinstance(record, CompletionRecord | ChoiceRecord)
-        return replace(record, prompt=self.render(record.prompt, record.task, tokenizer))
+        text, frame = self.framed(record.prompt, record.task, tokenizer)
+        return replace(record, prompt=text, frame=frame)
 
     def _on_chat(self, record: ChatRecord) -> ChatRecord:
         """The conversation with the system part before or as its system turn; its turns are not put into a template."""
@@ -247,6 +274,13 @@ def _variables_of(source: str, where: str) -> set[str]:
     if unknown:
         raise UserError(f"{where} names the undefined variable {unknown[0]!r}; there are {', '.join(VARIABLES)}")
     return named
+
+
+@functools.lru_cache(maxsize=1)
+def _framing(tokenizer: PreTrainedTokenizerBase, size: int, bos: str | None) -> tuple[re.Pattern[str], str]:
+    """What finds a tokenizer's control tokens by name, and those that it puts before a text; asked of every record."""
+    before, _ = surroundings(tokenizer)
+    return control_pattern(tokenizer), "".join(tokenizer.convert_ids_to_tokens(before))
 
 
 def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

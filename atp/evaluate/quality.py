@@ -230,6 +230,7 @@ class _Evaluation:
             self.encoder.prompts(
                 [text for text, r in zip(prompts, records, strict=True) if not isinstance(r, ChatRecord)],
                 max_new_tokens,
+                [getattr(r, "frame", ()) for r in records if not isinstance(r, ChatRecord)],
             )
         )
         prompt_ids = [next(chats) if isinstance(record, ChatRecord) else next(plain) for record in records]

@@ -94,6 +94,7 @@ class Stages:
         write_json(directory.path / PROMPT_FILE, self.prompt.plain())
         self.assessor = Assessor(config, self.tokenizer, self.prompt, self.splits.test, self.prompt_cost)
         dense = self.dense()
+        parts.check_tokenizer(config.model, self.tokenizer, dense, self.splits.train)
         self.base_config, self.generation_config = dense.config, dense.generation_config
         self.data = parts.data_module(config, self.splits, self.tokenizer, dense.config.max_position_embeddings)
         self.preparation = Preparation(config, self.data, self.device)

@@ -39,7 +39,8 @@ def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    begins = "bos_token" in names
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, add_bos_token=begins, **names)
 
 
 TOKENIZER = make_tokenizer()

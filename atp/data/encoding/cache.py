@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 FEWEST_RECORDS = 500
 """Fewer are tokenised as fast as they are read."""
 
@@ -137,9 +137,9 @@ def cache_key(records: Iterable[Record], encoder: Encoder, loss_on: str) -> str:
     digest.update(json.dumps(settings).encode())
     for record in records:
         if isinstance(record, ChoiceRecord):
-            parts = ["choice", record.prompt, *record.choices, str(record.label)]
+            parts = ["choice", record.prompt, *record.choices, str(record.label), str(record.frame)]
         elif isinstance(record, CompletionRecord):
-            parts = ["completion", record.prompt, record.completion]
+            parts = ["completion", record.prompt, record.completion, str(record.frame)]
         elif isinstance(record, ChatRecord):
             turns = json.dumps([record.messages, record.tools], sort_keys=True, default=str)
             parts = ["chat", turns, encoder.chats.text]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 
+from atp.data.encoding.tokenizer import control_tokens
 from atp.data.records.types import ChatRecord
 from atp.errors import UserError
 
@@ -63,7 +64,7 @@ class ChatTemplate:
         texts = list(template.values()) if isinstance(template, Mapping) else [template or ""]
         self.text = "\x00".join(texts)
         self._marks = bool(getattr(tokenizer, "is_fast", False)) and all(_GENERATION.search(one) for one in texts)
-        self._special = sorted({str(token) for token in tokenizer.all_special_tokens})
+        self._special = sorted(control_tokens(tokenizer))
         self._told = False
 
     def check(self, record: ChatRecord) -> None:
@@ -126,7 +127,7 @@ class ChatTemplate:
 
     def without_ends(self, chat: ChatIds) -> list[bool]:
         """Return what is learnt without the marks that end a turn, which are no text."""
-        special = set(self.tokenizer.all_special_ids)
+        special = set(control_tokens(self.tokenizer).values())
         learnt = list(chat.learnt)
         for place in range(len(learnt) - 1, -1, -1):
             if not chat.learnt[place] or (place + 1 < len(learnt) and chat.learnt[place + 1]):
@@ -255,16 +256,11 @@ class ChatTemplate:
 
         Found by writing the conversation with a stand-in for what each turn says.
         """
-        marks = [f"\ue000{place}\ue001" for place in range(len(text.messages))]
-        stand_ins = [{**message, "content": mark} for message, mark in zip(text.messages, marks, strict=True)]
+        stand_ins = [{**message, "content": stand_in(place)} for place, message in enumerate(text.messages)]
         frame = self._render(record, stand_ins, prompt=text.prompt)
-        for strip in (False, True):
-            said = [m["content"].strip() if strip else m["content"] for m in text.messages]
-            parts = re.split("\ue000(\\d+)\ue001", frame)
-            parts[1::2] = [said[int(number)] for number in parts[1::2]]
-            if "".join(parts) == text.text:
-                ends = list(itertools.accumulate(map(len, parts)))
-                return list(zip(ends[0::2], ends[1::2], strict=False))
+        found = said_in(text.text, frame, [message["content"] for message in text.messages])
+        if found is not None:
+            return found
         raise UserError(
             f"{record.where}: a turn holds the name of a control token ({', '.join(self._special_in(text.messages))}), "
             "and the chat template changes what turns say, so the two cannot be told apart; leave the record out"
@@ -276,6 +272,31 @@ class ChatTemplate:
             list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **how
         )
         return encoded["input_ids"]
+
+
+def stand_in(place: int) -> str:
+    """Return what stands for the content of the turn at a place, to find out where the template puts it."""
+    return f"\ue000{place}\ue001"
+
+
+def said_in(text: str, frame: str, said: Sequence[str]) -> list[tuple[int, int]] | None:
+    """Return where the contents of turns stand in a text that a template made of them.
+
+    Args:
+        text: What the template makes of the contents.
+        frame: What it makes of their stand-ins (:func:`stand_in`).
+        said: The contents.
+
+    Returns:
+        Start and end of each, in characters; None if the template changes them beyond the white space around.
+    """
+    for strip in (False, True):
+        parts = re.split("\ue000(\\d+)\ue001", frame)
+        parts[1::2] = [said[int(place)].strip() if strip else said[int(place)] for place in parts[1::2]]
+        if "".join(parts) == text:
+            ends = list(itertools.accumulate(map(len, parts)))
+            return list(zip(ends[0::2], ends[1::2], strict=False))
+    return None
 
 
 def last_turn(record: ChatRecord) -> int:

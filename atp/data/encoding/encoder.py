@@ -5,7 +5,9 @@ scoring and generation see the same ids. It sits between :mod:`atp.data.records`
 and :mod:`atp.evaluate`. It knows nothing of torch, batches on a device, or models.
 
 Boundary: the prompt is tokenised alone, as generation will see it. The completion's ids are what the whole text adds to
-that; where a token of the whole text would span the boundary, the completion is tokenised alone as well.
+that; where a token of the whole text would span the boundary, the completion is tokenised alone as well. Before a
+sequence stands what the tokenizer itself puts before a text (most often BOS, or nothing). The name of a control token
+that stands in a text is text; only what a chat template wrote around it means the tokens.
 
 Too long: a completion is kept whole as long as it fits with one token of its prompt; the prompt gives way, losing its
 middle, because its beginning holds the task and the start of the document and its end the question (as LongBench does,
@@ -29,7 +31,9 @@ import numpy as np
 
 from atp.data.encoding.chat import ChatIds, ChatTemplate
 from atp.data.encoding.example import Choices, Example
-from atp.data.records import ChatRecord, ChoiceRecord, CompletionRecord, Record, TextRecord
+from atp.data.encoding.text import TextReader
+from atp.data.encoding.tokenizer import surroundings
+from atp.data.records import ChatRecord, ChoiceRecord, CompletionRecord, Frame, Record, TextRecord
 from atp.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,9 +79,11 @@ class Encoder:
         self.truncated: Counter[str] = Counter(prompts=0, completions=0, texts=0, chats=0)
         self._answers = 0
         self._longest_answer = 0
-        self._bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+        self._bos, ends = surroundings(tokenizer)
+        self._reader = TextReader(tokenizer)
         self._close_chats = close
-        self._eos = [int(tokenizer.eos_token_id)] if close and tokenizer.eos_token_id is not None else []
+        eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+        self._eos = (ends or eos) if close else []
 
     @property
     def settings(self) -> list[int | list[int] | None]:
@@ -134,7 +140,7 @@ class Encoder:
 
     def choices(self, records: Sequence[ChoiceRecord]) -> list[Choices]:
         """Encode multiple-choice items for scoring; a prompt that must be cut is cut alike for all its choices."""
-        prompts = [record.prompt for record in records for _ in record.choices]
+        prompts = [(record.prompt, record.frame) for record in records for _ in record.choices]
         pairs = iter(self._pairs(prompts, [text for record in records for text in record.choices]))
         found = []
         for record in records:
@@ -144,14 +150,19 @@ class Encoder:
             found.append(Choices(self._bos + prompt, *(list(column) for column in zip(*closed, strict=True))))
         return found
 
-    def prompts(self, texts: Sequence[str], new_tokens: int) -> list[list[int]]:
+    def prompts(self, texts: Sequence[str], new_tokens: int, frames: Sequence[Frame] | None = None) -> list[list[int]]:
         """Return the ids to generate from: beginning of sequence and prompt, leaving room for ``new_tokens``.
+
+        Args:
+            texts: The prompts.
+            new_tokens: Longest continuation.
+            frames: Of each prompt what a chat template wrote, as in :class:`atp.data.records.CompletionRecord`.
 
         Raises:
             ValueError: ``new_tokens`` leaves no room for a prompt.
         """
         room = self._room(new_tokens)
-        return [self._bos + self._cut_middle(ids, room) for ids in self._ids(texts)]
+        return [self._bos + self._cut_middle(ids, room) for ids in self._reader.ids(texts, frames)]
 
     def _room(self, new_tokens: int) -> int:
         room = self.max_length - new_tokens - len(self._bos)
@@ -161,6 +172,15 @@ class Encoder:
                 f"data.max_length={self.max_length}; lower the one or raise the other"
             )
         return room
+
+    def names_control_tokens(self, record: Record) -> bool:
+        """Return whether the name of a control token stands in a record's own words, where it is read as text."""
+        if isinstance(record, ChatRecord):
+            return any(self._reader.names_control(message["content"]) for message in record.messages)
+        if isinstance(record, TextRecord):
+            return self._reader.names_control(record.text)
+        answers = record.choices if isinstance(record, ChoiceRecord) else [record.completion]
+        return self._reader.names_control(record.prompt, record.frame) or any(map(self._reader.names_control, answers))
 
     def chat_prompts(self, records: Sequence[ChatRecord], new_tokens: int) -> list[list[int]]:
         """Return the ids to generate the last of the assistant's turns from, leaving room for ``new_tokens``.
@@ -203,7 +223,7 @@ class Encoder:
         windows = (self._windows(ids, record.text) for ids, record in zip(self._texts(texts), texts, strict=True))
         prompted = [record for record in records if isinstance(record, CompletionRecord | ChoiceRecord)]
         answers = [_answer(record) for record in prompted]
-        pairs = self._pairs([record.prompt for record in prompted], answers)
+        pairs = self._pairs([(record.prompt, record.frame) for record in prompted], answers)
         fitted = iter(self._fitted(prompted, pairs, answers))
         for record in records:
             if isinstance(record, TextRecord):
@@ -313,13 +333,19 @@ class Encoder:
         self.truncated["completions"] += 1
         return ids[:room], self._bytes(ids[:room])
 
-    def _pairs(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    def _pairs(
+        self, prompts: Sequence[tuple[str, Frame]], continuations: Sequence[str]
+    ) -> list[tuple[list[int], list[int]]]:
         """Tokenise prompts and what follows them, with the boundary where generation has it."""
         distinct = list(dict.fromkeys(prompts))
-        alone = dict(zip(distinct, self._ids(distinct), strict=True))
-        wholes = self._ids([prompt + text for prompt, text in zip(prompts, continuations, strict=True)])
+        texts, frames = [text for text, _ in distinct], [frame for _, frame in distinct]
+        alone = dict(zip(distinct, self._reader.ids(texts, frames), strict=True))
+        wholes = self._reader.ids(
+            [prompt + text for (prompt, _), text in zip(prompts, continuations, strict=True)],
+            [frame for _, frame in prompts],
+        )
         spanning = [i for i, whole in enumerate(wholes) if whole[: len(alone[prompts[i]])] != alone[prompts[i]]]
-        apart = dict(zip(spanning, self._ids([continuations[i] for i in spanning]), strict=True))
+        apart = dict(zip(spanning, self._reader.ids([continuations[i] for i in spanning]), strict=True))
         pairs = []
         for i, whole in enumerate(wholes):
             prompt = alone[prompts[i]]
@@ -327,16 +353,10 @@ class Encoder:
         return pairs
 
     def _texts(self, records: Sequence[TextRecord]) -> list[list[int]]:
-        return [ids + self._eos for ids in self._ids([record.text for record in records])]
+        return [ids + self._eos for ids in self._reader.ids([record.text for record in records])]
 
     def _bytes(self, ids: list[int]) -> int:
         return len(str(self.tokenizer.decode(ids)).encode())
-
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return encoded["input_ids"]
 
 
 def _answer(record: CompletionRecord | ChoiceRecord) -> str:

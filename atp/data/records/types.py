@@ -18,6 +18,7 @@ from atp.errors import UserError
 
 SHAPES = '{"text"}, {"prompt", "completion"}, {"prompt", "choices", "label"} or {"messages"}'
 PathLike = str | os.PathLike[str]
+Frame = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,34 @@ class TextRecord:
 
 @dataclass(frozen=True)
 class CompletionRecord:
-    """A prompt and the completion to learn; concatenated as they are, without a separator."""
+    """A prompt and the completion to learn; concatenated as they are, without a separator.
+
+    Attributes:
+        prompt: What is given.
+        completion: What is to follow.
+        task: The group its metrics go by.
+        frame: Stretches of the prompt, as (start, end) in characters, that a chat template wrote: there the names of
+            control tokens mean the tokens, everywhere else they are text.
+    """
 
     prompt: str
     completion: str
     task: str = "completion"
+    frame: Frame = ()
 
 
 @dataclass(frozen=True)
 class ChoiceRecord:
-    """A prompt and candidate completions, ``choices[label]`` being right: trained on the right one, scored over all."""
+    """A prompt and candidate completions, ``choices[label]`` being right: trained on the right one, scored over all.
+
+    ``frame`` as in :class:`CompletionRecord`.
+    """
 
     prompt: str
     choices: tuple[str, ...]
     label: int
     task: str = "choice"
+    frame: Frame = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,7 @@ def parse_record(raw: object, where: str) -> Record:
     """
     if not isinstance(raw, Mapping):
         raise UserError(f"{where}: a record must be a JSON object, got {kind(raw)}; valid shapes: {SHAPES}")
-    named = {"task": text_of(raw, "task", where)} if raw.get("task") is not None else {}
+    named: dict[str, Any] = {"task": text_of(raw, "task", where)} if raw.get("task") is not None else {}
     if {"prompt", "choices", "label"} <= raw.keys():
         prompt, choices = text_of(raw, "prompt", where), raw["choices"]
         if not isinstance(choices, Sequence) or isinstance(choices, str) or len(choices) < 2:
@@ -105,7 +119,7 @@ def as_completion(record: Record) -> Record:
     """Return a record whose right choice is its completion; others as they are."""
     if not isinstance(record, ChoiceRecord):
         return record
-    return CompletionRecord(record.prompt, record.choices[record.label], record.task)
+    return CompletionRecord(record.prompt, record.choices[record.label], record.task, record.frame)
 
 
 def content_key(record: Record) -> str:

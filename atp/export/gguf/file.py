@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from atp.atomic import appearing
+from atp.data.encoding.tokenizer import load_tokenizer
 from atp.errors import UserError
 from atp.export.extras import require, silenced_llama_cpp
 from atp.export.gguf.layout import GgufLayout, GgufTensor, gguf_layout
@@ -128,7 +128,7 @@ def _vocabulary(stored: StoredModel) -> Vocabulary:
             "there (tokenizer.json, tokenizer_config.json), or export without (--no-tokenizer)"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(stored.directory), local_files_only=True)
+        tokenizer = load_tokenizer(stored.directory, local_files_only=True)
     except Exception as error:  # a broken tokenizer.json raises plain Exception
         raise UserError(f"the tokenizer in {stored.directory} cannot be read: {error}") from error
     return gguf_vocabulary(tokenizer, stored.config.vocab_size)

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import metadata_load
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from atp.data.encoding.tokenizer import check_ids, load_tokenizer
 from atp.data.prompt import PROMPT_FILE
 from atp.export.hf.card import CardFacts, base_license, model_card
 from atp.export.hf.loading import load_exported
@@ -38,7 +39,9 @@ def convert(directory: Path, output: Path, *, dtype: str | None = None, overwrit
     """
     model = load_exported(directory)
     has_tokenizer = (directory / "tokenizer.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True) if has_tokenizer else None
+    tokenizer = load_tokenizer(directory, local_files_only=True) if has_tokenizer else None
+    if tokenizer is not None:
+        check_ids(tokenizer, model.config.vocab_size, directory)
     result = export_hf(
         model,
         tokenizer,

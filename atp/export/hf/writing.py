@@ -31,6 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from atp.errors import UserError
 from atp.export.hf.card import CardFacts, model_card
 from atp.export.hf.loading import INDEX_FILE, differences, expected_shapes
+from atp.export.hf.tokenizer import save_tokenizer
 from atp.loading_lines import load_lines
 from atp.masks.adapter import ADAPTER_FOLDER, Adapter
 from atp.model import modeling_atp
@@ -249,7 +250,7 @@ def _write_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     if tokenizer is None:
         logger.warning("no tokenizer given: the exported directory will hold none")
     else:
-        tokenizer.save_pretrained(str(stage))
+        save_tokenizer(tokenizer, stage)
 
 
 def _write_generation_config(model: PreTrainedModel, stage: Path) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+from atp.data.encoding.tokenizer import load_tokenizer
 from atp.export.hf.loading import StoredModel
 from atp.export.verify.rounding import ROUNDINGS, rounding_error
 
@@ -54,7 +55,7 @@ def spelled(stored: StoredModel, text: str | None) -> dict[str, Any]:
     """A text and its ids by the export's own tokenizer, for engines that bring another."""
     if not (stored.directory / "tokenizer.json").is_file():
         return {}
-    tokenizer = AutoTokenizer.from_pretrained(str(stored.directory), local_files_only=True)
+    tokenizer = load_tokenizer(stored.directory, local_files_only=True)
     text = (SPELLED + (text or ""))[:SPELLED_CHARACTERS]
     return {"text": text, "text_ids": list(tokenizer(text, verbose=False)["input_ids"])}
 
@@ -68,7 +69,7 @@ def token_windows(stored: StoredModel, text: str | None, tokens: int) -> np.ndar
     length = min(WINDOW, context, tokens)
     ids: list[int] = []
     if text and (stored.directory / "tokenizer.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(str(stored.directory), local_files_only=True)
+        tokenizer = load_tokenizer(stored.directory, local_files_only=True)
         ids = list(tokenizer(text, verbose=False)["input_ids"])[:tokens]
     if len(ids) < length:
         ids = np.random.default_rng(0).integers(0, config.vocab_size, tokens).tolist()

@@ -6,15 +6,21 @@ adapters.
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import embedded
 from atp.config.schema import ModelConfig
+from atp.data.encoding.tokenizer import check_ids, check_texts
+from atp.data.encoding.tokenizer import load_tokenizer as load
+from atp.data.records import Record
+from atp.data.records.types import all_text
 from atp.errors import UserError
 from atp.masks.adapter import has_adapter, merge_beside
 from atp.model import modeling_atp
@@ -22,6 +28,9 @@ from atp.model.families import family_of
 from atp.run.parts.quantization import bitsandbytes_settings
 
 log = logging.getLogger(__name__)
+
+SAMPLED_RECORDS = 64
+"""Records on which the tokenizer is compared with its file."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -94,16 +103,35 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, with a padding token.
 
     Raises:
-        ValueError: There is none, or no access.
+        ValueError: There is none, no access, or it has more ids than the model's config says there are embeddings.
     """
     source = model_source(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
+        tokenizer = load(source, revision=config.revision)
+        settings, _ = PreTrainedConfig.get_config_dict(source, revision=config.revision)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(_access_message("model.path", source, error)) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if isinstance(settings.get("vocab_size"), int):
+        check_ids(tokenizer, settings["vocab_size"], f"model.path={source}")
     return tokenizer
+
+
+def check_tokenizer(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, records: Iterable[Record]
+) -> None:
+    """Check a tokenizer against the model as it is loaded, and against its own file on some of the data.
+
+    Raises:
+        ValueError: It has ids beyond the embeddings, or reads a record otherwise than its ``tokenizer.json``.
+    """
+    source = model_source(config)
+    embeddings: Any = model.get_input_embeddings()
+    check_ids(tokenizer, embeddings.weight.shape[0], f"model.path={source}")
+    check_texts(tokenizer, source, map(all_text, itertools.islice(records, SAMPLED_RECORDS)))
 
 
 def _access_message(field: str, source: str, error: Exception) -> str:

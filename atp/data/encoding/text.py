@@ -1,0 +1,74 @@
+"""Texts as token ids, in which the name of a control token is text, as in ``"</s> is the end mark"``.
+
+Only in what a chat template wrote around a text do such names mean the tokens; these stretches are its frame. Sits
+between :mod:`atp.data.encoding.tokenizer` and :mod:`atp.data.encoding.encoder`. It knows nothing of kinds of records.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from atp.data.encoding.tokenizer import control_pattern
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from atp.data.records import Frame
+
+
+class TextReader:
+    """Tokenises texts.
+
+    Args:
+        tokenizer: The tokenizer; what it puts around a text is left out.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._control = control_pattern(tokenizer)
+
+    def ids(self, texts: Sequence[str], frames: Sequence[Frame] | None = None) -> list[list[int]]:
+        """Return the ids of texts.
+
+        Args:
+            texts: The texts.
+            frames: Of each the stretches, as (start, end) in characters, that a chat template wrote; None for none.
+        """
+        frames = [()] * len(texts) if frames is None else frames
+        places: dict[bool, list[int]] = {True: [], False: []}  # by whether control tokens' names are tokens
+        found: dict[int, list[int]] = {}
+        for place, (text, frame) in enumerate(zip(texts, frames, strict=True)):
+            if frame and self.names_control(text, frame):
+                found[place] = self._by_stretches(text, frame)
+            else:
+                places[bool(frame)].append(place)
+        for control, some in places.items():
+            found |= zip(some, self._tokens([texts[place] for place in some], control=control), strict=True)
+        return [found[place] for place in range(len(texts))]
+
+    def names_control(self, text: str, frame: Frame = ()) -> bool:
+        """Return whether the name of a control token stands in a text outside its frame."""
+        return any(self._control.search(text[start:end]) for start, end, framed in stretches(text, frame) if not framed)
+
+    def _by_stretches(self, text: str, frame: Frame) -> list[int]:
+        parts = (self._tokens([text[start:end]], control=framed)[0] for start, end, framed in stretches(text, frame))
+        return list(itertools.chain.from_iterable(parts))
+
+    def _tokens(self, texts: list[str], *, control: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        how: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        if not control and any(map(self._control.search, texts)):
+            how["split_special_tokens"] = True  # only where it matters: some tokenizers do not know the setting
+        return self.tokenizer(texts, **how)["input_ids"]
+
+
+def stretches(text: str, frame: Frame) -> list[tuple[int, int, bool]]:
+    """Return a text's stretches that are not empty, and whether each belongs to the frame."""
+    bounds = sorted({0, len(text), *(place for span in frame for place in span)})
+    return [
+        (start, end, any(low <= start and end <= high for low, high in frame))
+        for start, end in itertools.pairwise(bounds)
+    ]
