@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: Options) -> int:
-    from atp.train.loggers import is_logged_in
+    from atp.train.login import is_logged_in
 
     online = is_logged_in() and os.environ.get("WANDB_MODE") not in ("offline", "disabled") and options.json is None
     if (online or options.sweep) and not options.entity:
