@@ -19,6 +19,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, Quote
 from hydra.errors import HydraException
 
 from atp.config.schema import TrainConfig
+from atp.errors import UserError
 
 PATHS = (
     *("model.path", "data.path", "data.validation_path", "data.test_path", "data.tasks_file", "data.cache"),
@@ -97,11 +98,7 @@ def command_line(arguments: Sequence[str]) -> str:
     """A command as a shell takes it."""
     program = Path(sys.argv[0]).name
     start = ["python", "train.py"] if program == "train.py" else ["atp", "train"]
-    return " ".join([*start, *map(_for_shell, arguments)])
-
-
-def _for_shell(argument: str) -> str:
-    return argument if argument.isascii() and shlex.quote(argument) == argument else shlex.quote(argument)
+    return " ".join([*start, *map(shlex.quote, arguments)])
 
 
 def _readable(argument: str, several: bool) -> str:
@@ -173,12 +170,17 @@ def _takes_text(name: str) -> bool:
 
 
 def _at_home(text: str) -> str:
+    """A path with ``~`` and ``~user`` replaced; a file whose name begins with ``~`` is one of this folder."""
     if not text.startswith("~"):
         return text
+    if Path(text).exists():
+        return f"./{text}"
     try:
         return str(Path(text).expanduser())
-    except RuntimeError:  # no home directory, or no such user
-        return text
+    except RuntimeError:
+        if text == "~" or text.startswith("~/"):
+            raise UserError(f"{text}: there is no home directory (HOME is not set); write the whole path") from None
+        return f"./{text}"
 
 
 def _exists(text: str) -> bool:
