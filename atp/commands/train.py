@@ -23,7 +23,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException, SearchPathException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -85,7 +85,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         sys.argv = [sys.argv[0], *arguments]
         SweepCallback.failed_jobs = 0
-        hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")(_job)()
+        try:
+            hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")(_job)()
+        except (
+            ConfigCompositionException,
+            OverrideParseException,
+            SearchPathException,
+        ) as error:  # in Hydra's own settings
+            sys.stderr.write(f"error: {explain(error)}\n")
+            raise SystemExit(USER_ERROR) from None
     if SweepCallback.failed_jobs:
         raise SystemExit(FAILED)
 

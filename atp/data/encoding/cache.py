@@ -53,8 +53,9 @@ _ARRAYS = {
 
 
 def default_folder() -> Path:
-    """``tokens`` in ``$ATP_CACHE``, or else in ``$XDG_CACHE_HOME/atp`` or ``~/.cache/atp``; without a home, beside
-    temporary files.
+    """``tokens`` in ``$ATP_CACHE``, or else in ``$XDG_CACHE_HOME/atp`` or ``~/.cache/atp``.
+
+    A user without a home directory has it beside temporary files.
     """
     own, shared = os.environ.get("ATP_CACHE"), os.environ.get("XDG_CACHE_HOME")
     home = os.path.expanduser("~")
