@@ -213,13 +213,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: Options) -> int:
-    from atp.train.loggers import is_logged_in
+    from atp.train.login import is_logged_in, wandb_server
+    from atp.train.reach import why_unreachable
 
     online = is_logged_in() and os.environ.get("WANDB_MODE") not in ("offline", "disabled") and options.json is None
     if (online or options.sweep) and not options.entity:
         raise UserError("--entity is not set; give your wandb user or team, or --json FILE to write a file")
     if options.sweep and not online:
         raise UserError("--sweep builds a report on the server: log in with `wandb login` and leave out --json")
+    reason = why_unreachable(wandb_server(os.environ)) if online else None
+    if reason:
+        raise UserError(f"{wandb_server(os.environ)} cannot be reached ({reason}); --json FILE writes a file")
     workspace = build_workspace(options.entity or "your-entity", options.project)
     if online:
         workspace.save()

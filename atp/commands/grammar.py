@@ -10,7 +10,6 @@ Texts and paths are taken as they stand, since OmegaConf would read ``${...}`` a
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import sys
 import textwrap
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from atp.commands.terminal import ReaderLeft, steady
 from atp.errors import UserError
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -85,19 +85,19 @@ def run_command(
     Returns:
         The work's code, 0 for help or a reader who left, 2 after a user's mistake, 130 after Ctrl-C.
     """
+    steady(leaves=True)
     words = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(words):
-        sys.stdout.write(help_text(options, name))
-        return 0
     try:
+        if {"-h", "--help"} & set(words):
+            sys.stdout.write(help_text(options, name))
+            return 0
         code = work(parse(options, words, ignored=ignored))
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what was being written is not there\n")
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ReaderLeft:  # whoever read the output has seen enough
         return 0
     except (UserError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")

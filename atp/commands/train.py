@@ -8,13 +8,12 @@ run does.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,25 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException, SearchPathException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from atp.commands.explaining import explain
+from atp.commands.terminal import steady
+from atp.commands.where import Place
 from atp.config.help import help_text
 from atp.config.moved import with_new_overrides
-from atp.config.schema import config_dir, register_schema, schema_fields
+from atp.config.quoting import assigned, corrected, key_of, readable, sweeps, text_of, three_ways
+from atp.config.schema import TrainConfig, config_dir, register_schema
 from atp.config.sources import install
 from atp.errors import UserError
 from atp.imports import uncollected, without_plots
 from atp.run import sweep
 from atp.run.directory import find_run, saved_overrides
+from atp.run.lock import InUse, hold
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ FAILED = 1
 USER_ERROR = 2
 _MAPPINGS = ("data.fields", "data.tasks", "data.path", "evaluate.path")
 INTERRUPTED = 130
+_ONLY_SHOWS = ("cfg", "info", "help", "hydra_help", "shell_completion")  # flags of Hydra's that run nothing
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,28 +62,56 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: With 2 after a user's mistake, 130 after an interruption, 1 after any other failure, also of a
             sweep's job.
     """
+    steady()
     register_schema()
     install()
     without_plots()
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    given = arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
         sys.stdout.write(help_text())
         return
     checks_data = "--check" in arguments
-    try:
-        arguments = _readable(_with_resume([a for a in arguments if a != "--check"]))
-        _check(arguments)
-        if checks_data:
-            raise SystemExit(_check_data(arguments))
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(USER_ERROR) from None
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    sys.argv = [sys.argv[0], *arguments]
-    SweepCallback.failed_jobs = 0
-    hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")(_job)()
+    with ExitStack() as held:
+        try:
+            arguments = _readable(_with_resume([a for a in arguments if a != "--check"]))
+            place = _check(arguments)
+            if checks_data:
+                raise SystemExit(_check_data(arguments))
+            if place is not None:
+                arguments = place.prepare(arguments, held)
+        except UserError as error:
+            sys.stderr.write("\n  ".join([f"error: {error}", *_ways_out(error, given)]) + "\n")
+            raise SystemExit(USER_ERROR) from None
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+        sys.argv = [sys.argv[0], *arguments]
+        SweepCallback.failed_jobs = 0
+        try:
+            hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")(_job)()
+        except (
+            ConfigCompositionException,
+            OverrideParseException,
+            SearchPathException,
+        ) as error:  # in Hydra's own settings
+            sys.stderr.write(f"error: {explain(error)}\n")
+            raise SystemExit(USER_ERROR) from None
     if SweepCallback.failed_jobs:
         raise SystemExit(FAILED)
+
+
+class AmbiguousOverride(UserError):
+    """A value with commas outside a sweep."""
+
+    def __init__(self, override: str) -> None:
+        super().__init__(f"{override}: a value with commas may be a text, a list or a sweep; write one of")
+        self.override = override
+
+
+def _ways_out(error: UserError, given: Sequence[str]) -> list[str]:
+    """Command lines that Hydra can read, below its complaint."""
+    if isinstance(error, AmbiguousOverride):
+        return three_ways(given, error.override)
+    better = corrected(given) if isinstance(error.__cause__, OverrideParseException) else None
+    return ["write the value in quotes, and those in the shell's own:", better] if better else []
 
 
 def _job(cfg: DictConfig) -> float | None:
@@ -119,9 +152,13 @@ def _sweep_job(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | 
         return None
     if cfg.trainer.accelerator != "cpu":
         sweep.lease_gpu(run_dir.parent, torch.cuda.device_count())
-    sweep.clear_mark(run_dir)
     try:
-        return run(cfg, run_dir, overrides=overrides, go_on=True)
+        with hold(run_dir):
+            sweep.clear_mark(run_dir)
+            return run(cfg, run_dir, overrides=overrides, go_on=True)
+    except InUse as busy:
+        log.warning("%s; this sweep leaves it out", busy)
+        return None
     except TrialStopped as stop:
         log.info("%s: stopped: %s", run_dir.name, stop)
         sweep.mark_job(run_dir, "stopped", str(stop))
@@ -169,76 +206,79 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     """
     register_schema()
     install()
-    readable = _readable(overrides)
+    cfg = _composed(_readable(overrides))
+    _without_hydra(cfg)
+    return cfg
+
+
+def _without_hydra(cfg: DictConfig) -> None:
+    """Take Hydra's own settings out."""
+    with open_dict(cfg):
+        del cfg["hydra"]
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    """The configuration with Hydra's own settings under ``hydra``."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir(), version_base="1.3"):
-            return compose("train", overrides=readable)
+            cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
-
-
-def explain(error: BaseException) -> str:
-    """A composition error in one or two lines: file or override, key, nearest valid key."""
-    if isinstance(error, MissingConfigException):
-        return _explain_missing(error)
-    if isinstance(error, OverrideParseException):
-        return f"cannot read the override {error.override!r}: {error.message}"
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    in_file = re.match(r"In '([^']+)'", lines[0])
-    place = f"conf/{in_file[1]}.yaml" if in_file else "command line"
-    in_text = next((line.split(":", 1)[1].strip() for line in lines if line.strip().startswith("full_key:")), "")
-    key = str(getattr(cause, "full_key", None) or in_text)
-    reason = lines[1] if in_file and len(lines) > 1 else str(cause).splitlines()[0]
-    parent, _, name = key.rpartition(".")
-    try:
-        valid = list(schema_fields(parent))
-    except KeyError:
-        valid = []
-    if key and name not in valid and valid:
-        return f"{place}: there is no option {key!r}; {_nearest(name, valid, parent)}"
-    return f"{place}: {key}: {reason}" if key else f"{place}: {reason}"
-
-
-def _explain_missing(error: MissingConfigException) -> str:
-    name = error.missing_cfg_file or ""
-    group, _, choice = str(name).rpartition("/")
-    options = [str(o) for o in error.options or []]
-    if group in ("hydra/sweeper", "hydra/launcher") and choice in (
-        "optuna",
-        "joblib",
-        "submitit_local",
-        "submitit_slurm",
-    ):
-        return f"{group}={choice} is not installed: pip install 'atp[sweep]'"
-    if not group or not options:
-        return str(error).splitlines()[0]
-    return f"there is no {group}={choice}; {_nearest(choice, options, '')}"
-
-
-def _nearest(name: str, valid: Sequence[str], parent: str) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
-    prefix = f"{parent}." if parent else ""
-    listed = f"valid: {', '.join(valid)}"
-    return f"did you mean {prefix + close[0]!r}? ({listed})" if close else listed
+    return cfg
 
 
 def _parse(arguments: Sequence[str]) -> Any:
     return get_args_parser().parse_args(list(arguments))
 
 
-def _check(arguments: Sequence[str]) -> None:
-    """Compose once and complain clearly; in a sweep each swept override stands with its first value."""
+def _check(arguments: Sequence[str]) -> Place | None:
+    """Compose once and complain clearly; in a sweep each swept override stands with its first value.
+
+    Returns:
+        Where Hydra will write; None where it only shows something, or reads a configuration of the user's own.
+    """
     parsed = _parse(arguments)
     if parsed.config_name or parsed.config_dir or parsed.config_path:
-        return
-    cfg = compose_config(_of_first_job(parsed.overrides))
+        return None
+    first = _of_first_job(parsed.overrides)
+    cfg = _composed(first)
+    is_sweep = sweeps(arguments) or cfg.hydra.mode is RunMode.MULTIRUN
+    folder = Path(cfg.hydra.sweep.dir if is_sweep else cfg.hydra.run.dir)
+    _without_hydra(cfg)
+    swept = _swept(parsed.overrides)
+    if swept and not is_sweep:
+        raise AmbiguousOverride(swept[0])
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         raise UserError(f"{sorted(missing)[0]} is not set; add {sorted(missing)[0]}=<value>")
+    _check_settings(cfg)
+    if any(getattr(parsed, name, False) for name in _ONLY_SHOWS):
+        return None
+    setting = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
+    own = next((text for text in reversed(parsed.overrides) if key_of(text) == setting), None)
+    if own is not None:
+        return Place(Path(text_of(own.partition("=")[2])), setting, is_sweep)
+    return Place(folder, setting if is_sweep else "run_dir", is_sweep)
+
+
+def _check_settings(cfg: DictConfig) -> None:
+    """Refuse what no machine takes, before anything is written."""
+    with uncollected():
+        from atp.run.checks import check_values
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, TrainConfig)
+    check_values(config)
+
+
+def _swept(overrides: Sequence[str]) -> list[str]:
+    """Overrides with several values."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [
+        text
+        for text, override in zip(overrides, parsed, strict=True)
+        if override.is_sweep_override() and not override.key_or_group.startswith("hydra")
+    ]
 
 
 def _of_first_job(overrides: Sequence[str]) -> list[str]:
@@ -246,7 +286,7 @@ def _of_first_job(overrides: Sequence[str]) -> list[str]:
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
-        raise UserError(explain(error)) from None
+        raise UserError(explain(error)) from error
     first = []
     for text, override in zip(overrides, parsed, strict=True):
         if override.is_sweep_override():
@@ -275,7 +315,7 @@ def _readable(arguments: Sequence[str]) -> list[str]:
     """Arguments for Hydra: older names replaced, ``prompt=<file>`` as its group has it, open mappings take new keys."""
     presets = {path.stem for path in (Path(config_dir()) / "prompt").glob("*.yaml")}
     found: list[str] = []
-    for argument in with_new_overrides(arguments, _prompt_of):
+    for argument in with_new_overrides(readable(arguments), _prompt_of):
         key, _, value = argument.partition("=")
         chosen = value.strip("'\"")
         if key == "prompt.instructions" and value:
@@ -285,16 +325,12 @@ def _readable(arguments: Sequence[str]) -> list[str]:
         elif key != "prompt" or chosen in presets or "," in chosen:
             found.append(argument)
         elif Path(chosen).expanduser().is_file():
-            found += ["prompt=file", f"prompt.path='{Path(chosen).expanduser().resolve()}'"]
+            found += ["prompt=file", assigned("prompt.path", str(Path(chosen).expanduser().resolve()))]
         elif "/" in chosen or "." in chosen:
             raise UserError(f"prompt={chosen}: there is no such file; give one, or {', '.join(sorted(presets))}")
         else:
             found.append(argument)
     return found
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
 
 
 def _with_resume(arguments: list[str]) -> list[str]:
@@ -305,10 +341,10 @@ def _with_resume(arguments: list[str]) -> list[str]:
     others = [a for a in arguments if a is not resume]
     if any(a in ("-m", "--multirun") for a in others):
         raise UserError("resume goes on with one run; leave out -m")
-    given = {_key(a) for a in others}
+    given = {key_of(a) for a in others}
     is_own = all(key.startswith(("export", "evaluate")) for key in given)
     name = None if is_own else compose_config(others).name
-    run_dir = find_run(resume.removeprefix("resume="), name)
+    run_dir = find_run(text_of(resume.removeprefix("resume=")), name)
     if is_own:
-        others = [a for a in saved_overrides(run_dir) if _key(a) not in given] + others
-    return [*others, f"resume='{run_dir}'", f"run_dir='{run_dir}'"]
+        others = [a for a in saved_overrides(run_dir) if key_of(a) not in given] + others
+    return [*others, assigned("resume", str(run_dir)), assigned("run_dir", str(run_dir))]

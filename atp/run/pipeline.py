@@ -37,7 +37,9 @@ from atp.prepare.baselines import check_baselines
 from atp.report.comparison import comparison_cells, comparison_table
 from atp.report.evidence import evidence_tables
 from atp.run import parts
+from atp.run.checks import check_machine, check_values
 from atp.run.directory import CONFIG, RunDirectory, provenance
+from atp.run.lock import hold
 from atp.run.results import assemble, final_figures, metric, write_card
 from atp.run.stages import Stages
 from atp.run.sweep import SharedResults, sweep_of
@@ -63,15 +65,25 @@ def run(cfg: DictConfig, run_dir: Path, *, overrides: list[str], go_on: bool = F
     """
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, TrainConfig)
+    _quiet_libraries()
+    check_values(config)
+    check_machine(config)
     check_baselines(config.evaluate.baselines)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     plain.pop("run_dir")  # named after the moment of composing, so it differs when the run goes on
+    with hold(run_dir):
+        return _run(config, plain, run_dir, overrides, go_on=go_on)
+
+
+def _run(
+    config: TrainConfig, plain: dict[str, Any], run_dir: Path, overrides: list[str], *, go_on: bool
+) -> float | None:
+    """What :func:`run` does in a directory that no other process writes to."""
     directory = RunDirectory(run_dir, plain, overrides, resume=go_on or config.resume is not None)
     if go_on and directory.is_finished:
         log.info("%s is finished; skipped", run_dir)
         return metric(directory.read_metrics(), config.optimized_metric)
     console = Console()
-    _quiet_libraries()
     if directory.is_finished:
         log.info("%s is finished; nothing to do", run_dir)
     else:
@@ -148,6 +160,7 @@ def check_data(cfg: DictConfig) -> int:
     """
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, TrainConfig)
+    check_values(config)
     console = Console()
     tokenizer = parts.load_tokenizer(config.model)
     faults = parts.data_faults(config.data, tokenizer)

@@ -50,7 +50,16 @@ from atp.run.trained import load_trained, write_masks
 from atp.train.aware import AwareModule
 from atp.train.checkpoints import RunCheckpoint
 from atp.train.joint import PruningModule
-from atp.train.loggers import close_loggers, csv_logger, log_figures, log_folder, log_table, merge_csv, write_csv
+from atp.train.loggers import (
+    close_loggers,
+    csv_logger,
+    log_figures,
+    log_folder,
+    log_table,
+    merge_csv,
+    open_logger,
+    write_csv,
+)
 from atp.train.monitoring import MaskMonitor, TrainingHealth
 from atp.train.progress import ProgressReport, QuietCollector, Throughput
 from atp.train.tuning import TuningModule
@@ -112,7 +121,7 @@ class Stages:
         if self._loggers is None:
             self._loggers = parts.make_loggers(self.config, self.directory.path)
             for logger in self._loggers:
-                logger.log_hyperparams(self.plain_config)
+                open_logger(logger, self.plain_config)
         return self._loggers
 
     def close(self) -> None:
@@ -140,6 +149,7 @@ class Stages:
 
     def fit_jointly(self) -> dict[str, Any]:
         """Train masks and adapters together; leaves ``checkpoints/joint.ckpt``."""
+        _ = self.loggers  # opened first: a refusal then costs nothing
         base = parts.load_base(self.config.model, quantized=True, device=self.device)
         module = parts.pruning_module(self.config, base)
         parts.tell_ignored(self.config, module, saved_overrides(self.directory.path))

@@ -14,14 +14,13 @@ import importlib
 import importlib.util
 import io
 import logging
-import netrc
 import os
+import re
 import shlex
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -29,24 +28,10 @@ from PIL.Image import Image
 
 from atp.atomic import appearing, write_text
 from atp.errors import UserError
+from atp.train.login import goes_offline
+from atp.train.reach import why_unreachable
 
 log = logging.getLogger(__name__)
-
-
-def is_logged_in(environment: dict[str, str] | None = None) -> bool:
-    """Whether a wandb API key is at hand: in the environment, or in the netrc file for the configured server."""
-    env = os.environ if environment is None else environment
-    if env.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(env.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    candidates = [env["NETRC"]] if env.get("NETRC") else [str(Path.home() / ".netrc"), str(Path.home() / "_netrc")]
-    for candidate in candidates:
-        try:
-            if netrc.netrc(candidate).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
 
 
 def wandb_logger(
@@ -69,12 +54,12 @@ def wandb_logger(
         group: Runs shown together; unset takes the sweep's folder name inside a sweep, the run's name elsewhere.
         tags: Tags beside the ones given; empty ones are left out.
         **options: Passed on, e.g. ``project``.
+
+    Raises:
+        UserError: ``WANDB_MODE=online``, and the server cannot be reached.
     """
-    mode = os.environ.get("WANDB_MODE", "")
     if offline is None:
-        offline = mode in ("offline", "dryrun") or (mode != "online" and not is_logged_in())
-    if offline and mode not in ("offline", "dryrun", "disabled"):
-        log.info("wandb: not logged in, so the run is written offline; `wandb sync` uploads it later")
+        offline = goes_offline(os.environ.get("WANDB_MODE", ""))
     os.environ.setdefault("WANDB_SILENT", "true")
     with contextlib.suppress(
         ImportError
@@ -131,7 +116,8 @@ def mlflow_logger(
         save_dir: Where the files go when there is no server.
         name: Run name.
         experiment: MLflow experiment.
-        tracking_uri: Server or store; unset takes ``MLFLOW_TRACKING_URI``, or local files.
+        tracking_uri: Server or store; unset takes ``MLFLOW_TRACKING_URI``, or local files. A server that does not
+            answer is replaced by local files, with a warning.
         tags: Stored as tags with an empty value.
         **options: Passed on to Lightning's logger.
 
@@ -143,7 +129,10 @@ def mlflow_logger(
 
     folder = Path(save_dir).resolve()
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
+    reason = why_unreachable(uri) if uri else None
+    if reason:
+        log.warning("mlflow: %s cannot be reached (%s), so the run is written to %s", _public(uri), reason, folder)
+    if not uri or reason:
         folder.mkdir(parents=True, exist_ok=True)
         uri = f"sqlite:///{folder / 'mlflow.db'}"
         options.setdefault("artifact_location", (folder / "artifacts").as_uri())
@@ -154,6 +143,28 @@ def mlflow_logger(
         tags={str(tag): "" for tag in tags if tag},
         **options,
     )
+
+
+def _public(uri: str | None) -> str:
+    """An address without the password that may stand in it."""
+    return re.sub(r"//[^/@]*@", "//", uri or "")
+
+
+def open_logger(logger: Logger, settings: Mapping[str, Any]) -> None:
+    """Start a logger's run and hand it the settings, with its library's complaints in one line.
+
+    Raises:
+        UserError: The library refuses, as for a key that is not valid or a project that the user may not write to.
+    """
+    name = type(logger).__name__.removesuffix("Logger").lower()
+    try:
+        logger.log_hyperparams(dict(settings))
+    except Exception as error:  # whatever a library or its server says
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        way = (
+            "log in again with `wandb login`, set WANDB_MODE=offline, or leave out" if name == "wandb" else "leave out"
+        )
+        raise UserError(f"logger={name}: cannot be opened ({reason}); {way} logger={name}") from error
 
 
 def _need(package: str, extra: str) -> None:

@@ -22,7 +22,7 @@ SWEEP = ROOT / "dashboards" / "sweep.yaml"
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of pydantic, inside wandb-workspaces
 def test_workspace_definition_holds_every_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb_workspaces", reason="needs the extra 'dashboard'")
-    monkeypatch.setattr("atp.train.loggers.is_logged_in", lambda: False)
+    monkeypatch.setattr("atp.train.login.is_logged_in", lambda: False)
     monkeypatch.chdir(tmp_path)
     assert dashboard.main([]) == 0
     written = json.loads((tmp_path / "wandb_workspace.json").read_text())
@@ -51,7 +51,7 @@ def test_what_the_server_needs_is_said(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("atp.train.loggers.is_logged_in", lambda: logged_in)
+    monkeypatch.setattr("atp.train.login.is_logged_in", lambda: logged_in)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     assert dashboard.main(arguments) == 2
     assert message in capsys.readouterr().err

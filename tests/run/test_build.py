@@ -13,7 +13,8 @@ from atp.config.schema import TrainConfig, config_dir
 from atp.prepare.baselines import BASELINES
 from atp.run import parts
 from atp.train.joint import PruningModule
-from atp.train.loggers import is_logged_in, merge_csv
+from atp.train.loggers import merge_csv
+from atp.train.login import is_logged_in
 
 ROOT = Path(config_dir())
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -52,9 +53,16 @@ _ARRAYS = {
 
 
 def default_folder() -> Path:
-    """``tokens`` in ``$ATP_CACHE``, or else in ``$XDG_CACHE_HOME/atp`` or ``~/.cache/atp``."""
+    """``tokens`` in ``$ATP_CACHE``, or else in ``$XDG_CACHE_HOME/atp`` or ``~/.cache/atp``.
+
+    A user without a home directory has it beside temporary files.
+    """
     own, shared = os.environ.get("ATP_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return (Path(own) if own else Path(shared or Path.home() / ".cache") / "atp") / "tokens"
+    home = os.path.expanduser("~")
+    if not (own or shared or os.path.isabs(home)):
+        user = os.getuid() if hasattr(os, "getuid") else "cache"
+        return Path(tempfile.gettempdir()) / f"atp-{user}" / "tokens"
+    return (Path(own) if own else Path(shared or Path(home) / ".cache") / "atp") / "tokens"
 
 
 class TokenCache:
