@@ -44,8 +44,8 @@ def assigned(name: str, text: str) -> str:
 def text_of(value: str) -> str:
     """A path as the user meant it, from an override's value with or without Hydra's quotes; ``~`` is the home."""
     parsed = _parsed(f"resume={value}")
-    found = parsed.value() if parsed is not None else value
-    return _at_home(found.text if isinstance(found, QuotedString) else value)
+    found = parsed.value() if parsed is not None else value  # without quotes
+    return _at_home(found if isinstance(found, str) else value)
 
 
 def sweeps(arguments: Sequence[str]) -> bool:
@@ -123,9 +123,8 @@ def _path(name: str, value: str, several: bool) -> str | None:
     if isinstance(found, ChoiceSweep):
         is_one = _exists(value) and not (several and any(_exists(part) for part in value.split(",")))
         return assigned(name, _at_home(value)) if is_one else None
-    if isinstance(found, (str, QuotedString)):
-        text = found if isinstance(found, str) else found.text
-        return assigned(name, _at_home(text)) if _at_home(text) != text else None
+    if isinstance(found, str):
+        return assigned(name, _at_home(found)) if _at_home(found) != found else None
     return assigned(name, value) if value[0] in "[{" and _exists(value) else None
 
 

@@ -39,7 +39,8 @@ def why_unreachable(url: str, seconds: float = SECONDS) -> str | None:
 def _ask(url: str, seconds: float) -> str:
     """Empty for an answer, otherwise the reason."""
     try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+        opener = urllib.request.build_opener()  # with the proxies of now
+        opener.open(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
     except urllib.error.HTTPError:
         return ""  # it answers
     except urllib.error.URLError as error:

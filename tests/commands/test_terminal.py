@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from atp.commands.terminal import ReaderLeft, SteadyStream
+from atp.commands.train import main
+from atp.config.quoting import readable
+from atp.data.encoding.cache import default_folder
+from atp.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 BARE = {key: value for key, value in os.environ.items() if key not in ("HOME", "LANG", "LC_ALL", "TERM", "COLUMNS")}
@@ -30,15 +34,31 @@ def test_help_for_nobody(shell: str) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_check_in_ascii_on_a_narrow_terminal_without_a_home() -> None:
-    done = command("experiment=smoke", "name=x", "--check", **ASCII)
-    assert done.returncode == 0, done.stderr.decode()
-    assert b"train records" in done.stdout.replace(b"\n", b" ") and done.stdout.isascii()
+def test_check_in_ascii_on_a_narrow_terminal_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(SystemExit) as stop:
+        main(["experiment=smoke", 'name="größe"', "--check"])
+    sys.stdout.flush()
+    shown = sys.stdout.buffer.getvalue()  # type: ignore[attr-defined]
+    assert stop.value.code == 0 and b"records" in shown and b"64" in shown
 
 
 def test_error_with_letters_the_terminal_lacks() -> None:
-    done = command("model=local", "model.path=/none/dätä", "--check", **ASCII)
-    assert done.returncode == 2 and b"model.path=/none/d" in done.stderr and b"Traceback" not in done.stderr
+    done = command("name=größe", **ASCII)
+    assert done.returncode == 2 and b"error: cannot read the override" in done.stderr
+    assert b"Traceback" not in done.stderr and done.stderr.isascii()
+
+
+def test_no_home_directory_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a variable nor an entry in the list of users, as in a container with a number for its user."""
+    for name in ("ATP_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert default_folder().is_absolute()
+    with pytest.raises(UserError, match=r"~/x: there is no home directory.*write the whole path"):
+        readable(["data.path=~/x"])
 
 
 def broken_pipe() -> io.TextIOWrapper:

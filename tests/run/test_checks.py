@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from atp.commands.train import compose_config, main
 from atp.config.schema import TrainConfig
@@ -16,8 +17,13 @@ from atp.run import parts
 from atp.run.checks import check_machine, check_values
 
 
+@functools.cache
+def composed() -> DictConfig:
+    return compose_config(["experiment=smoke"])
+
+
 def config(*overrides: str) -> TrainConfig:
-    made = OmegaConf.to_object(compose_config(["experiment=smoke", *overrides]))
+    made = OmegaConf.to_object(compose_config(["experiment=smoke", *overrides]) if overrides else composed())
     assert isinstance(made, TrainConfig)
     return made
 
