@@ -142,15 +142,14 @@ def slice_adapter(adapter: Adapter, space: PruningSpace, masks_U: Tensor) -> Ada
         The adapter of the smaller model; modules that are gone have none.
     """
     masks = space.split(_binary(masks_U))
-    weights = {weight.module: weight for weight in space.weights}
+    sides = {f"{weight.module}.weight": (weight.rows, weight.columns) for weight in space.weights} | space.others
     gone = _gone_prefixes(space, masks)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for module, (down_RI, up_OR) in adapter.factors.items():
         if gone and f"{module}.".startswith(gone):
             continue
-        if module in weights:
-            columns = kept_indices(weights[module].columns, masks)
-            rows = kept_indices(weights[module].rows, masks)
+        if f"{module}.weight" in sides:
+            rows, columns = (kept_indices(side, masks) for side in sides[f"{module}.weight"])
             down_RI = down_RI if columns is None else down_RI.index_select(1, columns.to(down_RI.device))
             up_OR = up_OR if rows is None else up_OR.index_select(0, rows.to(up_OR.device))
         factors[module] = (down_RI, up_OR)

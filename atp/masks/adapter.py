@@ -53,12 +53,18 @@ def owned_parameters(
 
 
 def adapter_sides(space: PruningSpace) -> dict[str, tuple[Side | None, Side | None]]:
-    """Map the endings of parameter names in a checkpoint to the sides of their two dimensions."""
+    """Map the endings of parameter names in a checkpoint to the sides of their two dimensions.
+
+    A linear has its base weight under one name with an adapter and under another without, and not every linear needs
+    one (``lora.target_modules``).
+    """
     sides: dict[str, tuple[Side | None, Side | None]] = {}
     for weight in space.weights:
         sides[f"{weight.module}.lora_A.default.weight"] = (None, weight.columns)
         sides[f"{weight.module}.lora_B.default.weight"] = (weight.rows, None)
-        sides[f"{weight.module}.base_layer.weight"] = (weight.rows, weight.columns)
+        for base in (weight.module, f"{weight.module}.base_layer"):
+            sides[f".{base}.weight"] = (weight.rows, weight.columns)
+            sides[f".{base}.bias"] = (weight.rows, None)
     return sides
 
 
