@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from atp.errors import UserError
-from atp.masks.adapter import Adapter
+from atp.model.adapter import Adapter
 from atp.model.widths import LayerWidths, build_model, pruned_config
 from atp.space.space import LayerSpace, PruningSpace, Side
 

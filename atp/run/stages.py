@@ -37,9 +37,10 @@ from atp.export.formats import FORMATS
 from atp.export.hf.loading import load_exported
 from atp.export.hf.writing import export_hf
 from atp.export.verify.verification import as_plain
-from atp.masks.adapter import Adapter, extract_adapter
+from atp.masks.adapter import extract_adapter
 from atp.masks.gates import fold
 from atp.masks.merging import base_tensors, merge_in_place, merged_tensors
+from atp.model.adapter import Adapter
 from atp.model.families import is_stock
 from atp.model.layers import block_parameters
 from atp.run import parts

@@ -6,45 +6,42 @@ adapters.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import embedded
 from atp.config.schema import ModelConfig
 from atp.errors import UserError
-from atp.masks.adapter import has_adapter, merge_beside
-from atp.model import modeling_atp
-from atp.model.families import family_of
+from atp.model.loading import is_local, load_model
+from atp.model.odd_places import model_home
 from atp.run.parts.quantization import bitsandbytes_settings
-
-log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def model_source(config: ModelConfig) -> str:
-    """Directory or hub id of the base model.
+    """Directory or hub id of the base model; of a run directory, its ``pruned/``.
 
     Raises:
-        ValueError: ``model.path`` is not set, or is a path that does not exist.
+        ValueError: ``model.path`` is not set, does not exist, or is no model.
     """
     if not config.path:
         raise UserError("model.path is not set; give a directory in Hugging Face layout, a hub id, or 'embedded'")
     if config.path == "embedded":
         return str(embedded.base_dir())
-    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
-    path = Path(config.path).expanduser()
-    if path.is_dir():
-        return str(path)
-    if looks_local:
+    if not is_local(config.path):
+        return config.path
+    if not Path(config.path).expanduser().exists():
         raise UserError(
             f"model.path={config.path}: no such directory; give one that holds config.json and *.safetensors"
         )
-    return config.path
+    try:
+        return str(model_home(config.path))
+    except UserError as error:
+        raise UserError(f"model.path: {error}") from error
 
 
 def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -62,32 +59,22 @@ def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.dev
     source = model_source(config)
     if config.dtype not in DTYPES:
         raise UserError(f"model.dtype is {config.dtype!r}; known: {', '.join(DTYPES)}")
-    modeling_atp.register()
     packed: dict[str, Any] = {}
-    if quantized and config.quantization is not None and has_adapter(source):
-        raise UserError(
-            f"model.path={source} carries an adapter, which cannot be merged into packed weights; "
-            "export it merged, or leave model.quantization out"
-        )
     if quantized and config.quantization is not None:
         settings = bitsandbytes_settings(config, DTYPES[config.dtype])
         packed = {"quantization_config": settings, "device_map": {"": device}}
     try:
-        family_of(AutoConfig.from_pretrained(source, revision=config.revision))
-        model = AutoModelForCausalLM.from_pretrained(
+        return load_model(
             source,
             revision=config.revision,
             dtype=DTYPES[config.dtype],
             attn_implementation=config.attn_implementation,
-            use_safetensors=True,
-            **packed,
+            packed=packed,
         )
+    except UserError as error:
+        raise UserError(f"model.path: {error}") from error
     except OSError as error:
         raise UserError(_access_message("model.path", source, error)) from error
-    if not packed and merge_beside(model, source):
-        log.info("%s: the adapter beside the weights is merged into them", source)
-    model.eval()
-    return model
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
