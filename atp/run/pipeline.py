@@ -39,7 +39,7 @@ from atp.report.evidence import evidence_tables
 from atp.run import parts
 from atp.run.directory import CONFIG, RunDirectory, provenance
 from atp.run.results import assemble, final_figures, metric, write_card
-from atp.run.stages import Stages
+from atp.run.stages import NotVerified, Stages
 from atp.run.sweep import SharedResults, sweep_of
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ def run(cfg: DictConfig, run_dir: Path, *, overrides: list[str], go_on: bool = F
     Raises:
         ValueError: A user's mistake.
         RunInterrupted: A signal ended training early.
+        NotVerified: The export does not compute what was trained; everything is written.
     """
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, TrainConfig)
@@ -93,6 +94,8 @@ def run(cfg: DictConfig, run_dir: Path, *, overrides: list[str], go_on: bool = F
     exported = metrics["export"]
     lines = load_lines(str(run_dir / "pruned"), stock=exported["stock"], adapter=exported.get("adapter", False))
     console.print(lines, highlight=False, markup=False, soft_wrap=True)
+    if fault := metrics["removal"].get("not_verified"):
+        raise NotVerified(f"not verified: {fault}. The weights are kept in {run_dir / 'pruned'}; do not use them as is")
     return metric(metrics, config.optimized_metric)
 
 
@@ -210,9 +213,8 @@ def _upload(settings: ExportConfig, folder: Path, metrics: dict[str, Any]) -> No
     repository = settings.push_to_hub
     if repository is None:
         return
-    failed = [check["format"] for check in metrics["export"]["formats"] if check["ok"] is False]
-    if failed:
-        log.error("export.push_to_hub=%s: not uploaded, as %s does not match the model", repository, ", ".join(failed))
+    if fault := metrics["removal"]["not_verified"]:
+        log.error("export.push_to_hub=%s: not uploaded, not verified: %s", repository, fault)
     else:
         log.info("uploaded to %s", upload(folder, repository, public=settings.public))
 

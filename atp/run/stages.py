@@ -13,6 +13,7 @@ import copy
 import itertools
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,8 @@ from transformers import PreTrainedModel
 
 from atp.atomic import write_json
 from atp.config.schema import TrainConfig
-from atp.cut.removal import max_logit_difference, remove, slice_adapter, widths_after
+from atp.cut.agreement import Difference, verdict
+from atp.cut.removal import logit_difference, max_logit_difference, remove, slice_adapter, widths_after
 from atp.data.prompt import PROMPT_FILE
 from atp.data.reading.bad_rows import FILE as SKIPPED_FILE
 from atp.data.reading.bad_rows import write_bad_rows
@@ -63,6 +65,10 @@ class RunInterrupted(Exception):
     """Ctrl-C or SIGTERM ended training; the message says how to go on."""
 
 
+class NotVerified(Exception):
+    """A run whose export does not compute what was trained; all is written, and the message says where it parts."""
+
+
 class Stages:
     """The stages of one run, and what they share.
 
@@ -96,6 +102,7 @@ class Stages:
         self.assessor = Assessor(config, self.tokenizer, self.prompt, self.splits.test, self.prompt_cost)
         dense = self.dense()
         self.base_config, self.generation_config = dense.config, dense.generation_config
+        self.export_dtype = parts.export_dtype(config)
         self.data = parts.data_module(config, self.splits, self.tokenizer, dense.config.max_position_embeddings)
         self.preparation = Preparation(config, self.data, self.device)
         self.space = parts.pruning_space(config.prune, dense)
@@ -175,16 +182,12 @@ class Stages:
         masked = module.masked.to(self.device).eval()
         removed, stored, adapter = self._cut(module, masks_U)
         batches = self._check_batches()
-        masked_vs_removed = max_logit_difference(masked, removed, batches)
+        masked_vs_removed = logit_difference(masked, removed, batches)
         path = self.directory.path / "pruned"
         self._export(stored, adapter, path, overwrite=True)
         write_formats(path, **self._formats())
-        removed_vs_reloaded = max_logit_difference(removed, self.pruned(), batches)
         return {
-            "max_abs_logit_diff": max(masked_vs_removed, removed_vs_reloaded),
-            "masked_vs_removed": masked_vs_removed,
-            "removed_vs_reloaded": removed_vs_reloaded,
-            "dtype": str(next(removed.parameters()).dtype).removeprefix("torch."),
+            **self._compared(masked, masked_vs_removed, removed, batches, rounded=adapter is None),
             "tokens": int(sum(batch["attention_mask"].sum() for batch in batches)),
             "stock": is_stock(removed.config),
             "adapter": adapter is not None,
@@ -194,6 +197,41 @@ class Stages:
             "sparsity": float(self.space.sparsity(masks_U.double())),
             "pruned_blocks": int(self.space.remaining_parameters(masks_U.double())),
             "parameters": count_parameters(removed),
+        }
+
+    def _compared(
+        self,
+        masked: torch.nn.Module,
+        masked_vs_removed: Difference,
+        removed: PreTrainedModel,
+        batches: list[dict[str, Tensor]],
+        *,
+        rounded: bool,
+    ) -> dict[str, Any]:
+        """The export read again against the masked model and the removed one, which is rounded as the file is."""
+        computed, stored = (str(dtype).removeprefix("torch.") for dtype in (removed.dtype, self.export_dtype))
+        reloaded = self.pruned()
+        masked_vs_reloaded = logit_difference(masked, reloaded, batches)
+        if rounded and stored != computed:
+            with torch.no_grad():
+                for parameter in removed.parameters():
+                    parameter.copy_(parameter.to(self.export_dtype))
+        removed_vs_reloaded = logit_difference(removed, reloaded, batches)
+        every = (masked_vs_removed, removed_vs_reloaded, masked_vs_reloaded)
+        fault = verdict(*every, computed=computed, stored=stored, rounded=rounded)
+        if fault:
+            log.error("not verified: %s", fault)
+        most = sys.float_info.max  # JSON has no infinity
+        figures = [min(difference.largest, most) for difference in every]
+        return {
+            "max_abs_logit_diff": max(figures),
+            "masked_vs_removed": figures[0],
+            "removed_vs_reloaded": figures[1],
+            "masked_vs_reloaded": figures[2],
+            "logit_spread": masked_vs_removed.spread,
+            "fault": fault,
+            "dtype": computed,
+            "stored_dtype": stored,
         }
 
     def _cut(self, module: PruningModule, masks_U: Tensor) -> tuple[PreTrainedModel, PreTrainedModel, Adapter | None]:
@@ -252,7 +290,7 @@ class Stages:
             path,
             provenance=self.origin,
             overwrite=overwrite,
-            dtype=parts.DTYPES[self.config.export.dtype] if self.config.export.dtype else None,
+            dtype=self.export_dtype,
             max_shard_size=self.config.export.max_shard_size,
             adapter=adapter,
         )
@@ -270,7 +308,7 @@ class Stages:
             return []
         batches = list(itertools.islice(self.data.val_dataloader(), 64))
         windows = windows_of(batches, settings.verify_tokens, self.config.data.max_length)
-        exact = removed.dtype == torch.float32 and settings.dtype in (None, "float32")
+        exact = removed.dtype == self.export_dtype == torch.float32
         return as_plain(verify_formats(path, windows, removed if exact else None, self.config.threads))
 
     def tune(self, name: str, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> dict[str, Any]:
@@ -323,8 +361,9 @@ class Stages:
         return parts.load_base(self.config.model)
 
     def pruned(self) -> PreTrainedModel:
-        """The exported model, loaded back from the run directory."""
-        return load_exported(self.directory.path / "pruned", device=self.device)
+        """The exported model, loaded back from the run directory; in the base's working type unless told otherwise."""
+        dtype = None if self.config.export.dtype else parts.DTYPES[self.config.model.dtype]
+        return load_exported(self.directory.path / "pruned", dtype=dtype, device=self.device)
 
     def _fit(self, name: str, module: TuningModule) -> None:
         """Train to the end, from the checkpoint if there is one."""

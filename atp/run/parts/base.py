@@ -6,6 +6,7 @@ adapters.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import embedded
-from atp.config.schema import ModelConfig
+from atp.config.schema import ModelConfig, TrainConfig
 from atp.errors import UserError
-from atp.model.loading import is_local, load_model
+from atp.model.loading import fetched, is_local, load_model
 from atp.model.odd_places import model_home
+from atp.model.stored import StoredModel
 from atp.run.parts.quantization import bitsandbytes_settings
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -75,6 +79,36 @@ def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.dev
         raise UserError(f"model.path: {error}") from error
     except OSError as error:
         raise UserError(_access_message("model.path", source, error)) from error
+
+
+def export_dtype(config: TrainConfig) -> torch.dtype:
+    """Type of the exported weights: ``export.dtype``, or the base's own.
+
+    A base that trains in less than float32 (``model.dtype``) is exported as it trains.
+
+    Raises:
+        ValueError: The base cannot be read.
+    """
+    if config.export.dtype:
+        return DTYPES[config.export.dtype]
+    working = DTYPES[config.model.dtype]
+    if working != torch.float32:
+        return working
+    try:
+        stored = StoredModel(fetched(model_source(config.model), config.model.revision))
+    except UserError as error:
+        raise UserError(f"model.path: {error}") from error
+    own = stored.dtype if stored.dtype in DTYPES.values() else torch.float32
+    if len(stored.dtypes) > 1 or own != stored.dtype:
+        counts = ", ".join(f"{count} tensors in {name}" for name, count in sorted(stored.dtypes.items()))
+        log.info("export: the base holds %s; all are exported in %s (export.dtype chooses)", counts, _named(own))
+    elif own != torch.float32:
+        log.info("export: weights in %s, as the base's are (export.dtype chooses)", _named(own))
+    return own
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
