@@ -8,7 +8,6 @@ configuration, and nothing of masks or training.
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,8 @@ from transformers.utils.hub import cached_file, cached_files
 from atp.errors import UserError
 from atp.model.adapter import ADAPTER_CONFIG, ADAPTER_FOLDER, merge_beside
 from atp.model.odd_places import model_home
-from atp.model.stored import StoredModel
+from atp.model.stored import StoredModel, tell_once
 from atp.model.weight_files import INDEX_FILE, WEIGHTS_FILE
-
-log = logging.getLogger(__name__)
 
 _BESIDE = (
     "generation_config.json",
@@ -119,7 +116,7 @@ def load_model(
     if random or report.get("error_msgs"):
         raise RuntimeError(f"{directory}: weights that were checked were not loaded: {sorted(random)[:4]}")
     if merge_beside(model, directory):
-        log.info("%s: the adapter beside the weights is merged into them", directory)
+        tell_once(f"{directory}: the adapter beside the weights is merged into them")
     loaded_model: PreTrainedModel = model.eval()
     return loaded_model
 

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 """Types that weights may be stored in, in safetensors' spelling."""
+_TOLD: set[str] = set()
 _CHECKED: set[tuple[StoredTensor, int, int]] = set()
 """What this process found finite, with size and time of the file: a run loads its base several times."""
 
@@ -137,10 +138,9 @@ class StoredModel:
             self.is_plain = False
         elif head.shape == tied.shape and not torch.equal(self.raw(self._head), self.raw(embeddings)):
             self.config.tie_word_embeddings = False
-            log.info(
-                "%s: config.json says tie_word_embeddings, but %s differs from the embeddings; both are kept apart",
-                self.directory,
-                self._head,
+            tell_once(
+                f"{self.directory}: config.json says tie_word_embeddings, but {self._head} differs from the embeddings; "
+                "both are kept apart"
             )
         else:
             del self._tensors[self._head]
@@ -153,7 +153,14 @@ class StoredModel:
             hint = _hint(expected, found, self.config)
             raise UserError(f"the weights in {self.directory} do not fit its config.json: {problems}{hint}")
         if renaming.taken_off:
-            log.info("%s: the names of the weights are wrapped; %s", self.directory, renaming.taken_off)
+            tell_once(f"{self.directory}: the names of the weights are not the model's own; {renaming.taken_off}")
+
+
+def tell_once(line: str) -> None:
+    """Log a line unless this process has logged it before: a run loads its base several times."""
+    if line not in _TOLD:
+        _TOLD.add(line)
+        log.info("%s", line)
 
 
 def expected_shapes(config: PreTrainedConfig, *, with_head: bool = False) -> dict[str, tuple[int, ...]]:

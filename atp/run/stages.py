@@ -91,6 +91,7 @@ class Stages:
         parts.check_quantization(config)
         parts.check_start(config.prune)
         log.info("run directory: %s", directory.path)
+        self.export_dtype = parts.export_dtype(config)
         self.tokenizer = parts.load_tokenizer(config.model)
         self.prompt = parts.load_prompt(config, self.tokenizer)
         plain = parts.load_splits(config.data, config.seed, self.tokenizer)
@@ -102,7 +103,6 @@ class Stages:
         self.assessor = Assessor(config, self.tokenizer, self.prompt, self.splits.test, self.prompt_cost)
         dense = self.dense()
         self.base_config, self.generation_config = dense.config, dense.generation_config
-        self.export_dtype = parts.export_dtype(config)
         self.data = parts.data_module(config, self.splits, self.tokenizer, dense.config.max_position_embeddings)
         self.preparation = Preparation(config, self.data, self.device)
         self.space = parts.pruning_space(config.prune, dense)

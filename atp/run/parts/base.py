@@ -61,17 +61,16 @@ def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.dev
             way out.
     """
     source = model_source(config)
-    if config.dtype not in DTYPES:
-        raise UserError(f"model.dtype is {config.dtype!r}; known: {', '.join(DTYPES)}")
+    working = _known("model.dtype", config.dtype)
     packed: dict[str, Any] = {}
     if quantized and config.quantization is not None:
-        settings = bitsandbytes_settings(config, DTYPES[config.dtype])
+        settings = bitsandbytes_settings(config, working)
         packed = {"quantization_config": settings, "device_map": {"": device}}
     try:
         return load_model(
             source,
             revision=config.revision,
-            dtype=DTYPES[config.dtype],
+            dtype=working,
             attn_implementation=config.attn_implementation,
             packed=packed,
         )
@@ -87,17 +86,13 @@ def export_dtype(config: TrainConfig) -> torch.dtype:
     A base that trains in less than float32 (``model.dtype``) is exported as it trains.
 
     Raises:
-        ValueError: The base cannot be read.
+        ValueError: The base cannot be read, or a type is unknown.
     """
+    stored, working = _stored_base(config.model), _known("model.dtype", config.model.dtype)
     if config.export.dtype:
-        return DTYPES[config.export.dtype]
-    working = DTYPES[config.model.dtype]
+        return _known("export.dtype", config.export.dtype)
     if working != torch.float32:
         return working
-    try:
-        stored = StoredModel(fetched(model_source(config.model), config.model.revision))
-    except UserError as error:
-        raise UserError(f"model.path: {error}") from error
     own = stored.dtype if stored.dtype in DTYPES.values() else torch.float32
     if len(stored.dtypes) > 1 or own != stored.dtype:
         counts = ", ".join(f"{count} tensors in {name}" for name, count in sorted(stored.dtypes.items()))
@@ -105,6 +100,23 @@ def export_dtype(config: TrainConfig) -> torch.dtype:
     elif own != torch.float32:
         log.info("export: weights in %s, as the base's are (export.dtype chooses)", _named(own))
     return own
+
+
+def _stored_base(config: ModelConfig) -> StoredModel:
+    """The base's files, their headers checked."""
+    source = model_source(config)
+    try:
+        return StoredModel(fetched(source, config.revision))
+    except UserError as error:
+        raise UserError(f"model.path: {error}") from error
+    except OSError as error:
+        raise UserError(_access_message("model.path", source, error)) from error
+
+
+def _known(field: str, name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UserError(f"{field} is {name!r}; known: {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _named(dtype: torch.dtype) -> str:
