@@ -58,7 +58,7 @@ class StoredModel:
         self.directory = model_home(path)
         read_settings(self.directory)
         self.config = _read_config(self.directory)
-        expected = expected_shapes(self.config, with_head=True)
+        expected = self._expected()
         stored = _stored(self.directory)
         renaming = renamed(stored, expected, self._head)
         if renaming.faults:
@@ -72,6 +72,18 @@ class StoredModel:
         self.adapter = read_adapter(self.directory / ADAPTER_FOLDER) if has_adapter(self.directory) else None
         if self.adapter is not None:
             _check_adapter(self.adapter, self.shapes, self.directory / ADAPTER_FOLDER)
+
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what the config's model has, its head included."""
+        try:
+            return expected_shapes(self.config, with_head=True)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a wrong value makes transformers raise, of many kinds
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(
+                f"{self.directory / 'config.json'} describes no model that can be built ({reason})"
+            ) from error
 
     @property
     def dtypes(self) -> dict[str, int]:
@@ -139,8 +151,8 @@ class StoredModel:
         elif head.shape == tied.shape and not torch.equal(self.raw(self._head), self.raw(embeddings)):
             self.config.tie_word_embeddings = False
             tell_once(
-                f"{self.directory}: config.json says tie_word_embeddings, but {self._head} differs from the embeddings; "
-                "both are kept apart"
+                f"{self.directory}: config.json says tie_word_embeddings, but {self._head} differs from the "
+                "embeddings; both are kept apart"
             )
         else:
             del self._tensors[self._head]

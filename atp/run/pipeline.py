@@ -99,7 +99,7 @@ def run(cfg: DictConfig, run_dir: Path, *, overrides: list[str], go_on: bool = F
     return metric(metrics, config.optimized_metric)
 
 
-def export_adapter(run_dir: Path, output: Path, *, overwrite: bool = False) -> float:
+def export_adapter(run_dir: Path, output: Path, *, overwrite: bool = False) -> tuple[float, str]:
     """Write the model of a finished run once more, as pruned base with the adapter beside it.
 
     Args:
@@ -108,7 +108,7 @@ def export_adapter(run_dir: Path, output: Path, *, overwrite: bool = False) -> f
         overwrite: Replace a model directory that is there.
 
     Returns:
-        Largest logit difference from what the run exported.
+        Largest logit difference from what the run exported, and what is wrong if it is too large.
 
     Raises:
         ValueError: The directory is no finished run, or lacks what an adapter is made of.
@@ -129,12 +129,12 @@ def export_adapter(run_dir: Path, output: Path, *, overwrite: bool = False) -> f
     written = json.loads((run_dir / "pruned" / PROVENANCE_FILE).read_text(encoding="utf-8"))
     stages = Stages(config, directory, settings, written["run"])
     try:
-        difference = stages.export_unmerged(output, overwrite=overwrite)
+        compared = stages.export_unmerged(output, overwrite=overwrite)
     finally:
         stages.close()
     metrics = directory.read_metrics()
     write_card(output, {**metrics, "export": {**metrics["export"], "formats": []}})
-    return difference
+    return compared
 
 
 def check_data(cfg: DictConfig) -> int:

@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 
 from atp.atomic import write_json
 from atp.config.schema import TrainConfig
-from atp.cut.agreement import Difference, verdict
-from atp.cut.removal import logit_difference, max_logit_difference, remove, slice_adapter, widths_after
+from atp.cut.agreement import Difference, allowed, verdict
+from atp.cut.removal import logit_difference, remove, slice_adapter, widths_after
 from atp.data.prompt import PROMPT_FILE
 from atp.data.reading.bad_rows import FILE as SKIPPED_FILE
 from atp.data.reading.bad_rows import write_bad_rows
@@ -250,11 +250,11 @@ class Stages:
             stored, adapter = self._unmerged(module, masks_U)
         return removed, stored, adapter
 
-    def export_unmerged(self, path: Path, *, overwrite: bool = False) -> float:
+    def export_unmerged(self, path: Path, *, overwrite: bool = False) -> tuple[float, str]:
         """Write the finished run's model once more, as pruned base with the adapter beside it.
 
         Returns:
-            Largest logit difference from the run's own export.
+            Largest logit difference from the run's own export, and what is wrong if it is too large.
 
         Raises:
             ValueError: The run trained no mask and adapter to a checkpoint, or folded gates into merged weights.
@@ -266,7 +266,12 @@ class Stages:
             raise UserError("this run folded soft gates into the merged weights, so no adapter can be taken apart")
         stored, adapter = self._unmerged(module, masks_U)
         self._export(stored, adapter, path, overwrite=overwrite)
-        return max_logit_difference(self.pruned(), load_exported(path, device=self.device), self._check_batches())
+        working = parts.DTYPES[self.config.model.dtype]
+        written = load_exported(path, dtype=working, device=self.device)
+        found = logit_difference(self.pruned(), written, self._check_batches())
+        dtype = str(self.export_dtype).removeprefix("torch.")
+        most = allowed(dtype, found.spread)
+        return found.largest, "" if found.largest <= most else f"more than the {most:.2g} that {dtype} explains"
 
     def _trained(self) -> tuple[PruningModule, Tensor]:
         """The module as training left it, and its final masks."""

@@ -217,6 +217,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a download": (_cut, r"truncated.*9000 bytes, of \d+ by its header.*download"),
     "empty file": (_write(WEIGHTS, b""), r"model\.safetensors is empty"),
     "web page": (_write(WEIGHTS, b"<html><body>Sign in</body></html>"), r"not a safetensors file"),
+    "config of no model": (
+        lambda base: configure(base, hidden_act="no-such"),
+        r"config\.json describes no model.*no-such",
+    ),
+    "heads that do not divide": (lambda base: configure(base, num_key_value_heads=0), r"config\.json"),
     "empty config": (_write("config.json", b""), r"config\.json cannot be read: it is empty"),
     "config of something else": (_write("config.json", b"{}"), r"names no model_type"),
     "gguf": (_only("model-q4.gguf"), r"weights are model-q4\.gguf: GGUF.*Hugging Face directory"),
