@@ -32,9 +32,9 @@ def make_adapter(folder: Path, layers: int) -> None:
     """Write a random adapter of all linears beside the dense model, where its reader merges it."""
     import torch
 
-    from atp.export.hf.loading import ADAPTER_FOLDER
     from atp.masks.adapter import extract_adapter
     from atp.masks.lora import add_lora
+    from atp.model.adapter import ADAPTER_FOLDER
     from atp.model.widths import build_model
 
     config = base_config(layers)

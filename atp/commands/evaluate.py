@@ -153,33 +153,25 @@ def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         ValueError: There is no such model, or the dtype is unknown.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     from atp import embedded
     from atp.data.encoding.tokenizer import check_ids, load_tokenizer
-    from atp.masks.adapter import merge_beside
-    from atp.model import modeling_atp
+    from atp.model.loading import fetched, load_model
 
     if dtype not in WEIGHT_DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown; choose one of {', '.join(WEIGHT_DTYPES)}")
     source = str(embedded.base_dir()) if name == EMBEDDED else name
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
-    if looks_local and not Path(source).expanduser().is_dir():
-        raise UserError(f"{source}: no such directory; give one with config.json, tokenizer and *.safetensors")
-    modeling_atp.register()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        path = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True)
-        tokenizer = load_tokenizer(path)
-        check_ids(tokenizer, model.config.vocab_size, path)
+        model = load_model(source, dtype=getattr(torch, dtype))
+        home = str(fetched(source))
+        tokenizer = load_tokenizer(home)
+        check_ids(tokenizer, model.config.vocab_size, home)
     except UserError:
         raise
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{source}: cannot be loaded ({reason})") from error
-    if merge_beside(model, path):
-        log.warning("%s: the adapter beside the weights is merged into them", path)
     return torch.nn.Module.to(model, device).eval(), tokenizer
 
 

@@ -67,9 +67,10 @@ def _run(options: Options) -> int:
     console.width = max(console.width, TABLE_WIDTH)
     target = _new_directory(options)
     directory = model_directory(options.directory)
-    for form in (form for name, form in FORMATS.items() if name in options.to):
-        _write(form, directory, options, console)
-    code = _verify(target or directory, options, console) if options.verify else 0
+    forms = [form for name, form in FORMATS.items() if name in options.to]
+    code = max((_write(form, directory, options, console) for form in forms), default=0)
+    if options.verify:
+        code = max(code, _verify(target or directory, options, console))
     if options.push_to_hub and code == 0:
         from atp.export.bundle import upload
 
@@ -93,10 +94,9 @@ def _check(options: Options) -> None:
         package.require()
 
 
-def _write(form: Format, directory: Path, options: Options, console: Console) -> None:
+def _write(form: Format, directory: Path, options: Options, console: Console) -> int:
     if form.write is None:
-        _write_from_run(directory, options, console)
-        return
+        return _write_from_run(directory, options, console)
     around = _new_directory(options) or (options.output if len(set(options.to)) > 1 else None)
     output = around / form.name if around and not form.is_directory else options.output
     types = getattr(options, f"{form.name}_type", ())
@@ -104,9 +104,10 @@ def _write(form: Format, directory: Path, options: Options, console: Console) ->
     for file in form.write(directory, output, asked):
         note = f", {file.note}" if file.note else ""
         console.print(f"{form.name}: {file.path} ({file.size_bytes / 2**20:.2f} MiB{note})", soft_wrap=True)
+    return 0
 
 
-def _write_from_run(directory: Path, options: Options, console: Console) -> None:
+def _write_from_run(directory: Path, options: Options, console: Console) -> int:
     """The pruned base and its adapter, which only the finished run can take apart."""
     from atp.run.pipeline import export_adapter
 
@@ -114,9 +115,12 @@ def _write_from_run(directory: Path, options: Options, console: Console) -> None
         raise UserError(f"{directory} holds the pruned base and its adapter already, in {directory / 'adapter'}")
     output = _new_directory(options)
     assert output is not None
-    difference = export_adapter(run_directory(options.directory), output, overwrite=options.overwrite)
+    difference, fault = export_adapter(run_directory(options.directory), output, overwrite=options.overwrite)
     compared = f"largest logit difference from {directory}: {difference:.2g}"
     console.print(f"adapter: {output} (pruned base) and {output / 'adapter'}; {compared}", soft_wrap=True)
+    if fault:
+        sys.stderr.write(f"error: {output} does not match the run: {compared}, {fault}\n")
+    return MISMATCH if fault else 0
 
 
 def _new_directory(options: Options) -> Path | None:

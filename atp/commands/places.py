@@ -26,11 +26,12 @@ def model_directory(path: Path) -> Path:
     for candidate in (path / "pruned", path):
         if (candidate / "config.json").is_file() and any(candidate.glob("*.safetensors*")):
             return candidate
-    if (path / ".hydra").is_dir() or (path / "stages").is_dir():
-        raise UserError(f"{path} is a run that has exported no model yet; go on with: python train.py resume={path}")
-    if (path / "config.json").is_file():
-        return path  # loading says what is wrong with its weights
-    raise UserError(f"{path} holds no model: neither config.json nor pruned/config.json")
+    from atp.model.odd_places import model_home
+
+    try:
+        return model_home(path)  # what is wrong with weights is told where they are loaded
+    except UserError as error:
+        raise UserError(f"{path} holds no model: {error}") from error
 
 
 def model_source(name: str) -> str:

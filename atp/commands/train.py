@@ -118,7 +118,7 @@ def _job(cfg: DictConfig) -> float | None:
     """One Hydra job: run the pipeline, turn its complaints into messages and exit codes."""
     with uncollected():
         from atp.run.pipeline import run
-        from atp.run.stages import RunInterrupted
+        from atp.run.stages import NotVerified, RunInterrupted
 
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith(("resume=", "run_dir="))]
@@ -129,6 +129,9 @@ def _job(cfg: DictConfig) -> float | None:
     except RunInterrupted as interruption:
         log.warning("%s", interruption)
         raise SystemExit(INTERRUPTED) from None
+    except NotVerified as fault:
+        log.error("%s", fault)
+        raise SystemExit(FAILED) from None
     except KeyboardInterrupt:
         log.warning("interrupted; go on with: python train.py resume=%s", run_dir)
         raise SystemExit(INTERRUPTED) from None
@@ -193,9 +196,10 @@ class SweepCallback(Callback):
 
 def is_expected(error: BaseException) -> bool:
     """Whether an error is the user's to mend or the machine's; any other is a fault of ours and shows its traceback."""
+    from atp.run.stages import NotVerified
     from atp.train.tuning import TrainingDiverged
 
-    return isinstance(error, (UserError, TrainingDiverged, OSError))
+    return isinstance(error, (UserError, TrainingDiverged, NotVerified, OSError))
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:

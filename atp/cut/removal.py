@@ -10,14 +10,16 @@ Shape suffixes: U units, L layers.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from atp.cut.agreement import Difference
 from atp.errors import UserError
-from atp.masks.adapter import Adapter
+from atp.model.adapter import Adapter
 from atp.model.widths import LayerWidths, build_model, pruned_config
 from atp.space.space import LayerSpace, PruningSpace, Side
 
@@ -142,15 +144,14 @@ def slice_adapter(adapter: Adapter, space: PruningSpace, masks_U: Tensor) -> Ada
         The adapter of the smaller model; modules that are gone have none.
     """
     masks = space.split(_binary(masks_U))
-    weights = {weight.module: weight for weight in space.weights}
+    sides = {f"{weight.module}.weight": (weight.rows, weight.columns) for weight in space.weights} | space.others
     gone = _gone_prefixes(space, masks)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for module, (down_RI, up_OR) in adapter.factors.items():
         if gone and f"{module}.".startswith(gone):
             continue
-        if module in weights:
-            columns = kept_indices(weights[module].columns, masks)
-            rows = kept_indices(weights[module].rows, masks)
+        if f"{module}.weight" in sides:
+            rows, columns = (kept_indices(side, masks) for side in sides[f"{module}.weight"])
             down_RI = down_RI if columns is None else down_RI.index_select(1, columns.to(down_RI.device))
             up_OR = up_OR if rows is None else up_OR.index_select(0, rows.to(up_OR.device))
         factors[module] = (down_RI, up_OR)
@@ -200,22 +201,30 @@ def remove(
     return small.eval()
 
 
-@torch.inference_mode()
 def max_logit_difference(first: nn.Module, second: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Largest absolute difference of two models' logits over real (unpadded) positions.
+    """As :func:`logit_difference`, the largest difference alone."""
+    return logit_difference(first, second, batches).largest
+
+
+@torch.inference_mode()
+def logit_difference(first: nn.Module, second: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Difference:
+    """Largest absolute difference of two models' logits over real (unpadded) positions, and the first one's spread.
 
     Args:
         first: A causal LM, in eval mode.
         second: Another one with the same vocabulary.
         batches: Mappings with ``input_ids`` and ``attention_mask``, right-padded.
     """
-    largest = 0.0
+    largest, variances = 0.0, []
     for batch in batches:
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        real_BT = inputs["attention_mask"].bool()
         logits = [model(**inputs).logits.float() for model in (first, second)]
-        difference_BT = (logits[0] - logits[1]).abs().amax(-1)
-        largest = max(largest, float(difference_BT[inputs["attention_mask"].bool()].max()))
-    return largest
+        difference = float((logits[0] - logits[1]).abs().amax(-1)[real_BT].max())
+        largest = max(largest, difference if math.isfinite(difference) else math.inf)  # max() drops what is no number
+        variances.append(float(logits[0][real_BT].var()))
+    spread = math.sqrt(sum(variances) / len(variances)) if variances else 0.0
+    return Difference(largest, spread if math.isfinite(spread) else 0.0)
 
 
 def _binary(masks_U: Tensor) -> Tensor:

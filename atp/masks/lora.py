@@ -61,14 +61,7 @@ def add_lora(
         raise UserError(f"lora.r is {r}; the rank must be at least 1")
     if not 0.0 <= dropout < 1.0:
         raise UserError(f"lora.dropout is {dropout}; it must lie in [0, 1)")
-    linears = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    missing = [name for name in target_modules if name.rpartition(".")[2] not in linears]
-    if missing or not target_modules:
-        raise UserError(
-            f"lora.target_modules holds {missing or 'no name'}, which matches no linear layer of "
-            f"{type(model).__name__}; "
-            f"its linears are {', '.join(sorted(linears))}"
-        )
+    _check_targets(model, target_modules)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT annotates int but divides
@@ -82,6 +75,36 @@ def add_lora(
         if type(module) is LoraLinear and type(module.base_layer) is nn.Linear:
             module.forward = functools.partial(_add_in_place, module)  # type: ignore[method-assign]
     return peft_model
+
+
+def _check_targets(model: PreTrainedModel, target_modules: Sequence[str]) -> None:
+    """Refuse targets that match nothing, and a head whose weight is the embeddings'.
+
+    Raises:
+        UserError: Names the targets and what there is instead.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    endings = sorted({name.rpartition(".")[2] for name in linears})
+    missing = [target for target in target_modules if not any(_is_target(name, target) for name in linears)]
+    if missing or not target_modules:
+        raise UserError(
+            f"lora.target_modules holds {missing or 'no name'}, which matches no linear layer of "
+            f"{type(model).__name__}; "
+            f"its linears are {', '.join(endings)}"
+        )
+    head = family_of(model.config).head
+    shared = [target for target in target_modules if _is_target(head, target)]
+    if shared and model.config.tie_word_embeddings:
+        # An adapter on one of two modules with one weight cannot be merged: the other would learn it too.
+        raise UserError(
+            f"lora.target_modules holds {shared}, but this base shares one weight between {head} and the input "
+            "embeddings (tie_word_embeddings); take it out"
+        )
+
+
+def _is_target(name: str, target: str) -> bool:
+    """Whether PEFT takes a module for a target: its whole name, or how it ends at a dot."""
+    return name == target or name.endswith(f".{target}")
 
 
 def _add_in_place(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:

@@ -47,7 +47,7 @@ _SCHEMA: dict[str, Any] = {
         "device": "string",
     },
     **dict.fromkeys(("macs", "memory", "files"), _NUMBERS),
-    "removal": {"max_abs_logit_diff": "number"},
+    "removal": {"max_abs_logit_diff": "number", "not_verified": "string"},
     **dict.fromkeys(("widths", "dense_widths"), _WIDTHS),
 }
 _KINDS: dict[str, tuple[type, ...]] = {"number": (int, float), "count": (int,), "string": (str,)}

@@ -41,7 +41,7 @@ from atp.run.checks import check_machine, check_values
 from atp.run.directory import CONFIG, RunDirectory, provenance
 from atp.run.lock import hold
 from atp.run.results import assemble, final_figures, metric, write_card
-from atp.run.stages import Stages
+from atp.run.stages import NotVerified, Stages
 from atp.run.sweep import SharedResults, sweep_of
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ def run(cfg: DictConfig, run_dir: Path, *, overrides: list[str], go_on: bool = F
     Raises:
         ValueError: A user's mistake.
         RunInterrupted: A signal ended training early.
+        NotVerified: The export does not compute what was trained; everything is written.
     """
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, TrainConfig)
@@ -105,10 +106,12 @@ def _run(
     exported = metrics["export"]
     lines = load_lines(str(run_dir / "pruned"), stock=exported["stock"], adapter=exported.get("adapter", False))
     console.print(lines, highlight=False, markup=False, soft_wrap=True)
+    if fault := metrics["removal"].get("not_verified"):
+        raise NotVerified(f"not verified: {fault}. The weights are kept in {run_dir / 'pruned'}; do not use them as is")
     return metric(metrics, config.optimized_metric)
 
 
-def export_adapter(run_dir: Path, output: Path, *, overwrite: bool = False) -> float:
+def export_adapter(run_dir: Path, output: Path, *, overwrite: bool = False) -> tuple[float, str]:
     """Write the model of a finished run once more, as pruned base with the adapter beside it.
 
     Args:
@@ -117,7 +120,7 @@ def export_adapter(run_dir: Path, output: Path, *, overwrite: bool = False) -> f
         overwrite: Replace a model directory that is there.
 
     Returns:
-        Largest logit difference from what the run exported.
+        Largest logit difference from what the run exported, and what is wrong if it is too large.
 
     Raises:
         ValueError: The directory is no finished run, or lacks what an adapter is made of.
@@ -138,12 +141,12 @@ def export_adapter(run_dir: Path, output: Path, *, overwrite: bool = False) -> f
     written = json.loads((run_dir / "pruned" / PROVENANCE_FILE).read_text(encoding="utf-8"))
     stages = Stages(config, directory, settings, written["run"])
     try:
-        difference = stages.export_unmerged(output, overwrite=overwrite)
+        compared = stages.export_unmerged(output, overwrite=overwrite)
     finally:
         stages.close()
     metrics = directory.read_metrics()
     write_card(output, {**metrics, "export": {**metrics["export"], "formats": []}})
-    return difference
+    return compared
 
 
 def check_data(cfg: DictConfig) -> int:
@@ -223,9 +226,8 @@ def _upload(settings: ExportConfig, folder: Path, metrics: dict[str, Any]) -> No
     repository = settings.push_to_hub
     if repository is None:
         return
-    failed = [check["format"] for check in metrics["export"]["formats"] if check["ok"] is False]
-    if failed:
-        log.error("export.push_to_hub=%s: not uploaded, as %s does not match the model", repository, ", ".join(failed))
+    if fault := metrics["removal"]["not_verified"]:
+        log.error("export.push_to_hub=%s: not uploaded, not verified: %s", repository, fault)
     else:
         log.info("uploaded to %s", upload(folder, repository, public=settings.public))
 

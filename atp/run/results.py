@@ -52,7 +52,6 @@ def assemble(
     """
     fit, export, cost = results["fit"], results["export"], results["cost"]
     values = {name: results[name]["values"] for name in MODELS if name in results}
-    removal = ("max_abs_logit_diff", "masked_vs_removed", "removed_vs_reloaded", "dtype", "tokens")
     metrics: dict[str, Any] = {
         "format": FORMAT,
         "run": {**_run(results, config, device), "data": dict(data), **origin},
@@ -67,7 +66,7 @@ def assemble(
             "dense_blocks": dense_blocks,
             "pruned_blocks": export["pruned_blocks"],
         },
-        "removal": {key: export[key] for key in removal},
+        "removal": _removal(export),
         "export": {
             **{key: export[key] for key in ("stock", "architecture")},
             "adapter": export.get("adapter", False),
@@ -81,6 +80,15 @@ def assemble(
         **{key: cost[key] for key in ("macs", "files", "speed") if key in cost},
     }
     return metrics | _quality(results, values) | _certainty(results, config) | _beyond_the_target(results)
+
+
+def _removal(export: Mapping[str, Any]) -> dict[str, Any]:
+    """How far masked, removed and reloaded model lie apart, and what is not verified; empty text where all is."""
+    names = ("max_abs_logit_diff", "masked_vs_removed", "removed_vs_reloaded", "masked_vs_reloaded", "logit_spread")
+    found = {key: export[key] for key in (*names, "dtype", "stored_dtype", "tokens") if key in export}
+    faults = [export["fault"]] if export.get("fault") else []
+    faults += [f"{check['format']}: {check['note']}" for check in export.get("formats", ()) if check["ok"] is False]
+    return {**found, "not_verified": "; ".join(faults)}
 
 
 def _run(results: Mapping[str, dict[str, Any]], config: TrainConfig, device: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import copy
 import itertools
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,8 @@ from transformers import PreTrainedModel
 
 from atp.atomic import write_json
 from atp.config.schema import TrainConfig
-from atp.cut.removal import max_logit_difference, remove, slice_adapter, widths_after
+from atp.cut.agreement import Difference, allowed, verdict
+from atp.cut.removal import logit_difference, remove, slice_adapter, widths_after
 from atp.data.prompt import PROMPT_FILE
 from atp.data.reading.bad_rows import FILE as SKIPPED_FILE
 from atp.data.reading.bad_rows import write_bad_rows
@@ -37,9 +39,10 @@ from atp.export.formats import FORMATS
 from atp.export.hf.loading import load_exported
 from atp.export.hf.writing import export_hf
 from atp.export.verify.verification import as_plain
-from atp.masks.adapter import Adapter, extract_adapter
+from atp.masks.adapter import extract_adapter
 from atp.masks.gates import fold
 from atp.masks.merging import base_tensors, merge_in_place, merged_tensors
+from atp.model.adapter import Adapter
 from atp.model.families import is_stock
 from atp.model.layers import block_parameters
 from atp.run import parts
@@ -71,6 +74,10 @@ class RunInterrupted(Exception):
     """Ctrl-C or SIGTERM ended training; the message says how to go on."""
 
 
+class NotVerified(Exception):
+    """A run whose export does not compute what was trained; all is written, and the message says where it parts."""
+
+
 class Stages:
     """The stages of one run, and what they share.
 
@@ -93,6 +100,7 @@ class Stages:
         parts.check_quantization(config)
         parts.check_start(config.prune)
         log.info("run directory: %s", directory.path)
+        self.export_dtype = parts.export_dtype(config)
         self.tokenizer = parts.load_tokenizer(config.model)
         self.prompt = parts.load_prompt(config, self.tokenizer)
         plain = parts.load_splits(config.data, config.seed, self.tokenizer)
@@ -185,16 +193,12 @@ class Stages:
         masked = module.masked.to(self.device).eval()
         removed, stored, adapter = self._cut(module, masks_U)
         batches = self._check_batches()
-        masked_vs_removed = max_logit_difference(masked, removed, batches)
+        masked_vs_removed = logit_difference(masked, removed, batches)
         path = self.directory.path / "pruned"
         self._export(stored, adapter, path, overwrite=True)
         write_formats(path, **self._formats())
-        removed_vs_reloaded = max_logit_difference(removed, self.pruned(), batches)
         return {
-            "max_abs_logit_diff": max(masked_vs_removed, removed_vs_reloaded),
-            "masked_vs_removed": masked_vs_removed,
-            "removed_vs_reloaded": removed_vs_reloaded,
-            "dtype": str(next(removed.parameters()).dtype).removeprefix("torch."),
+            **self._compared(masked, masked_vs_removed, removed, batches, rounded=adapter is None),
             "tokens": int(sum(batch["attention_mask"].sum() for batch in batches)),
             "stock": is_stock(removed.config),
             "adapter": adapter is not None,
@@ -204,6 +208,41 @@ class Stages:
             "sparsity": float(self.space.sparsity(masks_U.double())),
             "pruned_blocks": int(self.space.remaining_parameters(masks_U.double())),
             "parameters": count_parameters(removed),
+        }
+
+    def _compared(
+        self,
+        masked: torch.nn.Module,
+        masked_vs_removed: Difference,
+        removed: PreTrainedModel,
+        batches: list[dict[str, Tensor]],
+        *,
+        rounded: bool,
+    ) -> dict[str, Any]:
+        """The export read again against the masked model and the removed one, which is rounded as the file is."""
+        computed, stored = (str(dtype).removeprefix("torch.") for dtype in (removed.dtype, self.export_dtype))
+        reloaded = self.pruned()
+        masked_vs_reloaded = logit_difference(masked, reloaded, batches)
+        if rounded and stored != computed:
+            with torch.no_grad():
+                for parameter in removed.parameters():
+                    parameter.copy_(parameter.to(self.export_dtype))
+        removed_vs_reloaded = logit_difference(removed, reloaded, batches)
+        every = (masked_vs_removed, removed_vs_reloaded, masked_vs_reloaded)
+        fault = verdict(*every, computed=computed, stored=stored, rounded=rounded)
+        if fault:
+            log.error("not verified: %s", fault)
+        most = sys.float_info.max  # JSON has no infinity
+        figures = [min(difference.largest, most) for difference in every]
+        return {
+            "max_abs_logit_diff": max(figures),
+            "masked_vs_removed": figures[0],
+            "removed_vs_reloaded": figures[1],
+            "masked_vs_reloaded": figures[2],
+            "logit_spread": masked_vs_removed.spread,
+            "fault": fault,
+            "dtype": computed,
+            "stored_dtype": stored,
         }
 
     def _cut(self, module: PruningModule, masks_U: Tensor) -> tuple[PreTrainedModel, PreTrainedModel, Adapter | None]:
@@ -222,11 +261,11 @@ class Stages:
             stored, adapter = self._unmerged(module, masks_U)
         return removed, stored, adapter
 
-    def export_unmerged(self, path: Path, *, overwrite: bool = False) -> float:
+    def export_unmerged(self, path: Path, *, overwrite: bool = False) -> tuple[float, str]:
         """Write the finished run's model once more, as pruned base with the adapter beside it.
 
         Returns:
-            Largest logit difference from the run's own export.
+            Largest logit difference from the run's own export, and what is wrong if it is too large.
 
         Raises:
             ValueError: The run trained no mask and adapter to a checkpoint, or folded gates into merged weights.
@@ -238,7 +277,12 @@ class Stages:
             raise UserError("this run folded soft gates into the merged weights, so no adapter can be taken apart")
         stored, adapter = self._unmerged(module, masks_U)
         self._export(stored, adapter, path, overwrite=overwrite)
-        return max_logit_difference(self.pruned(), load_exported(path, device=self.device), self._check_batches())
+        working = parts.DTYPES[self.config.model.dtype]
+        written = load_exported(path, dtype=working, device=self.device)
+        found = logit_difference(self.pruned(), written, self._check_batches())
+        dtype = str(self.export_dtype).removeprefix("torch.")
+        most = allowed(dtype, found.spread)
+        return found.largest, "" if found.largest <= most else f"more than the {most:.2g} that {dtype} explains"
 
     def _trained(self) -> tuple[PruningModule, Tensor]:
         """The module as training left it, and its final masks."""
@@ -262,7 +306,7 @@ class Stages:
             path,
             provenance=self.origin,
             overwrite=overwrite,
-            dtype=parts.DTYPES[self.config.export.dtype] if self.config.export.dtype else None,
+            dtype=self.export_dtype,
             max_shard_size=self.config.export.max_shard_size,
             adapter=adapter,
         )
@@ -280,7 +324,7 @@ class Stages:
             return []
         batches = list(itertools.islice(self.data.val_dataloader(), 64))
         windows = windows_of(batches, settings.verify_tokens, self.config.data.max_length)
-        exact = removed.dtype == torch.float32 and settings.dtype in (None, "float32")
+        exact = removed.dtype == self.export_dtype == torch.float32
         return as_plain(verify_formats(path, windows, removed if exact else None, self.config.threads))
 
     def tune(self, name: str, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> dict[str, Any]:
@@ -333,8 +377,9 @@ class Stages:
         return parts.load_base(self.config.model)
 
     def pruned(self) -> PreTrainedModel:
-        """The exported model, loaded back from the run directory."""
-        return load_exported(self.directory.path / "pruned", device=self.device)
+        """The exported model, loaded back from the run directory; in the base's working type unless told otherwise."""
+        dtype = None if self.config.export.dtype else parts.DTYPES[self.config.model.dtype]
+        return load_exported(self.directory.path / "pruned", dtype=dtype, device=self.device)
 
     def _fit(self, name: str, module: TuningModule) -> None:
         """Train to the end, from the checkpoint if there is one."""

@@ -15,10 +15,11 @@ import torch
 from conftest import tiny_model
 
 from atp.cut.compaction import cut_live, expanded_state, live_units
-from atp.cut.removal import max_logit_difference, remove
+from atp.cut.removal import max_logit_difference, remove, slice_adapter
 from atp.cut.selection import select
+from atp.masks.adapter import extract_adapter
 from atp.masks.lora import MaskedModel, add_lora
-from atp.masks.merging import merged_tensors
+from atp.masks.merging import base_tensors, merged_tensors
 from atp.space.space import PruningSpace
 
 SHAPES = [
@@ -100,6 +101,47 @@ def test_training_goes_on_as_if_nothing_was_cut(family: str, attention: str, kin
     config = dense.peft_model.get_base_model().config
     removed = remove(merged_tensors(dense.peft_model), config, dense.space, masks_U)
     assert max_logit_difference(masked, removed, [batch(9)]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["q_proj", "v_proj"], ["o_proj"], ["gate_proj"], ["layers.1.mlp.down_proj"], ["lm_head"], ["k_proj", "lm_head"]],
+    ids="-".join,
+)
+def test_any_set_of_adapters_comes_back_from_a_cut_model(targets: list[str]) -> None:
+    """Base weights that a repair changed are in the checkpoint too, under the names of linears with and without."""
+
+    def build() -> MaskedModel:
+        model = tiny_model("llama", "gqa", biased=True)
+        space = PruningSpace.from_model(model)
+        masked = MaskedModel(add_lora(model, r=3, target_modules=targets), space)
+        torch.manual_seed(1)
+        for name, parameter in masked.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(std=0.1)
+        return masked
+
+    masked, dense = build(), build()
+    masks_U = masks_of(masked)
+    masked.set_masks(masks_U)
+    repaired = [masked.base_weight_name(weight.module) for weight in masked.space.weights]
+    for name in repaired:
+        masked.get_parameter(name).data.mul_(1.1)
+    optimizer = torch.optim.AdamW([p for p in masked.parameters() if p.requires_grad], lr=1e-2)
+    train(masked, optimizer, range(2))
+    cut_live(masked, masks_U, [optimizer])
+    train(masked, optimizer, range(2, 4))
+    kept = {name: p.detach() for name, p in masked.named_parameters() if p.requires_grad or name in repaired}
+    dense.load_state_dict(dict(expanded_state(kept, masked.space, masks_U)), strict=False)
+    dense.set_masks(masks_U)
+    config = dense.peft_model.get_base_model().config
+    removed = remove(merged_tensors(dense.peft_model), config, dense.space, masks_U)
+    assert max_logit_difference(masked.eval(), removed, [batch(9)]) < 1e-5
+    adapter = slice_adapter(extract_adapter(dense.peft_model), dense.space, masks_U)
+    base = remove(base_tensors(dense.peft_model), config, dense.space, masks_U)
+    for name, parameter in base.named_parameters():
+        parameter.data.copy_(adapter.added_to(name, parameter.data))
+    assert max_logit_difference(removed, base, [batch(9)]) < 1e-5
 
 
 def test_gradients_are_those_of_the_kept_entries() -> None:

@@ -12,7 +12,7 @@ from atp import embedded
 from atp.commands.evaluate import load
 from atp.config.schema import ModelConfig
 from atp.errors import UserError
-from atp.masks.adapter import merge_beside
+from atp.model.adapter import merge_beside
 from atp.run import parts
 
 IDS = torch.arange(3, 15)[None]

@@ -156,6 +156,22 @@ def test_a_finished_run_is_neither_overwritten_nor_repeated(finished: tuple[Path
     assert (run / "metrics.json").read_bytes() == before
 
 
+def test_a_run_that_is_not_verified_ends_with_1_and_says_why(finished: tuple[Path, str], tmp_path: Path) -> None:
+    metrics = json.loads((finished[0] / "metrics.json").read_text())
+    assert metrics["removal"]["not_verified"] == ""
+    assert metrics["removal"]["masked_vs_reloaded"] < 1e-3 * metrics["removal"]["logit_spread"]
+    shutil.copytree(finished[0], tmp_path / "one")
+    metrics["removal"]["not_verified"] = "masked -> removed: largest logit difference 9.8"
+    (tmp_path / "one" / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "one" / "report.html").unlink()
+    done = train("resume=one", cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "not verified: masked -> removed: largest logit difference 9.8" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert '<p class="fault" role="alert"><strong>Not verified.' in (tmp_path / "one" / "report.html").read_text()
+    assert (tmp_path / "one" / "pruned" / "model.safetensors").is_file()
+
+
 def test_killed_run_goes_on_to_the_same_result(finished: tuple[Path, str], tmp_path: Path) -> None:
     """SIGKILL in the middle of training, then resume=last: the exported weights are the uninterrupted run's."""
     command = [sys.executable, str(ROOT / "train.py"), *FAST, "run_dir=runs/smoke/killed"]

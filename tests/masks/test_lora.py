@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import SHAPES, tiny_batch, tiny_model
 
+from atp.errors import UserError
 from atp.masks.lora import MaskedModel, add_lora, trainable_parameters
 from atp.masks.merging import merge_in_place, merged_state
 from atp.model.families import FAMILIES
@@ -133,3 +134,18 @@ def test_merging_keeps_the_function_and_the_names(family: str, attention: str, t
 def test_bad_lora_settings(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         add_lora(tiny_model(), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_prj"], r"q_prj.*matches no linear layer.*its linears are down_proj.*q_proj"),
+        (["mlp.q_proj"], r"mlp\.q_proj.*matches no linear layer"),
+        (["embed_tokens"], r"embed_tokens.*matches no linear layer"),
+        (["q_proj", "lm_head"], r"holds \['lm_head'\].*shares one weight.*tie_word_embeddings.*take it out"),
+        ([], r"no name"),
+    ],
+)
+def test_targets_that_cannot_be_adapted_are_refused(targets: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        add_lora(tiny_model(tied=True), target_modules=targets)

@@ -33,8 +33,8 @@ from atp.export.hf.card import CardFacts, model_card
 from atp.export.hf.loading import INDEX_FILE, differences, expected_shapes
 from atp.export.hf.tokenizer import save_tokenizer
 from atp.loading_lines import load_lines
-from atp.masks.adapter import ADAPTER_FOLDER, Adapter
 from atp.model import modeling_atp
+from atp.model.adapter import ADAPTER_FOLDER, Adapter
 from atp.model.families import family_of, is_stock
 from atp.model.widths import layer_widths
 

@@ -4,7 +4,7 @@ The only place where the typed configuration meets constructors; everything that
 arguments. It knows nothing of the order of stages.
 """
 
-from atp.run.parts.base import DTYPES, check_tokenizer, load_base, load_tokenizer, model_source
+from atp.run.parts.base import DTYPES, check_tokenizer, export_dtype, load_base, load_tokenizer, model_source
 from atp.run.parts.components import component, device_of, make_loggers, make_trainer
 from atp.run.parts.data import (
     data_faults,
@@ -39,6 +39,7 @@ __all__ = [
     "data_faults",
     "data_module",
     "device_of",
+    "export_dtype",
     "is_distilled",
     "load_base",
     "load_beyond",

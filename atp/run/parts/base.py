@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import embedded
-from atp.config.schema import ModelConfig
+from atp.config.schema import ModelConfig, TrainConfig
 from atp.data.encoding.tokenizer import check_ids, check_texts
 from atp.data.encoding.tokenizer import load_tokenizer as load
 from atp.data.records import Record
 from atp.data.records.types import all_text
 from atp.errors import UserError
-from atp.masks.adapter import has_adapter, merge_beside
-from atp.model import modeling_atp
-from atp.model.families import family_of
+from atp.model.loading import fetched, is_local, load_model
+from atp.model.odd_places import model_home
+from atp.model.stored import StoredModel
 from atp.run.parts.quantization import bitsandbytes_settings
 
 log = logging.getLogger(__name__)
@@ -36,24 +36,25 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def model_source(config: ModelConfig) -> str:
-    """Directory or hub id of the base model.
+    """Directory or hub id of the base model; of a run directory, its ``pruned/``.
 
     Raises:
-        ValueError: ``model.path`` is not set, or is a path that does not exist.
+        ValueError: ``model.path`` is not set, does not exist, or is no model.
     """
     if not config.path:
         raise UserError("model.path is not set; give a directory in Hugging Face layout, a hub id, or 'embedded'")
     if config.path == "embedded":
         return str(embedded.base_dir())
-    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
-    path = Path(config.path).expanduser()
-    if path.is_dir():
-        return str(path)
-    if looks_local:
+    if not is_local(config.path):
+        return config.path
+    if not Path(config.path).expanduser().exists():
         raise UserError(
             f"model.path={config.path}: no such directory; give one that holds config.json and *.safetensors"
         )
-    return config.path
+    try:
+        return str(model_home(config.path))
+    except UserError as error:
+        raise UserError(f"model.path: {error}") from error
 
 
 def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -69,34 +70,66 @@ def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.dev
             way out.
     """
     source = model_source(config)
-    if config.dtype not in DTYPES:
-        raise UserError(f"model.dtype is {config.dtype!r}; known: {', '.join(DTYPES)}")
-    modeling_atp.register()
+    working = _known("model.dtype", config.dtype)
     packed: dict[str, Any] = {}
-    if quantized and config.quantization is not None and has_adapter(source):
-        raise UserError(
-            f"model.path={source} carries an adapter, which cannot be merged into packed weights; "
-            "export it merged, or leave model.quantization out"
-        )
     if quantized and config.quantization is not None:
-        settings = bitsandbytes_settings(config, DTYPES[config.dtype])
+        settings = bitsandbytes_settings(config, working)
         packed = {"quantization_config": settings, "device_map": {"": device}}
     try:
-        family_of(AutoConfig.from_pretrained(source, revision=config.revision))
-        model = AutoModelForCausalLM.from_pretrained(
+        return load_model(
             source,
             revision=config.revision,
-            dtype=DTYPES[config.dtype],
+            dtype=working,
             attn_implementation=config.attn_implementation,
-            use_safetensors=True,
-            **packed,
+            packed=packed,
         )
+    except UserError as error:
+        raise UserError(f"model.path: {error}") from error
     except OSError as error:
         raise UserError(_access_message("model.path", source, error)) from error
-    if not packed and merge_beside(model, source):
-        log.info("%s: the adapter beside the weights is merged into them", source)
-    model.eval()
-    return model
+
+
+def export_dtype(config: TrainConfig) -> torch.dtype:
+    """Type of the exported weights: ``export.dtype``, or the base's own.
+
+    A base that trains in less than float32 (``model.dtype``) is exported as it trains.
+
+    Raises:
+        ValueError: The base cannot be read, or a type is unknown.
+    """
+    stored, working = _stored_base(config.model), _known("model.dtype", config.model.dtype)
+    if config.export.dtype:
+        return _known("export.dtype", config.export.dtype)
+    if working != torch.float32:
+        return working
+    own = stored.dtype if stored.dtype in DTYPES.values() else torch.float32
+    if len(stored.dtypes) > 1 or own != stored.dtype:
+        counts = ", ".join(f"{count} tensors in {name}" for name, count in sorted(stored.dtypes.items()))
+        log.info("export: the base holds %s; all are exported in %s (export.dtype chooses)", counts, _named(own))
+    elif own != torch.float32:
+        log.info("export: weights in %s, as the base's are (export.dtype chooses)", _named(own))
+    return own
+
+
+def _stored_base(config: ModelConfig) -> StoredModel:
+    """The base's files, their headers checked."""
+    source = model_source(config)
+    try:
+        return StoredModel(fetched(source, config.revision))
+    except UserError as error:
+        raise UserError(f"model.path: {error}") from error
+    except OSError as error:
+        raise UserError(_access_message("model.path", source, error)) from error
+
+
+def _known(field: str, name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UserError(f"{field} is {name!r}; known: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -1,0 +1,128 @@
+"""The one way in which models are loaded: bases, exports and runs, for training, evaluation, export and generation.
+
+On top of :class:`atp.model.stored.StoredModel`, which checks a directory before anything is read. Nothing is ever
+initialised at random: what the files lack is an error. An adapter beside the weights is added to them. Knows no
+configuration, and nothing of masks or training.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils.hub import cached_file, cached_files
+
+from atp.errors import UserError
+from atp.model.adapter import ADAPTER_CONFIG, ADAPTER_FOLDER, merge_beside
+from atp.model.odd_places import model_home
+from atp.model.stored import StoredModel, tell_once
+from atp.model.weight_files import INDEX_FILE, WEIGHTS_FILE
+
+_BESIDE = (
+    "generation_config.json",
+    f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}",
+    f"{ADAPTER_FOLDER}/adapter_model.safetensors",
+)
+"""What a hub repository may hold besides config and weights, and what changes the model."""
+
+
+def is_local(source: str) -> bool:
+    """Whether a name is a place on this machine rather than a hub id."""
+    return source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).expanduser().exists()
+
+
+def fetched(source: str, revision: str | None = None) -> Path:
+    """The directory of a local model, or the cached one of a hub id.
+
+    Args:
+        source: A directory, a run directory or a hub id.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        UserError: It is no model; the message says what it is and the way out.
+        OSError: The hub could not be reached, or gives no access.
+    """
+    if is_local(source):
+        return model_home(source)
+    optional: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    adapter = cached_file(source, ADAPTER_CONFIG, **optional)
+    try:
+        config = str(cached_file(source, "config.json", revision=revision))
+    except OSError:
+        if adapter is not None:
+            model_home(Path(adapter).parent)  # says what an adapter is and of which base
+        raise
+    for name in _BESIDE:
+        cached_file(source, name, **optional)
+    if cached_file(source, WEIGHTS_FILE, **optional) is None:
+        index = cached_file(source, INDEX_FILE, **optional)
+        if index is None:
+            raise UserError(f"{source} has no *.safetensors on the hub; convert it once, or give another revision")
+        shards = _shards(Path(index))
+        cached_files(source, shards, revision=revision)
+    return model_home(Path(config).parent)
+
+
+def load_model(
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    packed: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Loads a model from its files alone.
+
+    Args:
+        source: A directory, a run directory or a hub id.
+        revision: Branch, tag or commit on the hub.
+        dtype: Type of the parameters; by default the stored one.
+        attn_implementation: The attention kernel, as transformers names it.
+        packed: Further arguments of ``from_pretrained`` that quantise the weights while loading.
+
+    Returns:
+        The model in evaluation mode, on the CPU unless ``packed`` places it, the adapter beside its weights added.
+
+    Raises:
+        UserError: It is no model, or its weights are not exactly those of its config; the message says the way out.
+        OSError: The hub could not be reached, or gives no access.
+    """
+    directory = fetched(source, revision)
+    stored = StoredModel(directory)
+    stored.check_values()
+    if packed and stored.adapter is not None:
+        raise UserError(
+            f"{directory} carries an adapter, which cannot be merged into packed weights; export it merged, or leave "
+            "model.quantization out"
+        )
+    options: dict[str, Any] = {"config": stored.config, "dtype": dtype or stored.dtype, **(packed or {})}
+    options |= {"attn_implementation": attn_implementation, "output_loading_info": True}
+    if stored.is_plain:
+        place = str(directory)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place, use_safetensors=True, local_files_only=True, **options
+        )
+    else:
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(stored.config)]
+        state = {name: stored.raw(name) for name in stored.shapes}
+        loaded = model_class.from_pretrained(None, state_dict=state, **options)
+        if (directory / "generation_config.json").is_file():
+            loaded[0].generation_config = GenerationConfig.from_pretrained(str(directory), local_files_only=True)
+    model, report = loaded
+    random = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    if random or report.get("error_msgs"):
+        raise RuntimeError(f"{directory}: weights that were checked were not loaded: {sorted(random)[:4]}")
+    if merge_beside(model, directory):
+        tell_once(f"{directory}: the adapter beside the weights is merged into them")
+    loaded_model: PreTrainedModel = model.eval()
+    return loaded_model
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} is not a valid index of weight files: {error!r}") from error
