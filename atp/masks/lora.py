@@ -162,17 +162,18 @@ class MaskedModel(nn.Module):
         family, fused = self.space.family, set[Side]()
         if getattr(self.peft_model.config, "hidden_act", None) not in family.activations:
             return fused
-        projections = [family.linears[role].rpartition(".")[2] for role in FFN_ROLES]
+        gate, up, down = (family.linears[role].rpartition(".")[2] for role in FFN_ROLES)
         for name, side in self.space.gated_blocks().items():
             block: Any = self.peft_model.get_submodule(_PREFIX + name)
-            block.forward = functools.partial(self._forward_block, block, projections, side)
+            block.forward = functools.partial(self._forward_block, block, (gate, up, down), side)
             fused |= {side} if side else set()
         return fused
 
-    def _forward_block(self, block: Any, projections: Sequence[str], side: Side | None, hidden: Tensor) -> Tensor:
+    def _forward_block(self, block: Any, names: tuple[str, str, str], side: Side | None, hidden: Tensor) -> Tensor:
         mask = self._masks.get(side) if side else None
-        gate, up, down = (getattr(block, name) for name in projections)
-        output: Tensor = down(masked_swiglu(gate(hidden), up(hidden), mask))
+        gate, up, down = names
+        product = masked_swiglu(getattr(block, gate)(hidden), getattr(block, up)(hidden), mask)
+        output: Tensor = getattr(block, down)(product)
         return output
 
     def _on_input(self, side: Side) -> Any:
