@@ -7,6 +7,7 @@ under :mod:`atp.data.encoding.encoder` and under the commands, runs and exports.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 PROBE = (
     "It's 12 o'clock; they'LL pay $3,450.75 (net) by 2031-05-06.",
     "room 123 125 and 117, 1234567890 ½ ² ٣٤",
@@ -37,6 +38,7 @@ PROBE = (
 )
 """Texts on which tokenizers are compared: what their rules differ on."""
 
+_AS_TEXT: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 _RULES = ("normalizer", "pre_tokenizer", "model", "decoder")
 
 
@@ -69,19 +71,18 @@ def load_tokenizer(
             if raw is None:
                 raise
             found = None
+        if raw is None and found.get_vocab().keys() <= control_tokens(found).keys():
+            raise UserError(_unreadable(source, None, "none of its files is there"))  # a class makes do without
         if raw is None or (
             found is not None and _same_rules(found, raw) and not _adds_tokens(found, raw, source, where)
         ):
-            return found
+            return _from_sentencepiece(found, source, where) if file is None else found
         own = PreTrainedTokenizerFast.from_pretrained(str(source), **where)
     except (OSError, UserError):
         raise
     except Exception as error:  # the tokenizers library raises plain Exception, missing libraries ImportError
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(
-            f"{source}: its tokenizer cannot be read ({reason}); copy the base's tokenizer files anew, with "
-            f"{TOKENIZER_FILE}, or write that by tokenizer.save_pretrained(...) where the needed library is installed"
-        ) from error
+        raise UserError(_unreadable(source, file, reason)) from error
     check_texts(own, source, PROBE, raw)
     _tell(found, own, source)
     return own
@@ -178,6 +179,46 @@ def _tokenizer_file(source: str, where: dict[str, Any]) -> Path | None:
     return None if found is None else Path(found)
 
 
+def _unreadable(source: str | Path, file: Path | None, reason: str) -> str:
+    """What is wrong with tokenizer files, and the way out."""
+    if file is not None:
+        return f"{file}: cannot be read as a tokenizer ({reason}); copy the base's tokenizer files anew"
+    if (Path(source) / SENTENCEPIECE_FILE).is_file():
+        if importlib.util.find_spec("sentencepiece") is None:
+            reason = "the library sentencepiece is not installed"
+        return (
+            f"{source}: has only {SENTENCEPIECE_FILE}, which cannot be read ({reason}); pip install sentencepiece, or "
+            f"put the {TOKENIZER_FILE} that belongs to it there"
+        )
+    return f"{source}: holds no tokenizer that can be read ({reason}); put the base's {TOKENIZER_FILE} there"
+
+
+def _from_sentencepiece(found: PreTrainedTokenizerBase, source: str | Path, where: dict[str, Any]) -> Any:
+    """The tokenizer of a base that has only a SentencePiece model, which the class may rewrite as well."""
+    from transformers import PreTrainedTokenizerFast
+
+    file = Path(source) / SENTENCEPIECE_FILE
+    if not file.is_file() or importlib.util.find_spec("sentencepiece") is None:
+        return found
+    sentencepiece = importlib.import_module("sentencepiece")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+
+    def other(tokenizer: PreTrainedTokenizerBase) -> str:
+        texts = (text for text in PROBE if text == text.strip())  # outer spaces are read otherwise on purpose
+        return next((t for t in texts if tokenizer(t, **_AS_TEXT)["input_ids"] != model.encode(t)), "")
+
+    if not other(found):
+        return found
+    own = PreTrainedTokenizerFast.from_pretrained(str(source), **where)
+    if text := other(own):
+        raise UserError(
+            f"{source}: transformers reads {text[:40]!r} as other ids than {SENTENCEPIECE_FILE} does; put a "
+            f"{TOKENIZER_FILE} there that gives the ids the model was trained on"
+        )
+    log.warning("%s: the rules of its %s are used, not those of %s", source, file.name, type(found).__name__)
+    return own
+
+
 def _from_file(file: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
@@ -215,10 +256,9 @@ def _difference(tokenizer: PreTrainedTokenizerBase, raw: Tokenizer, texts: Itera
     more = [re.escape(token) for token in tokenizer.get_added_vocab() if raw.token_to_id(token) is None and token]
     unknown = re.compile("|".join(more) or r"(?!)")  # tokens that only tokenizer_config.json adds
     for text in texts:
-        how: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         if (
             not unknown.search(text)
-            and tokenizer(text, **how)["input_ids"] != raw.encode(text, add_special_tokens=False).ids
+            and tokenizer(text, **_AS_TEXT)["input_ids"] != raw.encode(text, add_special_tokens=False).ids
         ):
             return text
     return ""
