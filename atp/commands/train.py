@@ -117,8 +117,9 @@ def _ways_out(error: UserError, given: Sequence[str]) -> list[str]:
 def _job(cfg: DictConfig) -> float | None:
     """One Hydra job: run the pipeline, turn its complaints into messages and exit codes."""
     with uncollected():
+        from atp.run.agreement import NotVerified
         from atp.run.pipeline import run
-        from atp.run.stages import NotVerified, RunInterrupted
+        from atp.run.stages import RunInterrupted
 
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith(("resume=", "run_dir="))]
@@ -196,7 +197,7 @@ class SweepCallback(Callback):
 
 def is_expected(error: BaseException) -> bool:
     """Whether an error is the user's to mend or the machine's; any other is a fault of ours and shows its traceback."""
-    from atp.run.stages import NotVerified
+    from atp.run.agreement import NotVerified
     from atp.train.tuning import TrainingDiverged
 
     return isinstance(error, (UserError, TrainingDiverged, NotVerified, OSError))

@@ -37,11 +37,12 @@ from atp.prepare.baselines import check_baselines
 from atp.report.comparison import comparison_cells, comparison_table
 from atp.report.evidence import evidence_tables
 from atp.run import parts
+from atp.run.agreement import NotVerified
 from atp.run.checks import check_machine, check_values
 from atp.run.directory import CONFIG, RunDirectory, provenance
 from atp.run.lock import hold
 from atp.run.results import assemble, final_figures, metric, write_card
-from atp.run.stages import NotVerified, Stages
+from atp.run.stages import Stages
 from atp.run.sweep import SharedResults, sweep_of
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ import copy
 import itertools
 import json
 import logging
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -27,8 +26,7 @@ from transformers import PreTrainedModel
 
 from atp.atomic import write_json
 from atp.config.schema import TrainConfig
-from atp.cut.agreement import Difference, allowed, verdict
-from atp.cut.removal import logit_difference, remove, slice_adapter, widths_after
+from atp.cut.removal import remove, slice_adapter, widths_after
 from atp.data.prompt import PROMPT_FILE
 from atp.data.reading.bad_rows import FILE as SKIPPED_FILE
 from atp.data.reading.bad_rows import write_bad_rows
@@ -46,6 +44,7 @@ from atp.model.adapter import Adapter
 from atp.model.families import is_stock
 from atp.model.layers import block_parameters
 from atp.run import parts
+from atp.run.agreement import compare_exports, compare_stages
 from atp.run.assessment import PROMPTS_COUNTED, Assessor
 from atp.run.directory import RunDirectory, saved_overrides
 from atp.run.preparation import Preparation, read_cut, to_device, write_cut
@@ -72,10 +71,6 @@ log = logging.getLogger(__name__)
 
 class RunInterrupted(Exception):
     """Ctrl-C or SIGTERM ended training; the message says how to go on."""
-
-
-class NotVerified(Exception):
-    """A run whose export does not compute what was trained; all is written, and the message says where it parts."""
 
 
 class Stages:
@@ -193,12 +188,12 @@ class Stages:
         masked = module.masked.to(self.device).eval()
         removed, stored, adapter = self._cut(module, masks_U)
         batches = self._check_batches()
-        masked_vs_removed = logit_difference(masked, removed, batches)
         path = self.directory.path / "pruned"
         self._export(stored, adapter, path, overwrite=True)
         write_formats(path, **self._formats())
+        merged, dtype = adapter is None, self.export_dtype
         return {
-            **self._compared(masked, masked_vs_removed, removed, batches, rounded=adapter is None),
+            **compare_stages(masked, removed, self.pruned(), batches, stored=dtype, rounded=merged),
             "tokens": int(sum(batch["attention_mask"].sum() for batch in batches)),
             "stock": is_stock(removed.config),
             "adapter": adapter is not None,
@@ -208,41 +203,6 @@ class Stages:
             "sparsity": float(self.space.sparsity(masks_U.double())),
             "pruned_blocks": int(self.space.remaining_parameters(masks_U.double())),
             "parameters": count_parameters(removed),
-        }
-
-    def _compared(
-        self,
-        masked: torch.nn.Module,
-        masked_vs_removed: Difference,
-        removed: PreTrainedModel,
-        batches: list[dict[str, Tensor]],
-        *,
-        rounded: bool,
-    ) -> dict[str, Any]:
-        """The export read again against the masked model and the removed one, which is rounded as the file is."""
-        computed, stored = (str(dtype).removeprefix("torch.") for dtype in (removed.dtype, self.export_dtype))
-        reloaded = self.pruned()
-        masked_vs_reloaded = logit_difference(masked, reloaded, batches)
-        if rounded and stored != computed:
-            with torch.no_grad():
-                for parameter in removed.parameters():
-                    parameter.copy_(parameter.to(self.export_dtype))
-        removed_vs_reloaded = logit_difference(removed, reloaded, batches)
-        every = (masked_vs_removed, removed_vs_reloaded, masked_vs_reloaded)
-        fault = verdict(*every, computed=computed, stored=stored, rounded=rounded)
-        if fault:
-            log.error("not verified: %s", fault)
-        most = sys.float_info.max  # JSON has no infinity
-        figures = [min(difference.largest, most) for difference in every]
-        return {
-            "max_abs_logit_diff": max(figures),
-            "masked_vs_removed": figures[0],
-            "removed_vs_reloaded": figures[1],
-            "masked_vs_reloaded": figures[2],
-            "logit_spread": masked_vs_removed.spread,
-            "fault": fault,
-            "dtype": computed,
-            "stored_dtype": stored,
         }
 
     def _cut(self, module: PruningModule, masks_U: Tensor) -> tuple[PreTrainedModel, PreTrainedModel, Adapter | None]:
@@ -279,10 +239,7 @@ class Stages:
         self._export(stored, adapter, path, overwrite=overwrite)
         working = parts.DTYPES[self.config.model.dtype]
         written = load_exported(path, dtype=working, device=self.device)
-        found = logit_difference(self.pruned(), written, self._check_batches())
-        dtype = str(self.export_dtype).removeprefix("torch.")
-        most = allowed(dtype, found.spread)
-        return found.largest, "" if found.largest <= most else f"more than the {most:.2g} that {dtype} explains"
+        return compare_exports(self.pruned(), written, self._check_batches(), stored=self.export_dtype)
 
     def _trained(self) -> tuple[PruningModule, Tensor]:
         """The module as training left it, and its final masks."""

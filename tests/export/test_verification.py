@@ -498,8 +498,10 @@ def test_a_run_uploads_as_its_configuration_says(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", hub)
     for public in (False, True):
         settings = ExportConfig(push_to_hub="me/model", public=public)
-        pipeline._upload(settings, tmp_path, {"export": {"formats": []}})
+        pipeline._upload(settings, tmp_path, {"removal": {"not_verified": ""}})
         assert hub.made is not public
+    monkeypatch.setattr(pipeline, "upload", lambda *arguments, **options: pytest.fail("uploaded what is not verified"))
+    pipeline._upload(settings, tmp_path, {"removal": {"not_verified": "gguf f32: rms 0.3, allowed 0.001"}})
 
 
 def test_windows_hold_the_real_tokens_in_order():
