@@ -60,6 +60,8 @@ def changed(made: TrainConfig, name: str, value: object) -> TrainConfig:
         ("model.attn_implementation", "flash", "known: sdpa, eager"),
         ("evaluate.speed_repeats", 0, "at least 1"),
         ("evaluate.stride", 0, "at least 1"),
+        ("evaluate.normalise", "token", "did you mean 'tokens'"),
+        ("optimized_metric", "eval.prunned.perplexity", "models dense, pruned, dense_lora"),
         ("export.verify_tokens", 0, "at least 1"),
         ("prune.generator_lr", -0.1, "at least 0"),
         ("prune.repair.batches", -1, "at least 0"),
