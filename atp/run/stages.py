@@ -133,7 +133,8 @@ class Stages:
         log_table(self.loggers, "comparison", columns, rows)
         log_figures(self.loggers, figures)
         if self.config.export.artifact:
-            if not log_folder(self.loggers, f"{self.config.name}-pruned", self.directory.path / "pruned"):
+            folder = self.directory.path / "pruned"
+            if not log_folder(self.loggers, f"{self.config.name}-pruned", folder):
                 log.warning("export.artifact=true has no effect: none of the chosen loggers keeps artifacts")
 
     def fit_jointly(self) -> dict[str, Any]:

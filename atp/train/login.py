@@ -1,7 +1,8 @@
 """Opening a logger: whether a wandb run goes online, and a library's refusal in one line.
 
 Beside the loggers. Login, ``WANDB_MODE`` and whether the server answers decide. A run that is not logged in, or whose
-server does not answer, is written offline; nothing is ever asked. It knows wandb's files and variables, not its package.
+server does not answer, is written offline; nothing is ever asked. It knows wandb's files and
+variables, not its package.
 """
 
 from __future__ import annotations
