@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from atp.config.schema import TrainConfig
+from atp.data.tasks import NORMALISATIONS
 from atp.errors import UserError
 from atp.run.parts.base import DTYPES
 from atp.run.parts.components import PRECISIONS, check_extra, device_of, nearest, try_trainer
@@ -54,6 +55,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": tuple(DTYPES),
     "trainer.precision": PRECISIONS,
     "trainer.accelerator": ("auto", "cpu", "gpu"),
+    "evaluate.normalise": ("task", *NORMALISATIONS),
 }
 _ALSO = {"trainer.precision": ("32", "bf16", "16"), "trainer.accelerator": ("cuda",)}  # other names, which work too
 _FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -86,6 +88,20 @@ def check_values(config: TrainConfig) -> None:
             f"{nearest(config.model.attn_implementation, ATTENTION)}"
         )
     check_extra(config.trainer.extra)
+    _check_metric(config)
+
+
+def _check_metric(config: TrainConfig) -> None:
+    """Refuse a model's figure that this run does not have, which would be found out at its end."""
+    group, _, rest = config.optimized_metric.partition(".")
+    model, _, figure = rest.partition(".")
+    evaluate = config.evaluate
+    models = ["dense", "pruned", *(["dense_lora"] if evaluate.reference else []), *evaluate.baselines]
+    if group == "eval" and (model not in models or not figure):
+        raise UserError(
+            f"optimized_metric is {config.optimized_metric!r}; this run has eval.<model>.<figure> of the models "
+            f"{', '.join(models)}, as eval.pruned.perplexity"
+        )
 
 
 def check_machine(config: TrainConfig) -> None:

@@ -52,16 +52,8 @@ from atp.run.trained import load_trained, write_masks
 from atp.train.aware import AwareModule
 from atp.train.checkpoints import RunCheckpoint
 from atp.train.joint import PruningModule
-from atp.train.loggers import (
-    close_loggers,
-    csv_logger,
-    log_figures,
-    log_folder,
-    log_table,
-    merge_csv,
-    open_logger,
-    write_csv,
-)
+from atp.train.loggers import close_loggers, csv_logger, log_figures, log_folder, log_table, merge_csv, write_csv
+from atp.train.login import open_logger
 from atp.train.monitoring import MaskMonitor, TrainingHealth
 from atp.train.progress import ProgressReport, QuietCollector, Throughput
 from atp.train.tuning import TuningModule
@@ -138,8 +130,7 @@ class Stages:
         write_csv(self.directory.path / "comparison.csv", columns, rows)
         if not self.loggers:
             return
-        samples_file = self.directory.path / "samples.json"
-        if samples_file.is_file():
+        if (samples_file := self.directory.path / "samples.json").is_file():
             fields = ["prompt", "reference", "dense", "pruned"]
             written = json.loads(samples_file.read_text(encoding="utf-8"))
             log_table(self.loggers, "samples", fields, [[row[field] for field in fields] for row in written])

@@ -150,23 +150,6 @@ def _public(uri: str | None) -> str:
     return re.sub(r"//[^/@]*@", "//", uri or "")
 
 
-def open_logger(logger: Logger, settings: Mapping[str, Any]) -> None:
-    """Start a logger's run and hand it the settings, with its library's complaints in one line.
-
-    Raises:
-        UserError: The library refuses, as for a key that is not valid or a project that the user may not write to.
-    """
-    name = type(logger).__name__.removesuffix("Logger").lower()
-    try:
-        logger.log_hyperparams(dict(settings))
-    except Exception as error:  # whatever a library or its server says
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        way = (
-            "log in again with `wandb login`, set WANDB_MODE=offline, or leave out" if name == "wandb" else "leave out"
-        )
-        raise UserError(f"logger={name}: cannot be opened ({reason}); {way} logger={name}") from error
-
-
 def _need(package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise UserError(f"logger={extra} needs the package {package}: pip install 'atp[{extra}]'")

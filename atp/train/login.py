@@ -1,7 +1,8 @@
-"""Whether a wandb run goes online: by login, by ``WANDB_MODE``, and by whether the server answers.
+"""Opening a logger: whether a wandb run goes online, and a library's refusal in one line.
 
-Beside the loggers. A run that is not logged in, or whose server does not answer, is written offline; nothing is ever
-asked. It knows wandb's files and variables, not its package.
+Beside the loggers. Login, ``WANDB_MODE`` and whether the server answers decide. A run that is not logged in, or whose
+server does not answer, is written offline; nothing is ever asked. It knows wandb's files and
+variables, not its package.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ import netrc
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from atp.errors import UserError
 from atp.train.reach import why_unreachable
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
 
 log = logging.getLogger(__name__)
 
@@ -69,3 +74,20 @@ def goes_offline(mode: str) -> bool:
             reason,
         )
     return bool(reason)
+
+
+def open_logger(logger: Logger, settings: Mapping[str, Any]) -> None:
+    """Start a logger's run and hand it the settings, with its library's complaints in one line.
+
+    Raises:
+        UserError: The library refuses, as for a key that is not valid or a project that the user may not write to.
+    """
+    name = type(logger).__name__.removesuffix("Logger").lower()
+    try:
+        logger.log_hyperparams(dict(settings))
+    except Exception as error:  # whatever a library or its server says
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        way = (
+            "log in again with `wandb login`, set WANDB_MODE=offline, or leave out" if name == "wandb" else "leave out"
+        )
+        raise UserError(f"logger={name}: cannot be opened ({reason}); {way} logger={name}") from error

@@ -60,6 +60,8 @@ def changed(made: TrainConfig, name: str, value: object) -> TrainConfig:
         ("model.attn_implementation", "flash", "known: sdpa, eager"),
         ("evaluate.speed_repeats", 0, "at least 1"),
         ("evaluate.stride", 0, "at least 1"),
+        ("evaluate.normalise", "token", "did you mean 'tokens'"),
+        ("optimized_metric", "eval.prunned.perplexity", "models dense, pruned, dense_lora"),
         ("export.verify_tokens", 0, "at least 1"),
         ("prune.generator_lr", -0.1, "at least 0"),
         ("prune.repair.batches", -1, "at least 0"),
@@ -73,42 +75,46 @@ def test_values_that_no_machine_takes(name: str, value: object, way_out: str) ->
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("extra", "message"),
     [
-        ("trainer.extra={devices: 2}", r"trainer\.extra\.devices=2: a run takes one device"),
-        ("+trainer.extra.devices=2", r"trainer\.extra\.devices=2: a run takes one device"),
-        ("trainer.extra.strategy=ddp", r"trainer\.extra\.strategy=ddp: a run takes one device"),
-        ("trainer.extra.benchmrk=true", r"trainer\.extra\.benchmrk: .*no such argument; did you mean 'benchmark'"),
-        ("trainer.extra.max_epochs=3", r"trainer\.extra\.max_epochs: .*use trainer\.max_steps"),
-        ("trainer.extra.logger=true", r"trainer\.extra\.logger: .*use logger"),
+        ({"devices": 2}, r"trainer\.extra\.devices=2: a run takes one device"),
+        ({"strategy": "ddp"}, r"trainer\.extra\.strategy=ddp: a run takes one device"),
+        ({"benchmrk": True}, r"trainer\.extra\.benchmrk: .*no such argument; did you mean 'benchmark'"),
+        ({"max_epochs": 3}, r"trainer\.extra\.max_epochs: .*use trainer\.max_steps"),
+        ({"logger": True}, r"trainer\.extra\.logger: .*use logger"),
     ],
 )
-def test_further_arguments_of_the_trainer(override: str, message: str) -> None:
+def test_further_arguments_of_the_trainer(extra: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_values(config(override))
+        check_values(changed(config(), "trainer.extra", extra))
+
+
+@pytest.mark.parametrize("override", ["trainer.extra={devices: 2}", "+trainer.extra.devices=2"])
+def test_further_arguments_are_taken_with_and_without_a_plus(override: str) -> None:
+    assert config(override).trainer.extra == {"devices": 2}
 
 
 def test_further_arguments_reach_the_trainer() -> None:
-    made = config("trainer.extra={deterministic: true}", "trainer.extra.gradient_clip_algorithm=value")
+    made = changed(config(), "trainer.extra", {"deterministic": True, "gradient_clip_algorithm": "value"})
     check_values(made)
     check_machine(made)
     assert parts.make_trainer(made, [], [], 8).gradient_clip_algorithm == "value"
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("name", "value", "message"),
     [
-        ("trainer.extra.gradient_clip_algorithm=foo", r"trainer\.extra \(gradient_clip_algorithm=foo\): lightning"),
-        ("trainer.extra.profiler=foo", r"trainer\.extra \(profiler=foo\): lightning refuses"),
-        ("trainer.extra.plugins=foo", r"trainer\.extra \(plugins=foo\): lightning refuses"),
-        ("model.attn_implementation=flash_attention_2", r"flash_attention_2 needs .*model\.attn_implementation=sdpa"),
-        ("trainer.accelerator=gpu", r"trainer\.accelerator=gpu, but .*trainer\.accelerator=cpu"),
-        ("trainer.precision=16-mixed", r"trainer\.precision=16-mixed needs a GPU.*trainer\.precision=32-true"),
+        ("trainer.extra", {"gradient_clip_algorithm": "foo"}, r"trainer\.extra \(gradient_clip_algorithm=foo\): light"),
+        ("trainer.extra", {"profiler": "foo"}, r"trainer\.extra \(profiler=foo\): lightning refuses"),
+        ("trainer.extra", {"plugins": "foo"}, r"trainer\.extra \(plugins=foo\): lightning refuses"),
+        ("model.attn_implementation", "flash_attention_2", r"flash_attention_2 needs .*attn_implementation=sdpa"),
+        ("trainer.accelerator", "gpu", r"trainer\.accelerator=gpu, but .*trainer\.accelerator=cpu"),
+        ("trainer.precision", "16-mixed", r"trainer\.precision=16-mixed needs a GPU.*trainer\.precision=32-true"),
     ],
 )
-def test_what_this_machine_cannot_do(override: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_this_machine_cannot_do(name: str, value: object, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    made = config(override)
+    made = changed(config(), name, value)
     check_values(made)
     with pytest.raises(UserError, match=message) as refused:
         check_machine(made)
@@ -129,7 +135,7 @@ def test_schedulers_environment_is_told_and_not_followed(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(rank_zero_only, "rank", 2)
-    made = config("trainer.accelerator=cpu")
+    made = changed(config(), "trainer.accelerator", "cpu")
     check_machine(made)
     assert "is ignored: a run is one process" in caplog.text
     trainer = parts.make_trainer(made, [], [], 8)

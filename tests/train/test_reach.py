@@ -128,4 +128,4 @@ def test_refusal_of_a_loggers_library_is_one_line() -> None:
             raise RuntimeError("\n401: key is not valid\nmore")
 
     with pytest.raises(UserError, match=r"^logger=wandb: cannot be opened \(401: key is not valid\); .*wandb login"):
-        loggers.open_logger(WandbLogger(), {})  # type: ignore[arg-type]
+        login.open_logger(WandbLogger(), {})  # type: ignore[arg-type]
