@@ -22,7 +22,6 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException, SearchPathException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -30,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from atp.commands.explaining import explain
+from atp.commands.overrides import of_first_job, swept
 from atp.commands.terminal import steady
 from atp.commands.where import Place
 from atp.config.help import help_text
@@ -118,8 +118,8 @@ def _job(cfg: DictConfig) -> float | None:
     """One Hydra job: run the pipeline, turn its complaints into messages and exit codes."""
     with uncollected():
         from atp.run.agreement import NotVerified
+        from atp.run.directory import RunInterrupted
         from atp.run.pipeline import run
-        from atp.run.stages import RunInterrupted
 
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith(("resume=", "run_dir="))]
@@ -246,14 +246,14 @@ def _check(arguments: Sequence[str]) -> Place | None:
     parsed = _parse(arguments)
     if parsed.config_name or parsed.config_dir or parsed.config_path:
         return None
-    first = _of_first_job(parsed.overrides)
+    first = of_first_job(parsed.overrides)
     cfg = _composed(first)
     is_sweep = sweeps(arguments) or cfg.hydra.mode is RunMode.MULTIRUN
     folder = Path(cfg.hydra.sweep.dir if is_sweep else cfg.hydra.run.dir)
     _without_hydra(cfg)
-    swept = _swept(parsed.overrides)
-    if swept and not is_sweep:
-        raise AmbiguousOverride(swept[0])
+    several = swept(parsed.overrides)
+    if several and not is_sweep:
+        raise AmbiguousOverride(several[0])
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         raise UserError(f"{sorted(missing)[0]} is not set; add {sorted(missing)[0]}=<value>")
@@ -276,37 +276,11 @@ def _check_settings(cfg: DictConfig) -> None:
     check_values(config)
 
 
-def _swept(overrides: Sequence[str]) -> list[str]:
-    """Overrides with several values."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return [
-        text
-        for text, override in zip(overrides, parsed, strict=True)
-        if override.is_sweep_override() and not override.key_or_group.startswith("hydra")
-    ]
-
-
-def _of_first_job(overrides: Sequence[str]) -> list[str]:
-    """Overrides of the configuration alone, each swept one with its first value."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except OverrideParseException as error:
-        raise UserError(explain(error)) from error
-    first = []
-    for text, override in zip(overrides, parsed, strict=True):
-        if override.is_sweep_override():
-            value = next(iter(override.sweep_string_iterator()))
-            text = f"{override.get_key_element()}={value}"
-        if not override.key_or_group.startswith("hydra"):
-            first.append(text)
-    return first
-
-
 def _prompt_of(arguments: Sequence[str]) -> str:
     """Name of the prompt that arguments come to."""
     parsed = _parse(arguments)
     own = [f"hydra.searchpath=['{Path(parsed.config_dir).resolve()}']"] if parsed.config_dir else []
-    return str(compose_config([*_of_first_job(parsed.overrides), *own]).prompt.name)
+    return str(compose_config([*of_first_job(parsed.overrides), *own]).prompt.name)
 
 
 def _check_data(overrides: Sequence[str]) -> int:

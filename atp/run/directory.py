@@ -57,6 +57,10 @@ _REDONE: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
+class RunInterrupted(Exception):
+    """Ctrl-C or SIGTERM ended training; the message says how to go on."""
+
+
 def find_run(name: str, run_name: str | None = None, root: Path = RUNS) -> Path:
     """The run directory to go on with.
 

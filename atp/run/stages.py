@@ -46,7 +46,7 @@ from atp.model.layers import block_parameters
 from atp.run import parts
 from atp.run.agreement import compare_exports, compare_stages
 from atp.run.assessment import PROMPTS_COUNTED, Assessor
-from atp.run.directory import RunDirectory, saved_overrides
+from atp.run.directory import RunDirectory, RunInterrupted, saved_overrides
 from atp.run.preparation import Preparation, read_cut, to_device, write_cut
 from atp.run.trained import load_trained, write_masks
 from atp.train.aware import AwareModule
@@ -59,10 +59,6 @@ from atp.train.progress import ProgressReport, QuietCollector, Throughput
 from atp.train.tuning import TuningModule
 
 log = logging.getLogger(__name__)
-
-
-class RunInterrupted(Exception):
-    """Ctrl-C or SIGTERM ended training; the message says how to go on."""
 
 
 class Stages:

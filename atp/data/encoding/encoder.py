@@ -141,7 +141,7 @@ class Encoder:
     def choices(self, records: Sequence[ChoiceRecord]) -> list[Choices]:
         """Encode multiple-choice items for scoring; a prompt that must be cut is cut alike for all its choices."""
         prompts = [(record.prompt, record.frame) for record in records for _ in record.choices]
-        pairs = iter(self._pairs(prompts, [text for record in records for text in record.choices]))
+        pairs = iter(self._reader.pairs(prompts, [text for record in records for text in record.choices]))
         found = []
         for record in records:
             parts = [next(pairs) for _ in record.choices]
@@ -223,7 +223,7 @@ class Encoder:
         windows = (self._windows(ids, record.text) for ids, record in zip(self._texts(texts), texts, strict=True))
         prompted = [record for record in records if isinstance(record, CompletionRecord | ChoiceRecord)]
         answers = [_answer(record) for record in prompted]
-        pairs = self._pairs([(record.prompt, record.frame) for record in prompted], answers)
+        pairs = self._reader.pairs([(record.prompt, record.frame) for record in prompted], answers)
         fitted = iter(self._fitted(prompted, pairs, answers))
         for record in records:
             if isinstance(record, TextRecord):
@@ -332,25 +332,6 @@ class Encoder:
             return ids + self._eos, len(text.encode())
         self.truncated["completions"] += 1
         return ids[:room], self._bytes(ids[:room])
-
-    def _pairs(
-        self, prompts: Sequence[tuple[str, Frame]], continuations: Sequence[str]
-    ) -> list[tuple[list[int], list[int]]]:
-        """Tokenise prompts and what follows them, with the boundary where generation has it."""
-        distinct = list(dict.fromkeys(prompts))
-        texts, frames = [text for text, _ in distinct], [frame for _, frame in distinct]
-        alone = dict(zip(distinct, self._reader.ids(texts, frames), strict=True))
-        wholes = self._reader.ids(
-            [prompt + text for (prompt, _), text in zip(prompts, continuations, strict=True)],
-            [frame for _, frame in prompts],
-        )
-        spanning = [i for i, whole in enumerate(wholes) if whole[: len(alone[prompts[i]])] != alone[prompts[i]]]
-        apart = dict(zip(spanning, self._reader.ids([continuations[i] for i in spanning]), strict=True))
-        pairs = []
-        for i, whole in enumerate(wholes):
-            prompt = alone[prompts[i]]
-            pairs.append((prompt, apart[i] if i in apart else whole[len(prompt) :]))
-        return pairs
 
     def _texts(self, records: Sequence[TextRecord]) -> list[list[int]]:
         return [ids + self._eos for ids in self._reader.ids([record.text for record in records])]

@@ -52,6 +52,25 @@ class TextReader:
         """Return whether the name of a control token stands in a text outside its frame."""
         return any(self._control.search(text[start:end]) for start, end, framed in stretches(text, frame) if not framed)
 
+    def pairs(
+        self, prompts: Sequence[tuple[str, Frame]], continuations: Sequence[str]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Tokenise prompts and what follows them, with the boundary where generation has it."""
+        distinct = list(dict.fromkeys(prompts))
+        texts, frames = [text for text, _ in distinct], [frame for _, frame in distinct]
+        alone = dict(zip(distinct, self.ids(texts, frames), strict=True))
+        wholes = self.ids(
+            [prompt + text for (prompt, _), text in zip(prompts, continuations, strict=True)],
+            [frame for _, frame in prompts],
+        )
+        spanning = [i for i, whole in enumerate(wholes) if whole[: len(alone[prompts[i]])] != alone[prompts[i]]]
+        apart = dict(zip(spanning, self.ids([continuations[i] for i in spanning]), strict=True))
+        pairs = []
+        for i, whole in enumerate(wholes):
+            prompt = alone[prompts[i]]
+            pairs.append((prompt, apart[i] if i in apart else whole[len(prompt) :]))
+        return pairs
+
     def _by_stretches(self, text: str, frame: Frame) -> list[int]:
         parts = (self._tokens([text[start:end]], control=framed)[0] for start, end, framed in stretches(text, frame))
         return list(itertools.chain.from_iterable(parts))
