@@ -90,13 +90,18 @@ class StoredModel:
         """How many tensors are stored in each type, in safetensors' spelling."""
         return dict(Counter(tensor.dtype for tensor in self._tensors.values()))
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One tensor, read now, the adapter beside the weights added.
+
+        Args:
+            name: Its name in the model.
+            dtype: Type of the sum, by default the stored one: a half is not rounded again where more is asked for.
 
         Raises:
             UserError: It holds values that are not finite.
         """
         tensor = self.raw(name)
+        tensor = tensor if dtype is None else tensor.to(dtype)
         return tensor if self.adapter is None else self.adapter.added_to(name, tensor)
 
     def raw(self, name: str) -> torch.Tensor:
@@ -116,13 +121,13 @@ class StoredModel:
             )
         return tensor
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors in the order in which they are stored, one at a time.
 
         A file is opened anew for each, as the pages of what was read count as memory while it is open.
         """
         for name in self._tensors:
-            yield name, self.tensor(name)
+            yield name, self.tensor(name, dtype)
 
     def check_values(self) -> None:
         """Read every tensor once in this process and refuse values that are not finite."""

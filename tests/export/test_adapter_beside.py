@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_verification import unmerged
 
 from atp import embedded
 from atp.commands.evaluate import load
 from atp.config.schema import ModelConfig
 from atp.errors import UserError
+from atp.export.hf.loading import load_exported
 from atp.model.adapter import merge_beside
 from atp.run import parts
 
@@ -41,6 +43,14 @@ def test_a_run_on_it_begins_with_the_tuned_model(export: tuple[Path, torch.nn.Mo
     directory, merged = export
     model = parts.load_base(ModelConfig(path=str(directory)))
     torch.testing.assert_close(logits(model), logits(merged), rtol=0, atol=1e-5)
+
+
+def test_every_way_of_loading_adds_the_adapter_alike_to_half_precision(export: tuple[Path, torch.nn.Module]) -> None:
+    directory, _ = export
+    file = directory / "model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    as_base = parts.load_base(ModelConfig(path=str(directory)))
+    assert torch.equal(logits(as_base), logits(load_exported(directory, dtype=torch.float32)))
 
 
 def test_an_adapter_of_another_model_is_refused(export: tuple[Path, torch.nn.Module]) -> None:

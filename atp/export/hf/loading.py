@@ -41,7 +41,7 @@ def load_exported(
     model = build_model(stored.config, dtype=dtype or stored.dtype, device=device)
     targets = model.state_dict()
     with torch.no_grad():
-        for name, tensor in stored.tensors():
+        for name, tensor in stored.tensors(model.dtype):
             targets[name].copy_(tensor)
     if (stored.directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(stored.directory), local_files_only=True)
