@@ -171,7 +171,7 @@ def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:
 
 def test_mistakes_end_with_a_message_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        (["./nowhere", "task=legal"], "./nowhere: no such directory"),
+        (["./nowhere", "task=legal"], "nowhere: no such directory"),
         (["embedded", "task=casehod"], "did you mean casehold"),
         (["embedded", "task=legal", "dtype=int4"], "dtype='int4' is unknown"),
         (["embedded", "records=nowhere.jsonl"], "set records to a file"),

@@ -49,7 +49,7 @@ def model_dir(tmp_path) -> Path:
 
 def unmerged(tmp_path: Path, *, empty_layer: bool = False) -> tuple[Path, torch.nn.Module]:
     """An export with an adapter beside the pruned base, and the merged model."""
-    masked = masked_model(tiny_model("llama", "gqa", layers=3))
+    masked = masked_model(tiny_model("llama", "gqa", layers=3, vocabulary=2048))
     config = masked.peft_model.get_base_model().config
     generator = torch.Generator().manual_seed(5)
     masks_U = select(masked.space, torch.randn(masked.space.num_units, generator=generator), 0.4)
