@@ -100,18 +100,7 @@ def load_model(
         )
     options: dict[str, Any] = {"config": stored.config, "dtype": dtype or stored.dtype, **(packed or {})}
     options |= {"attn_implementation": attn_implementation, "output_loading_info": True}
-    if stored.is_plain:
-        place = str(directory)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place, use_safetensors=True, local_files_only=True, **options
-        )
-    else:
-        model_class: Any = AutoModelForCausalLM._model_mapping[type(stored.config)]
-        state = {name: stored.raw(name) for name in stored.shapes}
-        loaded = model_class.from_pretrained(None, state_dict=state, **options)
-        if (directory / "generation_config.json").is_file():
-            loaded[0].generation_config = GenerationConfig.from_pretrained(str(directory), local_files_only=True)
-    model, report = loaded
+    model, report = _from_plain(directory, options) if stored.is_plain else _from_tensors(stored, options)
     random = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if random or report.get("error_msgs"):
         raise RuntimeError(f"{directory}: weights that were checked were not loaded: {sorted(random)[:4]}")
@@ -119,6 +108,21 @@ def load_model(
         tell_once(f"{directory}: the adapter beside the weights is merged into them")
     loaded_model: PreTrainedModel = model.eval()
     return loaded_model
+
+
+def _from_plain(directory: Path, options: dict[str, Any]) -> Any:
+    """The model and transformers' report, weights mapped from files that hold the model's own names and shapes."""
+    return AutoModelForCausalLM.from_pretrained(str(directory), use_safetensors=True, local_files_only=True, **options)
+
+
+def _from_tensors(stored: StoredModel, options: dict[str, Any]) -> Any:
+    """The model and transformers' report, weights under the names that the files should have had."""
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(stored.config)]
+    state = {name: stored.raw(name) for name in stored.shapes}
+    model, report = model_class.from_pretrained(None, state_dict=state, **options)
+    if (stored.directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(stored.directory), local_files_only=True)
+    return model, report
 
 
 def _shards(index: Path) -> list[str]:

@@ -22,6 +22,7 @@ from atp.data.encoding.tokenizer import load_tokenizer as load
 from atp.data.records import Record
 from atp.data.records.types import all_text
 from atp.errors import UserError
+from atp.export.formats import WEIGHT_DTYPES
 from atp.model.loading import fetched, is_local, load_model
 from atp.model.odd_places import model_home
 from atp.model.stored import StoredModel
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 SAMPLED_RECORDS = 64
 """Records on which the tokenizer is compared with its file."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WEIGHT_DTYPES}
 
 
 def model_source(config: ModelConfig) -> str:
