@@ -1,4 +1,4 @@
-"""The base model and its tokenizer, from a directory, a hub id or the embedded model.
+"""The base model and its tokenizer, from a directory, a GGUF file, a hub id or the embedded model.
 
 First of the builders; removal and evaluation load the dense model through it again. It knows nothing of data, masks or
 adapters.
@@ -19,6 +19,9 @@ from atp.errors import UserError
 from atp.masks.adapter import has_adapter, merge_beside
 from atp.model import modeling_atp
 from atp.model.families import family_of
+from atp.model.gguf.base import companions, load_gguf
+from atp.model.gguf.packages import PACKAGED, packaged_file
+from atp.model.gguf.reading import find_gguf
 from atp.run.parts.quantization import bitsandbytes_settings
 
 log = logging.getLogger(__name__)
@@ -27,28 +30,41 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def model_source(config: ModelConfig) -> str:
-    """Directory or hub id of the base model.
+    """Directory, GGUF file or hub id of the base model.
 
     Raises:
-        ValueError: ``model.path`` is not set, or is a path that does not exist.
+        ValueError: ``model.path`` is not set, is a path that does not exist, or a package that is not installed.
     """
     if not config.path:
-        raise UserError("model.path is not set; give a directory in Hugging Face layout, a hub id, or 'embedded'")
+        raise UserError(
+            "model.path is not set; give a directory in Hugging Face layout, a GGUF file, a hub id, or 'embedded'"
+        )
     if config.path == "embedded":
         return str(embedded.base_dir())
+    if config.path in PACKAGED:
+        return str(packaged_file(config.path))
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
     path = Path(config.path).expanduser()
+    if gguf := find_gguf(path):
+        return str(gguf)
     if path.is_dir():
         return str(path)
     if looks_local:
         raise UserError(
-            f"model.path={config.path}: no such directory; give one that holds config.json and *.safetensors"
+            f"model.path={config.path}: no such directory; give one that holds config.json and *.safetensors, or a "
+            "GGUF file"
         )
     return config.path
 
 
+def files_source(config: ModelConfig) -> str:
+    """As :func:`model_source`, for a GGUF file a folder with the config and the tokenizer files in it."""
+    source = model_source(config)
+    return str(companions(Path(source))) if Path(source).is_file() else source
+
+
 def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The dense base model, frozen weights in ``model.dtype``, from safetensors only.
+    """The dense base model, frozen weights in ``model.dtype``, from safetensors or a GGUF file only.
 
     Args:
         config: Which model.
@@ -63,6 +79,8 @@ def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.dev
     if config.dtype not in DTYPES:
         raise UserError(f"model.dtype is {config.dtype!r}; known: {', '.join(DTYPES)}")
     modeling_atp.register()
+    if Path(source).is_file():
+        return _load_gguf(config, source)
     packed: dict[str, Any] = {}
     if quantized and config.quantization is not None and has_adapter(source):
         raise UserError(
@@ -90,13 +108,22 @@ def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.dev
     return model
 
 
+def _load_gguf(config: ModelConfig, source: str) -> PreTrainedModel:
+    if config.quantization is not None:
+        raise UserError(
+            f"model.quantization={config.quantization} packs weights in Hugging Face layout, and {source} is a GGUF "
+            "file, which is de-quantised; leave model.quantization out"
+        )
+    return load_gguf(Path(source), dtype=DTYPES[config.dtype], attn_implementation=config.attn_implementation)
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, with a padding token.
 
     Raises:
         ValueError: There is none, or no access.
     """
-    source = model_source(config)
+    source = files_source(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
     except (OSError, ValueError) as error:
