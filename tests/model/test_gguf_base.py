@@ -24,7 +24,7 @@ from atp.model.gguf import packages
 from atp.model.gguf.base import read_gguf
 from atp.model.gguf.packages import PACKAGED, PackagedBase
 from atp.model.gguf.reading import find_gguf
-from atp.model.gguf.splitting import LLAMA3, QWEN2
+from atp.model.gguf.splitting import ALIASES, LLAMA3, QWEN2
 from atp.run import parts
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'atp[gguf]'")
@@ -300,6 +300,15 @@ def llama_cpp(path: Path) -> Iterator:
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_llama_cpp_gives_the_same_ids(with_tokenizer, name):
     _, path = with_tokenizer[name]
+    read = parts.load_tokenizer(ModelConfig(path=str(path)))
+    with llama_cpp(path) as ids:
+        differing = [line for line in varied_lines() if ids(line) != read(line)["input_ids"]]
+    assert not differing
+
+
+@pytest.mark.parametrize(("alias", "name"), ALIASES.items())
+def test_llama_cpp_reads_the_aliases_as_the_same_rules(with_tokenizer, tmp_path, alias, name):
+    path = rewritten(with_tokenizer[name][1], tmp_path / "alias.gguf", tokenizer_ggml_pre=alias)
     read = parts.load_tokenizer(ModelConfig(path=str(path)))
     with llama_cpp(path) as ids:
         differing = [line for line in varied_lines() if ids(line) != read(line)["input_ids"]]

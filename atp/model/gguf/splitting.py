@@ -25,8 +25,12 @@ RULES = {name: steps for steps, name in PRE_TOKENIZERS.items()}
 ALIASES = {
     "llama3": "llama-bpe",
     "llama-v3": "llama-bpe",
+    "falcon3": "llama-bpe",
+    "phi-2": "gpt-2",
     "starcoder": "smollm",
+    "refact": "smollm",
     "deepseek-r1-qwen": "qwen2",
+    "megrez": "qwen2",
 }
 """Further names that llama.cpp reads as one of :data:`RULES`."""
 BEGIN_WITH_BOS = ("llama-bpe",)
