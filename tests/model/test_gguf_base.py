@@ -275,12 +275,15 @@ def test_the_tokenizer_of_a_file_gives_the_ids_of_the_one_that_was_written(with_
     assert read.chat_template == tokenizer.chat_template
 
 
+@pytest.fixture(scope="module")
+def xllamacpp():
+    reason = "llama.cpp is not installed: pip install xllamacpp==2026.10.11549"
+    return pytest.importorskip("xllamacpp", reason=reason)
+
+
 @contextlib.contextmanager
-def llama_cpp(path: Path) -> Iterator:
+def llama_cpp(xllamacpp, path: Path) -> Iterator:
     """What llama.cpp makes of a text, special tokens read as such."""
-    xllamacpp = pytest.importorskip(
-        "xllamacpp", reason="llama.cpp is not installed: pip install xllamacpp==2026.10.11549"
-    )
     settings = xllamacpp.CommonParams()
     settings.model.path = str(path)
     settings.n_ctx, settings.n_parallel, settings.n_gpu_layers, settings.verbosity = 256, 1, 0, -1
@@ -298,24 +301,24 @@ def llama_cpp(path: Path) -> Iterator:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_llama_cpp_gives_the_same_ids(with_tokenizer, name):
+def test_llama_cpp_gives_the_same_ids(xllamacpp, with_tokenizer, name):
     _, path = with_tokenizer[name]
     read = parts.load_tokenizer(ModelConfig(path=str(path)))
-    with llama_cpp(path) as ids:
+    with llama_cpp(xllamacpp, path) as ids:
         differing = [line for line in varied_lines() if ids(line) != read(line)["input_ids"]]
     assert not differing
 
 
 @pytest.mark.parametrize(("alias", "name"), ALIASES.items())
-def test_llama_cpp_reads_the_aliases_as_the_same_rules(with_tokenizer, tmp_path, alias, name):
+def test_llama_cpp_reads_the_aliases_as_the_same_rules(xllamacpp, with_tokenizer, tmp_path, alias, name):
     path = rewritten(with_tokenizer[name][1], tmp_path / "alias.gguf", tokenizer_ggml_pre=alias)
     read = parts.load_tokenizer(ModelConfig(path=str(path)))
-    with llama_cpp(path) as ids:
+    with llama_cpp(xllamacpp, path) as ids:
         differing = [line for line in varied_lines() if ids(line) != read(line)["input_ids"]]
     assert not differing
 
 
-def test_llama_cpp_gives_the_ids_of_smollm2():
+def test_llama_cpp_gives_the_ids_of_smollm2(xllamacpp):
     try:
         path = Path(parts.model_source(ModelConfig(path="smollm2")))
     except UserError as absent:
@@ -324,7 +327,7 @@ def test_llama_cpp_gives_the_ids_of_smollm2():
     turns = [{"role": "user", "content": "What is a contract in 1789?"}]
     chat = read.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert chat.endswith("<|im_start|>assistant\n")
-    with llama_cpp(path) as ids:
+    with llama_cpp(xllamacpp, path) as ids:
         differing = [line for line in [*varied_lines(400), chat] if ids(line) != read(line)["input_ids"]]
     assert not differing
 
