@@ -33,7 +33,9 @@ class ModelConfig:
     """The base model."""
 
     name: str = option("embedded", "short name for reports")
-    path: str | None = option("embedded", "'embedded', a directory in Hugging Face layout, or a hub id")
+    path: str | None = option(
+        "embedded", "'embedded', 'smollm2', a directory in Hugging Face layout, a GGUF file, or a hub id"
+    )
     revision: str | None = option(None, "hub revision; unset takes the main branch")
     dtype: str = option("float32", "dtype of the frozen weights: float32, bfloat16 or float16")
     quantization: str | None = option(

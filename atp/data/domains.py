@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from atp.data.licences import holds_licences, licence_rows
 from atp.data.reading.bad_rows import BadRows, OnBad, bad_rows_of, refuse
 from atp.data.reading.files import Row, made, paths_of, rows
 from atp.data.reading.folders import find_files, visible_files
@@ -155,6 +156,9 @@ def read_task(task: Task, path: Any = None, *, alone: bool = True, bad: OnBad = 
     Raises:
         ValueError: There is nothing to read, a row is bad, or the hub cannot be reached or refuses.
     """
+    packaged = _packaged(task, path)
+    if packaged is not None:
+        return packaged
     found = None if path is None else task_files(task, path, alone=alone)
     if found is None:
         if task.credentialed or not task.hub:
@@ -171,6 +175,16 @@ def read_task(task: Task, path: Any = None, *, alone: bool = True, bad: OnBad = 
     raw = {split: _filled(task, some) for split, some in raw.items()}
     bound = task.with_options_of(row for some in raw.values() for row, _ in some)
     return {split: _joined(bound, list(made(some, bound.record, bad))) for split, some in raw.items()}
+
+
+def _packaged(task: Task, path: Any) -> dict[str, list[Record]] | None:
+    """The records of a task whose set is a package, unless the user names other files."""
+    own = path.get(task.name) if isinstance(path, Mapping) else path
+    if not task.package or not (own is None or holds_licences(own)):
+        return None
+    found = licence_rows(None if own is None else Path(own).expanduser())
+    bound = task.with_options_of(row for some in found.values() for row, _ in some)
+    return {split: list(made(_filled(task, some), bound.record)) for split, some in found.items()}
 
 
 def task_files(task: Task, path: Any, *, alone: bool = True) -> dict[str, list[Path]] | None:

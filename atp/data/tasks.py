@@ -70,6 +70,7 @@ class Task:
     about: str = ""
     source: str = ""
     protocol: str = ""
+    package: str = ""
     hub: str = ""
     subset: str | None = None
     revision: str = "main"

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file, cached_files
 
 from atp.errors import UserError
 from atp.model.adapter import ADAPTER_CONFIG, ADAPTER_FOLDER, merge_beside
+from atp.model.gguf.base import companions, gguf_of, load_gguf
 from atp.model.odd_places import model_home
 from atp.model.stored import StoredModel, tell_once
 from atp.model.weight_files import INDEX_FILE, WEIGHTS_FILE
@@ -38,13 +39,15 @@ def fetched(source: str, revision: str | None = None) -> Path:
     """The directory of a local model, or the cached one of a hub id.
 
     Args:
-        source: A directory, a run directory or a hub id.
+        source: A directory, a run directory, a GGUF file (a folder with its config and tokenizer) or a hub id.
         revision: Branch, tag or commit on the hub.
 
     Raises:
         UserError: It is no model; the message says what it is and the way out.
         OSError: The hub could not be reached, or gives no access.
     """
+    if gguf := gguf_of(source):
+        return companions(gguf)
     if is_local(source):
         return model_home(source)
     optional: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
@@ -77,9 +80,9 @@ def load_model(
     """Loads a model from its files alone.
 
     Args:
-        source: A directory, a run directory or a hub id.
+        source: A directory, a run directory, a GGUF file, a package's name (``smollm2``) or a hub id.
         revision: Branch, tag or commit on the hub.
-        dtype: Type of the parameters; by default the stored one.
+        dtype: Type of the parameters; by default the stored one, float32 for a GGUF file.
         attn_implementation: The attention kernel, as transformers names it.
         packed: Further arguments of ``from_pretrained`` that quantise the weights while loading.
 
@@ -90,6 +93,10 @@ def load_model(
         UserError: It is no model, or its weights are not exactly those of its config; the message says the way out.
         OSError: The hub could not be reached, or gives no access.
     """
+    if gguf := gguf_of(source):
+        if packed:
+            raise UserError(f"{gguf} is a GGUF file, which is de-quantised; leave model.quantization out")
+        return load_gguf(gguf, dtype=dtype or torch.float32, attn_implementation=attn_implementation)
     directory = fetched(source, revision)
     stored = StoredModel(directory)
     stored.check_values()

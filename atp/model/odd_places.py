@@ -21,7 +21,7 @@ _CONVERT = (
 )
 _OTHER_FORMATS = {
     ".gguf": "GGUF is for running a model, and its weights are often rounded; give the Hugging Face directory that it "
-    "was made from",
+    "was made from, or name the file itself to start from its de-quantised weights",
     ".onnx": "ONNX is a graph for running a model; give the Hugging Face directory that it was made from",
     ".h5": "these are TensorFlow weights; save the model from transformers as safetensors",
     ".msgpack": "these are Flax weights; save the model from transformers as safetensors",

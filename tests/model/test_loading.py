@@ -246,15 +246,16 @@ def test_what_does_not_fit_is_refused_in_one_line(base: Path, change: Callable[[
 
 
 def test_places_that_are_no_directory_say_what_they_are(base: Path, tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
     for place, message in (
-        (tmp_path / "model.gguf", "is a GGUF file"),
         (base / WEIGHTS, f"is a weight file; give its directory.*{base}"),
         (tmp_path / "nowhere", "no such directory"),
         (tmp_path, r"it has no config\.json, but base in it has"),
     ):
         with pytest.raises(UserError, match=message):
             load_model(str(place))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"is a GGUF file.*Hugging Face directory"):
+        load_exported(tmp_path / "model.gguf")
 
 
 def test_a_run_directory_is_its_pruned_model(base: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_an_export_has_the_type_of_its_base(
 
 
 def test_what_is_no_base_is_refused_by_the_name_of_its_setting(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    for path, message in ((tmp_path / "model.gguf", "is a GGUF file"), (tmp_path, "no config.json; its weights are")):
+    (tmp_path / "model.onnx").write_bytes(b"ONNX")
+    for path, message in ((tmp_path / "model.onnx", "is an ONNX file"), (tmp_path, "no config.json; its weights are")):
         with pytest.raises(UserError, match=f"^model.path: .*{message}"):
             parts.load_base(config("model=local", f"model.path={path}").model)

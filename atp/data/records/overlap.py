@@ -132,7 +132,12 @@ def asked_words(record: Record) -> list[str]:
 
 def words_of(record: Record) -> list[str]:
     """Return the words of a record in order, without regard to case and punctuation."""
-    return _WORD.findall(all_text(record).casefold())
+    return words_in(all_text(record))
+
+
+def words_in(text: str) -> list[str]:
+    """Return the words of a text in order, without regard to case and punctuation."""
+    return _WORD.findall(text.casefold())
 
 
 def shingles(words: Sequence[str]) -> set[int]:

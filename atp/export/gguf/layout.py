@@ -27,8 +27,9 @@ from typing import Any, cast
 from transformers import PreTrainedConfig
 
 from atp.errors import UserError
-from atp.export.gguf.tensors import NEIGHBOURS, GgufTensor, layer_tensors
+from atp.export.gguf.tensors import GgufTensor, layer_tensors
 from atp.model.families import FAMILIES, family_of
+from atp.model.gguf.names import EMBEDDINGS, FINAL_NORM, HEAD, NEIGHBOURS, ROTARY_FACTORS
 from atp.model.widths import LayerWidths, layer_widths
 
 PER_LAYER = frozenset(family.gguf[1] for family in FAMILIES.values())
@@ -162,7 +163,7 @@ def gguf_layout(config: PreTrainedConfig, *, block: int = 1) -> GgufLayout:
         "rope.dimension_count": head_dim,
         **rope_fields,
     }
-    tensors = [GgufTensor("rope_freqs.weight", (len(factors),), filling=factors)] if factors else []
+    tensors = [GgufTensor(ROTARY_FACTORS, (len(factors),), filling=factors)] if factors else []
     for index, (kept, layer) in enumerate(zip(widths, written, strict=True)):
         tensors += layer_tensors(config, architecture, index, kept, layer)
     return GgufLayout(architecture, written, fields, (*_outer_tensors(config), *tensors), notes)
@@ -173,11 +174,11 @@ def _outer_tensors(config: PreTrainedConfig) -> list[GgufTensor]:
     table = (config.vocab_size, config.hidden_size)
     embeddings, final_norm, head = family_of(config).embedding_tensors
     tensors = [
-        GgufTensor("token_embd.weight", table, (embeddings,)),
-        GgufTensor("output_norm.weight", table[1:], (final_norm,)),
+        GgufTensor(EMBEDDINGS, table, (embeddings,)),
+        GgufTensor(FINAL_NORM, table[1:], (final_norm,)),
     ]
     if not config.tie_word_embeddings:
-        tensors.append(GgufTensor("output.weight", table, (head,)))
+        tensors.append(GgufTensor(HEAD, table, (head,)))
     return tensors
 
 

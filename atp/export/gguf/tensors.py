@@ -15,10 +15,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from atp.model.families import ATTENTION_ROLES, Family, family_of
+from atp.model.gguf.names import LINEARS, NEIGHBOURS, norm_name
 from atp.model.widths import LayerWidths
-
-NEIGHBOURS = ("llama", "deci")
-"""Architectures that rotate neighbouring dimensions."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +89,6 @@ def _halves_to_neighbours(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return paired.transpose(1, 2).reshape(rows.shape)
 
 
-_NAMES = {
-    "query": "attn_q",
-    "key": "attn_k",
-    "value": "attn_v",
-    "output": "attn_output",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "down": "ffn_down",
-}
 _ROTATED = ("query", "key")
 _FUSED = ("query", "key", "value")
 
@@ -134,7 +123,7 @@ def layer_tensors(
             continue
         heads = permuted.get(role, 0) if halves_become_neighbours else 0
         present = kept.has_attention if role in ATTENTION_ROLES else kept.has_mlp
-        name, source = f"blk.{index}.{_NAMES[role]}", f"{layer}.{family.linears[role]}"
+        name, source = f"blk.{index}.{LINEARS[role]}", f"{layer}.{family.linears[role]}"
         sources = (f"{source}.weight",) if present else ()
         places = _places(kept, written, role) if present else {}
         tensors.append(GgufTensor(f"{name}.weight", shape, sources, heads, **places))
@@ -148,17 +137,15 @@ def _norms(
     config: PreTrainedConfig, family: Family, index: int, kept: LayerWidths, written: LayerWidths
 ) -> list[GgufTensor]:
     """The norms of the blocks that are written."""
-    names = {"query": "attn_q_norm", "key": "attn_k_norm"}
     tensors = []
     for norm in family.norms:
         is_attention = norm.block == "attention"
         if is_attention and not written.has_attention:
             continue
-        name = names.get(norm.over, "attn_norm" if is_attention else "ffn_norm")
         size = config.hidden_size if norm.over == "stream" else written.head_dim
         present = kept.has_attention if is_attention else kept.has_mlp
         sources = (f"{family.layers}.{index}.{norm.module}.weight",) if present else ()
-        tensors.append(GgufTensor(f"blk.{index}.{name}.weight", (size,), sources, filling=(1.0,)))
+        tensors.append(GgufTensor(f"blk.{index}.{norm_name(norm)}.weight", (size,), sources, filling=(1.0,)))
     return tensors
 
 

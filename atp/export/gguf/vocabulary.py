@@ -17,22 +17,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from atp.errors import UserError
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""Token types of GGUF."""
-
-# The rule of Llama 3 and, with single digits, of Qwen 2: a fact of their tokenizer files.
-_CONTRACTIONS_AND_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_SIGNS_AND_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = _CONTRACTIONS_AND_WORDS + r"\p{N}{1,3}" + _SIGNS_AND_SPACES
-_QWEN2 = _CONTRACTIONS_AND_WORDS + r"\p{N}" + _SIGNS_AND_SPACES
-# Splitting rules of a byte-level tokenizer -> llama.cpp's name for them.
-_PRE_TOKENIZERS = {
-    ("gpt2",): "gpt-2",
-    ("digits", "gpt2"): "smollm",
-    (f"split {_LLAMA3}",): "llama-bpe",
-    (f"split {_QWEN2}",): "qwen2",
-}
+from atp.model.gguf.splitting import PRE_TOKENIZERS
+from atp.model.gguf.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 
 @dataclass(frozen=True)
@@ -131,9 +117,9 @@ def _pre_tokenizer(rules: dict[str, Any]) -> str:
             signature.append(f"split {step['pattern']['Regex']}")
         else:
             signature.append(step["type"])
-    name = _PRE_TOKENIZERS.get(tuple(signature))
+    name = PRE_TOKENIZERS.get(tuple(signature))
     if name is None:
-        known = ", ".join(sorted(_PRE_TOKENIZERS.values()))
+        known = ", ".join(sorted(PRE_TOKENIZERS.values()))
         raise UserError(
             f"GGUF: the tokenizer splits text by {signature or 'no rule'}, for which llama.cpp has no name known here "
             f"(known: {known}); export without tokenizer and pass token ids"

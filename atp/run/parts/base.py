@@ -1,4 +1,4 @@
-"""The base model and its tokenizer, from a directory, a hub id or the embedded model.
+"""The base model and its tokenizer, from a directory, a GGUF file, a hub id or the embedded model.
 
 First of the builders; removal and evaluation load the dense model through it again. It knows nothing of data, masks or
 adapters.
@@ -23,6 +23,7 @@ from atp.data.records import Record
 from atp.data.records.types import all_text
 from atp.errors import UserError
 from atp.export.formats import WEIGHT_DTYPES
+from atp.model.gguf.base import companions, gguf_of
 from atp.model.loading import fetched, is_local, load_model
 from atp.model.odd_places import model_home
 from atp.model.stored import StoredModel
@@ -37,20 +38,25 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WEIGHT_
 
 
 def model_source(config: ModelConfig) -> str:
-    """Directory or hub id of the base model; of a run directory, its ``pruned/``.
+    """Directory, GGUF file or hub id of the base model; of a run directory, its ``pruned/``.
 
     Raises:
-        ValueError: ``model.path`` is not set, does not exist, or is no model.
+        ValueError: ``model.path`` is not set, does not exist, is no model, or a package that is not installed.
     """
     if not config.path:
-        raise UserError("model.path is not set; give a directory in Hugging Face layout, a hub id, or 'embedded'")
+        raise UserError(
+            "model.path is not set; give a directory in Hugging Face layout, a GGUF file, a hub id, or 'embedded'"
+        )
     if config.path == "embedded":
         return str(embedded.base_dir())
+    if gguf := gguf_of(config.path):
+        return str(gguf)
     if not is_local(config.path):
         return config.path
     if not Path(config.path).expanduser().exists():
         raise UserError(
-            f"model.path={config.path}: no such directory; give one that holds config.json and *.safetensors"
+            f"model.path={config.path}: no such directory; give one that holds config.json and *.safetensors, or a "
+            "GGUF file"
         )
     try:
         return str(model_home(config.path))
@@ -58,8 +64,14 @@ def model_source(config: ModelConfig) -> str:
         raise UserError(f"model.path: {error}") from error
 
 
+def files_source(config: ModelConfig) -> str:
+    """As :func:`model_source`, for a GGUF file a folder with the config and the tokenizer files in it."""
+    source = model_source(config)
+    return str(companions(Path(source))) if Path(source).is_file() else source
+
+
 def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The dense base model, frozen weights in ``model.dtype``, from safetensors only.
+    """The dense base model, frozen weights in ``model.dtype``, from safetensors or a GGUF file only.
 
     Args:
         config: Which model.
@@ -72,6 +84,11 @@ def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.dev
     """
     source = model_source(config)
     working = _known("model.dtype", config.dtype)
+    if Path(source).is_file() and config.quantization is not None:
+        raise UserError(
+            f"model.quantization={config.quantization} packs weights in Hugging Face layout, and {source} is a GGUF "
+            "file, which is de-quantised; leave model.quantization out"
+        )
     packed: dict[str, Any] = {}
     if quantized and config.quantization is not None:
         settings = bitsandbytes_settings(config, working)
@@ -93,15 +110,16 @@ def load_base(config: ModelConfig, *, quantized: bool = False, device: torch.dev
 def export_dtype(config: TrainConfig) -> torch.dtype:
     """Type of the exported weights: ``export.dtype``, or the base's own.
 
-    A base that trains in less than float32 (``model.dtype``) is exported as it trains.
+    A base that trains in less than float32 (``model.dtype``), or comes as a GGUF file, is exported as it trains.
 
     Raises:
         ValueError: The base cannot be read, or a type is unknown.
     """
-    stored, working = _stored_base(config.model), _known("model.dtype", config.model.dtype)
+    source, working = model_source(config.model), _known("model.dtype", config.model.dtype)
+    stored = None if Path(source).is_file() else _stored_base(config.model)
     if config.export.dtype:
         return _known("export.dtype", config.export.dtype)
-    if working != torch.float32:
+    if stored is None or working != torch.float32:
         return working
     own = stored.dtype if stored.dtype in DTYPES.values() else torch.float32
     if len(stored.dtypes) > 1 or own != stored.dtype:
@@ -139,7 +157,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: There is none, no access, or it has more ids than the model's config says there are embeddings.
     """
-    source = model_source(config)
+    source = files_source(config)
     try:
         tokenizer = load(source, revision=config.revision)
         settings, _ = PreTrainedConfig.get_config_dict(source, revision=config.revision)
@@ -162,7 +180,7 @@ def check_tokenizer(
     Raises:
         ValueError: It has ids beyond the embeddings, or reads a record otherwise than its ``tokenizer.json``.
     """
-    source = model_source(config)
+    source = files_source(config)
     embeddings: Any = model.get_input_embeddings()
     check_ids(tokenizer, embeddings.weight.shape[0], f"model.path={source}")
     check_texts(tokenizer, source, map(all_text, itertools.islice(records, SAMPLED_RECORDS)))
