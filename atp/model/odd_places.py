@@ -99,7 +99,8 @@ def _file_kind(file: Path) -> str:
     if file.suffix == ".safetensors":
         return f"a weight file; give its directory, with config.json and tokenizer: {file.parent}"
     if file.suffix in _OTHER_FORMATS:
-        return f"{"an" if file.suffix == ".onnx" else "a"} {file.suffix[1:].upper()} file: {_OTHER_FORMATS[file.suffix]}"
+        article = "an" if file.suffix == ".onnx" else "a"
+        return f"{article} {file.suffix[1:].upper()} file: {_OTHER_FORMATS[file.suffix]}"
     if file.suffix in PICKLES:
         return f"a pickle; give a directory in Hugging Face layout, made once with {_CONVERT}"
     return "a file; give a directory that holds config.json and *.safetensors"
