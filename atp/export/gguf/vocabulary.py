@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from atp.data.encoding.turn import end_token, template_of
 from atp.errors import UserError
 from atp.model.gguf.splitting import PRE_TOKENIZERS
 from atp.model.gguf.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -32,7 +33,7 @@ class Vocabulary:
         types: Token types by id.
         scores: Priority of each token's merge, ``llama`` only.
         merges: Merges in order, ``gpt2`` only.
-        special: Ids by role: bos, eos, unk, pad.
+        special: Ids by role: bos, eos, unk, pad; eot, where the chat template ends a turn with a token other than eos.
         add_bos: Whether a text begins with bos.
         add_eos: Whether a text ends with eos.
         add_space_prefix: Whether a space is put before a text.
@@ -80,8 +81,9 @@ def gguf_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Voca
         for role in ("bos", "eos", "unk", "pad")
         if getattr(tokenizer, f"{role}_token_id", None) is not None
     }
+    if (end := end_token(tokenizer)) is not None and end != special.get("eos"):
+        special["eot"] = end
     begins, ends = _encloses(tokenizer)
-    template = getattr(tokenizer, "chat_template", None)
     return Vocabulary(
         model="llama" if by_characters else "gpt2",
         pre=pre,
@@ -93,7 +95,7 @@ def gguf_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Voca
         add_bos=begins,
         add_eos=ends,
         add_space_prefix=_adds_space(rules) if by_characters else False,
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=template_of(tokenizer),
     )
 
 
