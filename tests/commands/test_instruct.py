@@ -107,7 +107,7 @@ def test_a_package_that_is_not_installed_is_named(
 def test_a_gguf_file_is_scored_as_its_directory_is(
     folder: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = ["task=legal/holding", "max_items=4", "bootstrap=10", "max_length=256"]
+    small = ["task=legal/holding", "max_items=2", "bootstrap=10", "max_length=256"]
     out = tmp_path / "result.json"
     assert evaluate([str(file), f"against={folder}", *small, f"out={out}"]) == 0
     result, shown = json.loads(out.read_text()), " ".join(capsys.readouterr().out.split())

@@ -84,10 +84,8 @@ def _chat_template(config: TrainConfig, prompt: Prompt, tokenizer: PreTrainedTok
             "instruct model does; prompt.chat=always puts prompts through it"
         )
         return None
-    why = "this is an instruct model" if instruct else f"prompt={prompt.name}" if way == "auto" else "as asked"
-    log.info(
-        "prompts go through the base's chat template (%s), running text does not; prompt.chat=never turns it off", why
-    )
+    why = "it is an instruct model" if instruct else f"prompt={prompt.name}" if way == "auto" else "prompt.chat=always"
+    log.info("prompts go through the base's chat template (%s), running text does not; prompt.chat=never: plain", why)
     return template
 
 
