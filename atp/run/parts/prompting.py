@@ -86,6 +86,8 @@ def _chat_template(config: TrainConfig, prompt: Prompt, tokenizer: PreTrainedTok
         return None
     why = "it is an instruct model" if instruct else f"prompt={prompt.name}" if way == "auto" else "prompt.chat=always"
     log.info("prompts go through the base's chat template (%s), running text does not; prompt.chat=never: plain", why)
+    if "strftime_now" in template:
+        log.warning("the chat template writes today's date into prompts: a run of another day sees other text")
     return template
 
 
