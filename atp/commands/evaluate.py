@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from atp.atomic import write_json
 from atp.commands import grammar
 from atp.commands.grammar import argument, option
-from atp.commands.places import EMBEDDED, model_source
+from atp.commands.places import EMBEDDED, model_source, prompt_folder
 from atp.errors import UserError
 from atp.export.formats import WEIGHT_DTYPES
 
@@ -37,13 +37,15 @@ _SETTINGS = ("data.", "evaluate.")  # names may be written as in a run's setting
 class Options:
     """Score a run, an export or any model: the tasks, prompts, metrics and intervals of a run's end."""
 
-    model: str = argument("a run or model directory, a hub id, or 'embedded'")
+    model: str = argument("a run or model directory, a GGUF file, smollm2, a hub id, or 'embedded'")
     task: str = option("", "tasks, comma-separated: casehold, mmlu/<subject>, legal/holding", also=["tasks"])
     path: str = option("", "local files of the tasks: a folder, or a file of a single task")
     records: str = option("", "your own records instead: JSONL, CSV, Parquet or a folder")
     tasks_file: str = option("", "TOML file that describes tasks of your own")
     against: str = option("", "second model, compared on the same items")
-    prompt: str = option("auto", "auto (the model's own prompt.json), none, or a prompt.json")
+    prompt: str = option(
+        "auto", "auto (its prompt.json, else an instruct model's chat template), chat, none, or a prompt.json"
+    )
     harness: str = option("", "tasks of lm-evaluation-harness, comma-separated")
     harness_path: str = option("", "folder of further task files of the harness")
     max_items: int = option(400, "most records of each task")
@@ -112,6 +114,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from rich.text import Text
 
     from atp.commands.score_tables import harness_table, score_table
+    from atp.model.stops import stop_ids
 
     names = [model_source(name) for name in (options.model, options.against) if name]
     sets = _record_sets(options)
@@ -119,7 +122,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     result: dict[str, Any] = {"models": {}, "harness": {}, "prompt": {}}
     for name in names:
         model, tokenizer = load(name, options.dtype)
-        prompt = prompt_to_ask_with(name, options.prompt)
+        prompt = prompt_to_ask_with(name, options.prompt, tokenizer, stop_ids(model.generation_config, model.config))
         every = [record for records in sets.values() for record in records]
         cost = prompt.cost(every, tokenizer, _length(model, options))
         result["prompt"][name] = {**prompt.plain(), **cost}
@@ -175,18 +178,38 @@ def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     return torch.nn.Module.to(model, device).eval(), tokenizer
 
 
-def prompt_to_ask_with(model_name: str, chosen: str) -> Prompt:
-    """Return the prompt to ask with: none, a ``prompt.json``, or for ``auto`` the one beside the model, if any."""
-    from atp.data.prompt import Prompt, read_prompt
+def prompt_to_ask_with(
+    model_name: str, chosen: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] = ()
+) -> Prompt:
+    """Return the prompt to ask with.
+
+    Args:
+        model_name: The model.
+        chosen: none; chat, the tokenizer's chat template; a ``prompt.json``; or auto, the one beside the model, else an
+            instruct model's chat template.
+        tokenizer: The model's tokenizer.
+        stops: Ids that end its generation.
+
+    Raises:
+        UserError: There is no such file, or no chat template.
+    """
+    from atp.data.encoding.turn import template_of
+    from atp.data.prompt import CHAT_NAME, Prompt, prompt_of, read_prompt
 
     if chosen == "none":
         return Prompt()
+    if chosen == "chat":
+        template = template_of(tokenizer)
+        if template is None:
+            raise UserError(f"prompt=chat: the tokenizer of {model_name} has no chat template; use prompt=none")
+        return Prompt(CHAT_NAME, chat=template)
     if chosen != "auto":
         if not Path(chosen).exists():
-            raise UserError(f"prompt={chosen}: no such file; give a prompt.json of a run or of a model, auto, or none")
+            raise UserError(
+                f"prompt={chosen}: no such file; give a prompt.json of a run or of a model, auto, chat or none"
+            )
         return read_prompt(Path(chosen))
-    folder = Path(model_name).expanduser()
-    return read_prompt(folder) if folder.is_dir() else Prompt()
+    return prompt_of(prompt_folder(Path(model_name).expanduser()), tokenizer, stops)
 
 
 def _record_sets(options: Options) -> dict[str, list[Record]]:

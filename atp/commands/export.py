@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atp.commands.grammar import argument, option, run_command
-from atp.commands.places import EMBEDDED, model_directory, run_directory
+from atp.commands.places import EMBEDDED, gguf_file, model_directory, run_directory
 from atp.errors import UserError
 from atp.export.formats import FORMATS, QUANTISED, WEIGHT_DTYPES, Asked, Format, has_adapter
 
@@ -29,7 +29,7 @@ _MAKES = "; ".join(f"{name}: {form.makes}" for name, form in FORMATS.items())
 class Options:
     """Convert and verify a pruned model."""
 
-    directory: Path = argument("a run directory, a model directory, or 'embedded'")
+    directory: Path = argument("a run directory, a model directory, 'embedded'; to hf: a GGUF file or smollm2")
     to: list[str] = option([], f"what to write ({_MAKES})", choices=FORMATS)
     gguf_type: list[str] = option(["f16"], "gguf: f32, f16, bf16, q8_0, or llama.cpp's K-quants")
     tokenizer: bool = option(True, "gguf: with the vocabulary; without, token ids only")
@@ -66,7 +66,7 @@ def _run(options: Options) -> int:
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
     target = _new_directory(options)
-    directory = model_directory(options.directory)
+    directory = _source(options)
     forms = [form for name, form in FORMATS.items() if name in options.to]
     code = max((_write(form, directory, options, console) for form in forms), default=0)
     if options.verify:
@@ -76,6 +76,19 @@ def _run(options: Options) -> int:
 
         console.print(f"hub: {upload(target or directory, options.push_to_hub, public=options.public)}")
     return code
+
+
+def _source(options: Options) -> Path:
+    """The model directory to read, or the GGUF file to make one of."""
+    file = gguf_file(options.directory)
+    if file is None:
+        return model_directory(options.directory)
+    if options.to != ["hf"]:
+        raise UserError(
+            f"{file} is a GGUF file; make a model directory of it first, and go on with that: "
+            f"python -m atp.export {options.directory} --to hf --output DIRECTORY"
+        )
+    return file
 
 
 def _check(options: Options) -> None:

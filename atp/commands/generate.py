@@ -1,9 +1,9 @@
-"""``atp generate``: streams text from an exported model, from its Hugging Face directory or a GGUF file.
+"""``atp generate``: streams text from an exported model or a base, from its Hugging Face directory or a GGUF file.
 
 A thin command line for trying a result. The prompt reaches the model as training made prompts: verbatim after the
 beginning-of-sequence token, or filled into one of the training tasks' templates (``--task``), within the prompt that
-the model was evaluated with (its ``prompt.json``; ``--plain`` leaves that out); ``--chat`` uses the tokenizer's chat
-template instead. Reads the prompt from standard input when that is piped.
+the model was evaluated with (its ``prompt.json``), else within an instruct model's chat template; ``--plain`` leaves
+both out, ``--chat`` takes the chat template alone. Reads the prompt from standard input when that is piped.
 """
 
 from __future__ import annotations
@@ -16,28 +16,33 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from atp.commands.grammar import argument, option, run_command
-from atp.commands.places import model_directory
+from atp.commands.places import gguf_file, model_directory, prompt_folder
 from atp.errors import UserError
 from atp.export.formats import FORMATS
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from atp.data.prompt import Prompt
     from atp.data.records import Frame
 
 
 @dataclass
 class Options:
-    """Stream text from an exported model."""
+    """Stream text from an exported model or a base."""
 
-    model: Path = argument("a run directory, a model directory, a .gguf file, or 'embedded'")
+    model: Path = argument("a run directory, a model directory, a .gguf file, smollm2, or 'embedded'")
     prompt: str | None = option(None, "the text to continue; read from standard input when that is piped")
-    format: str | None = option(None, "which of a directory's formats; by default hf", choices=("hf", "gguf"))
+    format: str | None = option(
+        None, "which of a directory's formats; by default hf. Of a .gguf file, hf: de-quantised", choices=("hf", "gguf")
+    )
     max_new_tokens: int = option(128, "longest continuation")
     temperature: float = option(0.0, "0 takes the likeliest token each time")
     top_p: float = option(1.0, "sample from the likeliest tokens of this mass")
     seed: int = option(0, "seed of sampling")
     task: str | None = option(None, "fill the prompt into this task's template, e.g. casehold, and instruct so")
-    plain: bool = option(False, "without the prompt that the model was evaluated with")
-    chat: bool = option(False, "use the tokenizer's chat template")
+    plain: bool = option(False, "verbatim: without the model's own prompt, and no chat with an instruct model")
+    chat: bool = option(False, "the chat template alone, as by default with an instruct model that has no prompt.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,28 +85,54 @@ def _prompt(options: Options) -> tuple[str, Frame]:
         raise UserError("there is no prompt; give --prompt TEXT, or pipe a text in")
     if options.task and options.chat:
         raise UserError("--task and --chat are two ways of framing the prompt; choose one")
+    if options.plain and options.chat:
+        raise UserError("--plain leaves the chat template out and --chat asks for it; choose one")
     return _framed(prompt, options)
 
 
 def _framed(text: str, options: Options) -> tuple[str, Frame]:
-    """The text in its task's template, and in the prompt that the model was evaluated with."""
-    from atp.data.encoding.tokenizer import load_tokenizer
-    from atp.data.prompt import Prompt, read_prompt
+    """The text in its task's template, and in the prompt or the chat template that the model is asked with."""
+    from atp.data.prompt import CHAT_NAME, Prompt
     from atp.data.tasks import fill_prompt, load_tasks
 
-    own = Prompt()
+    own, tokenizer, begins = Prompt(), None, ""
     if not (options.plain or options.chat):
-        path, kind = find_model(options.model, options.format)
-        folder = path if kind == "hf" else path.parent
-        own = read_prompt(folder.parent if folder.name == "gguf" else folder)
+        own, tokenizer, begins = _own_prompt(*find_model(options.model, options.format))
     instructed = options.task in own.instructions and options.task not in load_tasks()
     if options.task and not instructed:
         text = fill_prompt(options.task, text)
     if own.is_empty:
         return text, ()
-    tokenizer = load_tokenizer(folder, local_files_only=True) if own.chat else None
-    sys.stderr.write(f"prompt: {own.name}, from the model's prompt.json; --plain leaves it out\n")
-    return own.framed(text, options.task or "text", tokenizer)
+    where = "of an instruct model" if own.name == CHAT_NAME else "from the model's prompt.json"
+    sys.stderr.write(f"prompt: {own.name}, {where}; --plain leaves it out\n")
+    text, frame = own.framed(text, options.task or "text", tokenizer)
+    cut = len(begins) if begins and frame and text.startswith(begins) else 0
+    return text[cut:], tuple((max(low - cut, 0), high - cut) for low, high in frame if high > cut)
+
+
+def _own_prompt(path: Path, kind: str) -> tuple[Prompt, PreTrainedTokenizerBase | None, str]:
+    """What a model is asked with, the tokenizer of its chat template, and what llama.cpp itself puts before a text."""
+    from atp.data.encoding.tokenizer import load_tokenizer, surroundings
+    from atp.data.prompt import PROMPT_FILE, Prompt, prompt_of, read_prompt
+    from atp.model.gguf.base import companions
+    from atp.model.stops import stored_stops
+
+    folder = prompt_folder(path)
+    own = read_prompt(folder) if (folder / PROMPT_FILE).is_file() else None
+    if own is not None and own.chat is None:
+        return own, None, ""
+    try:
+        home = folder if (folder / "config.json").is_file() else companions(path)
+        tokenizer = load_tokenizer(home, local_files_only=True)
+        stops = stored_stops(home)
+    except (OSError, UserError) as error:
+        if own is not None:
+            raise UserError(f"{folder / PROMPT_FILE} wants a chat template: {error}; --plain leaves it out") from None
+        if kind == "gguf":
+            sys.stderr.write(f"prompt: continued as it stands, as a chat template is not looked for ({error})\n")
+        return Prompt(), None, ""  # of a directory without a tokenizer, loading says so
+    begins = tokenizer.convert_ids_to_tokens(surroundings(tokenizer)[0]) if kind == "gguf" else []
+    return own or prompt_of(folder, tokenizer, stops), tokenizer, "".join(begins)
 
 
 def stream(
@@ -152,12 +183,9 @@ def find_model(path: Path, engine: str | None) -> tuple[Path, str]:
     Raises:
         ValueError: There is none of that format.
     """
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
-        if engine == "hf":
-            raise UserError(f"{path} is a GGUF file; leave --format out")
-        return path, "gguf"
+    if file := gguf_file(path):
+        packaged = not path.exists()
+        return file, engine or ("hf" if packaged else "gguf")
     directory = model_directory(path)
     if engine != "gguf":
         return directory, "hf"
@@ -171,29 +199,24 @@ def _stream_hf(path: Path, prompt: str, chat: bool, frame: Frame, **sampling: An
     import torch
     from transformers import TextIteratorStreamer
 
-    from atp.data.encoding import Encoder
-    from atp.data.encoding.chat import ChatTemplate
     from atp.data.encoding.tokenizer import check_ids, load_tokenizer
-    from atp.data.records import ChatRecord
+    from atp.data.encoding.turn import end_token
     from atp.export.hf.loading import load_exported
+    from atp.model.gguf.base import companions
+    from atp.model.loading import load_model
+    from atp.model.stops import stop_ids
 
     try:
-        tokenizer = load_tokenizer(path, local_files_only=True)
+        tokenizer = load_tokenizer(companions(path) if path.is_file() else path, local_files_only=True)
     except OSError as error:
         raise UserError(f"{path} holds no tokenizer that can be read; copy the base model's files there") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = load_exported(path, device=device)
+    model: Any = load_model(str(path)).to(device) if path.is_file() else load_exported(path, device=device)
     check_ids(tokenizer, model.config.vocab_size, path)
-    if chat:
-        if not tokenizer.chat_template:
-            raise UserError(f"the tokenizer in {path} has no chat template; leave --chat out")
-        turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": ""})
-        ids = ChatTemplate(tokenizer).prompt_ids(ChatRecord(turns, where="--prompt"))
-    else:
-        context = model.config.max_position_embeddings
-        if sampling["max_new_tokens"] >= context:
-            raise UserError(f"--max-new-tokens {sampling['max_new_tokens']} must be below the context of {context}")
-        ids = Encoder(tokenizer, context).prompts([prompt], sampling["max_new_tokens"], [frame])[0]
+    stops = {tokenizer.eos_token_id, *stop_ids(model.generation_config)}
+    if chat or frame:
+        stops.add(end_token(tokenizer))
+    ids = _hf_ids(tokenizer, prompt, chat, frame, sampling["max_new_tokens"], model.config.max_position_embeddings)
     torch.manual_seed(sampling["seed"])
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
     input_ids = torch.tensor([ids], device=device)
@@ -201,6 +224,7 @@ def _stream_hf(path: Path, prompt: str, chat: bool, frame: Frame, **sampling: An
     if sampling["temperature"]:
         options |= {"do_sample": True, "temperature": sampling["temperature"], "top_p": sampling["top_p"], "top_k": 0}
     options |= {"max_new_tokens": sampling["max_new_tokens"], "streamer": streamer}
+    options |= {"eos_token_id": sorted(stops - {None}) or None}
     options |= {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     failures: list[BaseException] = []
 
@@ -217,6 +241,24 @@ def _stream_hf(path: Path, prompt: str, chat: bool, frame: Frame, **sampling: An
     thread.join()
     if failures:
         raise failures[0]
+
+
+def _hf_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, frame: Frame, new_tokens: int, context: int
+) -> list[int]:
+    """The ids to go on from; in a chat those that a server would make."""
+    from atp.data.encoding import Encoder
+    from atp.data.encoding.chat import ChatTemplate
+    from atp.data.records import ChatRecord
+
+    if new_tokens >= context:
+        raise UserError(f"--max-new-tokens {new_tokens} must be below the context of {context}")
+    if not chat:
+        return Encoder(tokenizer, context).prompts([prompt], new_tokens, [frame])[0]
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; leave --chat out")
+    turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": ""})
+    return ChatTemplate(tokenizer).prompt_ids(ChatRecord(turns, where="--prompt"))
 
 
 def _stream_gguf(path: Path, prompt: str, chat: bool, frame: Frame, **sampling: Any) -> Iterator[str]:

@@ -94,7 +94,7 @@ class PromptConfig:
     instructions: dict[str, str] = option({}, "task -> what {{ instruction }} stands for; 'default' for other tasks")
     train: bool = option(True, "use it in training and validation")
     inference: bool = option(True, "use it in evaluation and generation")
-    chat: str = option("auto", "chat template of the tokenizer: auto (if there is one and a prompt), always, never")
+    chat: str = option("auto", "the base's chat template: auto (of an instruct model, or with a prompt), always, never")
 
 
 @dataclass

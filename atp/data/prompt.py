@@ -1,7 +1,8 @@
 """Prompts: what stands around a record's own prompt, the same way in training, evaluation and generation.
 
 A prompt has a system part (Compresso's collaborative prompt, Tailored-LLaMA's task instruction, or the user's text) and
-a template for the rest, both Jinja; where the tokenizer has a chat template, the two become its system and user turns.
+a template for the rest, both Jinja; of an instruct model the two become the system and user turns of its chat template,
+also where nothing else is put around a record.
 It sits between :mod:`atp.data` and the stages: records in, records out. Of files it knows only
 ``prompt.json``; it knows nothing of token ids or models.
 
@@ -10,11 +11,9 @@ Running text has no prompt to stand before, and is left as it is.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from jinja2 import meta
 
-from atp.data.encoding.chat import said_in, stand_in
-from atp.data.encoding.tokenizer import control_pattern, surroundings
+from atp.data.encoding.turn import Exchange, exchange, is_instruct, template_of
 from atp.data.records import ChatRecord, ChoiceRecord, CompletionRecord, Frame, Record, Splits, TextRecord
 from atp.data.streaming import StreamedRecords
 from atp.data.tasks import ENVIRONMENT
@@ -36,6 +34,9 @@ log = logging.getLogger(__name__)
 
 PROMPT_FILE = "prompt.json"
 """What a run and an exported model keep their prompt in."""
+
+CHAT_NAME = "chat template"
+"""What a prompt is called that is nothing but a chat template."""
 
 VARIABLES = ("prompt", "task", "instruction")
 
@@ -94,6 +95,14 @@ class Prompt:
             ValueError: ``{{ instruction }}`` is used and the task has none, or a template fails on this record; names
                 the task and how the record begins.
         """
+        if self.chat is not None and tokenizer is not None:
+            asked = self._in_template(text, task, tokenizer)
+            return asked.prompt, asked.frame
+        system, rest = self._parts(text, task)
+        return f"{system}\n\n{rest}" if system else rest, ()
+
+    def _parts(self, text: str, task: str) -> tuple[str, str]:
+        """The system part and the rest, for one record."""
         values = {"prompt": text, "task": task}
         instruction = self.instructions.get(task, self.instructions.get("default"))
         if instruction is not None:
@@ -109,36 +118,16 @@ class Prompt:
                 f"prompt={self.name}: {why} (task {task}, the record that begins {text[:60]!r}); mend the template, or "
                 f"set prompt.instructions.{task} or prompt.instructions.default"
             ) from None
-        if self.chat is None or tokenizer is None:
-            return f"{system}\n\n{rest}" if system else rest, ()
-        return self._as_chat(system, rest, tokenizer)
+        return system, rest
 
-    def _as_chat(self, system: str, rest: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Frame]:
-        user = {"role": "user", "content": rest}
-        turns = [{"role": "system", "content": system}, user] if system else [user]
-        how: dict[str, Any] = {"chat_template": self.chat, "tokenize": False, "add_generation_prompt": True}
+    def _in_template(self, text: str, task: str, tokenizer: PreTrainedTokenizerBase) -> Exchange:
+        """The prompt and how its answer goes on, in the chat template."""
+        assert self.chat is not None
+        system, rest = self._parts(text, task)
         try:
-            text = str(tokenizer.apply_chat_template(turns, **how))
-        except jinja2.TemplateError:  # some templates know no system turn
-            turns = [{"role": "user", "content": f"{system}\n\n{rest}" if system else rest}]
-            text = str(tokenizer.apply_chat_template(turns, **how))
-        said = [str(turn["content"]) for turn in turns]
-        frame: Frame = ((0, len(text)),)
-        control, start = _framing(tokenizer, len(tokenizer), tokenizer.bos_token)
-        if any(map(control.search, said)):
-            marked = [{**turn, "content": stand_in(place)} for place, turn in enumerate(turns)]
-            own = said_in(text, str(tokenizer.apply_chat_template(marked, **how)), said)
-            if own is None:
-                raise UserError(
-                    f"prompt={self.name}: the record that begins {rest[:60]!r} holds the name of a control token, and "
-                    "the chat template changes what turns say, so the two cannot be told apart; leave the record out, "
-                    "or use prompt.chat=never"
-                )
-            bounds = [0, *(place for span in own for place in span), len(text)]
-            frame = tuple(zip(bounds[::2], bounds[1::2], strict=True))
-        # The encoder puts before every sequence what the tokenizer puts there, so the template's own is taken away.
-        cut = len(start) if start and text.startswith(start) else 0
-        return text[cut:], tuple((max(low - cut, 0), high - cut) for low, high in frame if high > cut)
+            return exchange(tokenizer, self.chat, system, rest)
+        except UserError as error:
+            raise UserError(f"prompt={self.name}: the record that begins {rest[:60]!r}: {error}") from None
 
     def on(self, record: Record, tokenizer: PreTrainedTokenizerBase | None = None) -> Record:
         """Return the record with the prompt around its own; running text as it is."""
@@ -147,8 +136,13 @@ class Prompt:
         if isinstance(record, ChatRecord):
             return self._on_chat(record)
         assert isinstance(record, CompletionRecord | ChoiceRecord)
-        text, frame = self.framed(record.prompt, record.task, tokenizer)
-        return replace(record, prompt=text, frame=frame)
+        if self.chat is None or tokenizer is None:
+            return replace(record, prompt=self.render(record.prompt, record.task))
+        asked = self._in_template(record.prompt, record.task, tokenizer)
+        framed = {"prompt": asked.prompt, "frame": asked.frame, "end": asked.turn.end}
+        if isinstance(record, ChoiceRecord):
+            return replace(record, choices=tuple(asked.answers(record.choices)), **framed)
+        return replace(record, completion=asked.answers([record.completion])[0], **framed)
 
     def _on_chat(self, record: ChatRecord) -> ChatRecord:
         """The conversation with the system part before or as its system turn; its turns are not put into a template."""
@@ -167,7 +161,11 @@ class Prompt:
         """Return splits with the prompt around their records, where its switches say so."""
         if self.is_empty or not (self.train or self.inference):
             return splits
-        if not isinstance(splits.train, StreamedRecords) and all(isinstance(r, TextRecord) for r in splits.train):
+        asked = self.system.strip() or self.template != "{{ prompt }}"
+        only_text = not isinstance(splits.train, StreamedRecords) and all(
+            isinstance(record, TextRecord) for record in splits.train
+        )
+        if asked and only_text:
             log.warning("prompt=%s is ignored in training: %s holds only running text", self.name, splits.name)
         if self.template != "{{ prompt }}" and any(isinstance(record, ChatRecord) for record in splits.test):
             log.warning("prompt.template is ignored for conversations; only prompt.system is put before them")
@@ -248,6 +246,22 @@ def read_prompt(path: Path) -> Prompt:
     return prompt if prompt.inference else Prompt()
 
 
+def prompt_of(folder: Path, tokenizer: PreTrainedTokenizerBase, stops: Iterable[int]) -> Prompt:
+    """Return the prompt to ask a model with: its own (:func:`read_prompt`), else an instruct model's chat template.
+
+    Args:
+        folder: Where its ``prompt.json`` would be.
+        tokenizer: Its tokenizer.
+        stops: Ids that end its generation.
+
+    Raises:
+        ValueError: As :func:`read_prompt`.
+    """
+    if (folder / PROMPT_FILE).is_file():
+        return read_prompt(folder)
+    return Prompt(CHAT_NAME, chat=template_of(tokenizer)) if is_instruct(tokenizer, stops) else Prompt()
+
+
 def from_text(text: str, where: str) -> dict[str, str]:
     """Return ``system`` and ``template`` of a user's file.
 
@@ -274,13 +288,6 @@ def _variables_of(source: str, where: str) -> set[str]:
     if unknown:
         raise UserError(f"{where} names the undefined variable {unknown[0]!r}; there are {', '.join(VARIABLES)}")
     return named
-
-
-@functools.lru_cache(maxsize=1)
-def _framing(tokenizer: PreTrainedTokenizerBase, size: int, bos: str | None) -> tuple[re.Pattern[str], str]:
-    """What finds a tokenizer's control tokens by name, and those that it puts before a text; asked of every record."""
-    before, _ = surroundings(tokenizer)
-    return control_pattern(tokenizer), "".join(tokenizer.convert_ids_to_tokens(before))
 
 
 def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -23,12 +23,14 @@ from torchmetrics.functional.text import rouge_score
 
 from atp.data.encoding import Encoder
 from atp.data.encoding.chat import last_turn
+from atp.data.encoding.turn import end_token
 from atp.data.records import ChatRecord, ChoiceRecord, CompletionRecord, Record, TextRecord
 from atp.data.records.types import spoken
 from atp.errors import UserError
 from atp.evaluate.intervals import Items, score
 from atp.evaluate.metrics import ROUGE, Metrics, Tally
 from atp.evaluate.scoring import choice_nats, evaluating, greedy, sequence_nats
+from atp.model.stops import stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -223,8 +225,9 @@ class _Evaluation:
     def generate(self, records: Sequence[Record], prompts: Sequence[str], max_new_tokens: int) -> list[str]:
         """Return the greedy continuation of each record's prompt; of a conversation, the assistant's last turn."""
         tokenizer = self.encoder.tokenizer
-        own = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        stops = {tokenizer.eos_token_id, *stop_ids(getattr(self.model, "generation_config", None))}
+        if any(isinstance(record, ChatRecord) or getattr(record, "end", "") for record in records):
+            stops.add(end_token(tokenizer))
         chats = iter(self.encoder.chat_prompts([r for r in records if isinstance(r, ChatRecord)], max_new_tokens))
         plain = iter(
             self.encoder.prompts(
@@ -234,7 +237,7 @@ class _Evaluation:
             )
         )
         prompt_ids = [next(chats) if isinstance(record, ChatRecord) else next(plain) for record in records]
-        found = greedy(self.model, prompt_ids, stops=sorted(stops), max_new_tokens=max_new_tokens, **self._how)
+        found = greedy(self.model, prompt_ids, stops=sorted(stops - {None}), max_new_tokens=max_new_tokens, **self._how)
         return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
 
     @property

@@ -128,6 +128,7 @@ def _prompt(metrics: Mapping[str, Any]) -> Iterable[Evidence]:
         "name": prompt.get("name"),
         "used in training": prompt.get("train"),
         "used in evaluation": prompt.get("inference"),
+        "chat template": "the tokenizer's own" if prompt.get("chat") else None,
         "tokens added per record": prompt.get("tokens_added"),
         "share of the context": f"{100 * prompt.get('share_of_context', 0):.1f}%",
         "shared prefix, computed once (tokens)": prompt.get("shared_prefix_tokens"),

@@ -157,7 +157,7 @@ def _beyond_the_target(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 def write_card(folder: Path, metrics: Mapping[str, Any]) -> None:
     """Write the model card of a finished run into the exported directory."""
-    run, base = metrics["run"], metrics["run"]["base"]
+    run, base, prompt = metrics["run"], metrics["run"]["base"], metrics.get("prompt") or {}
     facts = CardFacts(
         title=f"{Path(base).name} pruned to {1 - metrics['sparsity']['blocks']:.0%} of its decoder blocks",
         architecture=metrics["export"]["architecture"],
@@ -175,7 +175,8 @@ def write_card(folder: Path, metrics: Mapping[str, Any]) -> None:
         dense_parameters=metrics["parameters"]["dense"],
         metrics={name: metrics["eval"][name] for name in ("dense", "dense_lora", "pruned") if name in metrics["eval"]},
         recovery=metrics.get("recovery"),
-        prompt=_prompt_text(metrics.get("prompt") or {}),
+        prompt=_prompt_text(prompt),
+        chat=bool(prompt.get("inference") and prompt.get("chat")),
         files=[str(path.relative_to(folder)) for path in sorted(folder.glob("*/*")) if path.is_file()],
         checks=metrics["export"].get("formats", ()),
     )

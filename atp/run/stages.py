@@ -9,7 +9,6 @@ Shape suffixes: U units.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import logging
@@ -27,6 +26,7 @@ from transformers import PreTrainedModel
 from atp.atomic import write_json
 from atp.config.schema import TrainConfig
 from atp.cut.removal import remove, slice_adapter, widths_after
+from atp.data.encoding.turn import template_of
 from atp.data.prompt import PROMPT_FILE
 from atp.data.reading.bad_rows import FILE as SKIPPED_FILE
 from atp.data.reading.bad_rows import write_bad_rows
@@ -243,7 +243,9 @@ class Stages:
     def _export(self, stored: PreTrainedModel, adapter: Adapter | None, path: Path, *, overwrite: bool) -> None:
         """Write a Hugging Face directory with what every export of this run carries."""
         log.info("export: %s", path)
-        stored.generation_config = copy.deepcopy(self.generation_config)
+        stored.generation_config = parts.export_generation(
+            self.generation_config, self.prompt, self.splits, self.tokenizer
+        )
         export_hf(
             stored,
             self.tokenizer,
@@ -254,7 +256,7 @@ class Stages:
             max_shard_size=self.config.export.max_shard_size,
             adapter=adapter,
         )
-        if not self.prompt.is_empty:
+        if not self.prompt.is_empty or template_of(self.tokenizer):  # also to say that no template was used
             write_json(path / PROMPT_FILE, self.prompt.plain())
 
     def _formats(self) -> dict[str, Any]:

@@ -10,12 +10,13 @@ import torch
 from conftest import tiny_model
 from omegaconf import OmegaConf
 from test_evaluate import CPU, RECORDS, TOKENIZER, VOCABULARY
+from transformers import GenerationConfig
 
 from atp.commands.train import compose_config
 from atp.config.schema import TrainConfig
 from atp.data.encoding import Encoder
 from atp.data.prompt import Prompt, from_text
-from atp.data.records import ChoiceRecord, CompletionRecord, Splits, TextRecord
+from atp.data.records import ChatRecord, ChoiceRecord, CompletionRecord, Splits, TextRecord
 from atp.evaluate import reading, scoring
 from atp.evaluate.quality import evaluate
 from atp.run import parts
@@ -77,11 +78,12 @@ def test_a_chat_template_takes_the_parts_as_turns() -> None:
     tokenizer = TOKENIZER
     template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
     prompt = Prompt("x", system="S", chat=template)
-    assert prompt.render("P", "t", tokenizer) == "[system]S[user]P[assistant]"
+    assert prompt.render("P", "t", tokenizer) == "<s>[system]S[user]P[assistant]"
     no_system = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}" + (
         "[{{ m.role }}]{{ m.content }}{% endfor %}"
     )
-    assert Prompt("x", system="S", chat=no_system).render("P", "t", tokenizer) == "[user]S\n\nP"
+    asked = Prompt("x", system="S", chat=no_system).render("P", "t", tokenizer)
+    assert asked == "[user]S\n\nP[assistant]", "what stands before the answer, also where generation would not begin so"
 
 
 def test_presets_and_a_file_of_ones_own(tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ def test_presets_and_a_file_of_ones_own(tmp_path: Path) -> None:
         config("prompt=./nothing.txt")
     with pytest.raises(ValueError, match=r"prompt\.path is not set"):
         parts.load_prompt(config("prompt=file"), tokenizer)
-    with pytest.raises(ValueError, match="has no chat template"):
+    with pytest.raises(ValueError, match=r"has no chat template.*take an instruct model.*chat_template\.jinja"):
         parts.load_prompt(config("prompt.chat=always"), tokenizer)
 
 
@@ -162,3 +164,53 @@ def test_a_method_brings_its_prompt_along_unless_another_is_chosen() -> None:
     assert parts.load_prompt(config("prune=compresso", "prompt=none"), tokenizer).is_empty
     with pytest.raises(ValueError, match=r"prompt\.system is empty"):
         parts.load_prompt(config("prune=compresso", "prompt.system=' '"), tokenizer)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "overrides", "used", "told"),
+    [
+        (CHATML.replace("<|im_end|>", "</s>"), [], True, "through the base's chat template (it is an instruct model)"),
+        (CHATML.replace("<|im_end|>", "</s>"), ["prompt.chat=never"], False, ""),
+        (CHATML, [], False, "does not stop where that ends a turn"),
+        (CHATML, ["prompt=task"], True, "through the base's chat template (prompt=task)"),
+        (CHATML, ["prompt.chat=always"], True, "through the base's chat template (prompt.chat=always)"),
+        (CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"), ["prompt=task"], False, "otherwise than"),
+        (None, [], False, ""),
+    ],
+)
+def test_whether_prompts_go_through_a_template_is_decided_and_told(
+    template: str | None, overrides: list[str], used: bool, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = config(*overrides)
+    tokenizer = parts.load_tokenizer(made.model)
+    tokenizer.chat_template = template
+    with caplog.at_level("INFO"):
+        prompt = parts.load_prompt(made, tokenizer)
+    assert prompt.chat == (template if used else None) and told in caplog.text
+    assert (prompt.name == "chat template") == (used and "prompt=task" not in overrides)
+    if "prompt.chat=never" in overrides:
+        assert not caplog.text
+
+
+def test_an_export_stops_at_the_end_of_the_turns_that_it_learnt() -> None:
+    tokenizer = parts.load_tokenizer(config().model)
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "<pad>")
+    end, own = tokenizer.convert_tokens_to_ids("<pad>"), GenerationConfig(eos_token_id=1)
+    chats = [ChatRecord(({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}))]
+    texts = [TextRecord("t")]
+    for prompt, records, stops in (
+        (Prompt("x", chat=tokenizer.chat_template), texts, [1, end]),
+        (Prompt(), chats, [1, end]),
+        (Prompt("x", chat=tokenizer.chat_template, train=False), texts, 1),
+        (Prompt(), texts, 1),
+    ):
+        splits = Splits(list(records), list(records), list(records), "s")
+        made = parts.export_generation(own, prompt, splits, tokenizer)
+        assert made is not None and made.eos_token_id == stops
+    assert own.eos_token_id == 1 and parts.export_generation(None, Prompt(), splits, tokenizer) is None

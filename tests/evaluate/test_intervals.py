@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -140,17 +141,22 @@ def test_any_model_is_scored_from_the_command_line(tmp_path: Path, capsys: pytes
 def test_the_prompt_of_an_exported_model_is_used(tmp_path: Path) -> None:
     from atp.commands.evaluate import prompt_to_ask_with
 
+    def asked(name: str, chosen: str, stops: Sequence[int] = ()) -> Prompt:
+        return prompt_to_ask_with(name, chosen, TOKENIZER, stops)
+
     plain = Prompt("mine", system="S").plain()
     (tmp_path / "prompt.json").write_text(json.dumps(plain))
-    assert prompt_to_ask_with(str(tmp_path), "auto").system == "S"
-    assert prompt_to_ask_with(str(tmp_path), "none").is_empty
+    assert asked(str(tmp_path), "auto").system == "S"
+    assert asked(str(tmp_path), "none").is_empty
     (tmp_path / "prompt.json").write_text(json.dumps({**plain, "inference": False}))
-    assert prompt_to_ask_with(str(tmp_path), "auto").is_empty
+    assert asked(str(tmp_path), "auto").is_empty
     with pytest.raises(ValueError, match="no such file"):
-        prompt_to_ask_with(str(tmp_path), "other.json")
+        asked(str(tmp_path), "other.json")
+    with pytest.raises(ValueError, match="prompt=chat: the tokenizer of m has no chat template"):
+        asked("m", "chat")
     (tmp_path / "prompt.json").write_text("[]")
     with pytest.raises(ValueError, match="a prompt is an object with name, system"):
-        prompt_to_ask_with("embedded", str(tmp_path / "prompt.json"))
+        asked("embedded", str(tmp_path / "prompt.json"))
 
 
 @pytest.mark.parametrize(

@@ -379,6 +379,17 @@ def test_vocabulary_of_a_sentencepiece_like_tokenizer():
         gguf_vocabulary(character_tokenizer(), 100)
 
 
+def test_the_end_of_a_turn_is_written_where_the_model_stops_there():
+    tokenizer = character_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    for stops, written in (([2, end], end), ([2], None), ([], None)):
+        assert gguf_vocabulary(tokenizer, 270, stops).special.get("eot") == written
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "</s>")  # eos says it already
+    assert "eot" not in gguf_vocabulary(tokenizer, 270, [2]).special
+
+
 def test_tokenizers_without_an_equal_in_llama_cpp_are_refused():
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(ValueError, match="a WordLevel tokenizer has no equal"):

@@ -25,6 +25,7 @@ from atp.model.gguf.base import read_gguf
 from atp.model.gguf.packages import PACKAGED, PackagedBase
 from atp.model.gguf.reading import find_gguf
 from atp.model.gguf.splitting import ALIASES, LLAMA3, QWEN2
+from atp.model.loading import load_model
 from atp.run import parts
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'atp[gguf]'")
@@ -273,6 +274,13 @@ def test_the_tokenizer_of_a_file_gives_the_ids_of_the_one_that_was_written(with_
     for role in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
         assert getattr(read, role) == getattr(tokenizer, role)
     assert read.chat_template == tokenizer.chat_template
+
+
+def test_a_base_that_ends_turns_in_a_token_of_its_own_stops_there_too(with_tokenizer, tmp_path):
+    path = rewritten(with_tokenizer["smollm"][1], tmp_path / "a.gguf", added={"tokenizer.ggml.eot_token_id": 2})
+    base = read_gguf(path)
+    assert base.config.eos_token_id == [1, 2] and base.tokenizer().eos_token_id == 1
+    assert load_model(str(path)).generation_config.eos_token_id == [1, 2]
 
 
 @pytest.fixture(scope="module")

@@ -145,9 +145,9 @@ def cache_key(records: Iterable[Record], encoder: Encoder, loss_on: str) -> str:
     digest.update(json.dumps(settings).encode())
     for record in records:
         if isinstance(record, ChoiceRecord):
-            parts = ["choice", record.prompt, *record.choices, str(record.label), str(record.frame)]
+            parts = ["choice", record.prompt, *record.choices, str(record.label), str(record.frame), record.end]
         elif isinstance(record, CompletionRecord):
-            parts = ["completion", record.prompt, record.completion, str(record.frame)]
+            parts = ["completion", record.prompt, record.completion, str(record.frame), record.end]
         elif isinstance(record, ChatRecord):
             turns = json.dumps([record.messages, record.tools], sort_keys=True, default=str)
             parts = ["chat", turns, encoder.chats.text]

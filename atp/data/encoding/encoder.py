@@ -6,8 +6,9 @@ and :mod:`atp.evaluate`. It knows nothing of torch, batches on a device, or mode
 
 Boundary: the prompt is tokenised alone, as generation will see it. The completion's ids are what the whole text adds to
 that; where a token of the whole text would span the boundary, the completion is tokenised alone as well. Before a
-sequence stands what the tokenizer itself puts before a text (most often BOS, or nothing). The name of a control token
-that stands in a text is text; only what a chat template wrote around it means the tokens.
+sequence stands what the tokenizer itself puts before a text (most often BOS, or nothing), and after it EOS; where a
+chat template wrote the prompt, what that begins with and ends an answer with, and nothing else, as in transformers and
+servers. The name of a control token that stands in a text is text; only what a template wrote around it means tokens.
 
 Too long: a completion is kept whole as long as it fits with one token of its prompt; the prompt gives way, losing its
 middle, because its beginning holds the task and the start of the document and its end the question (as LongBench does,
@@ -31,8 +32,7 @@ import numpy as np
 
 from atp.data.encoding.chat import ChatIds, ChatTemplate
 from atp.data.encoding.example import Choices, Example
-from atp.data.encoding.text import TextReader
-from atp.data.encoding.tokenizer import surroundings
+from atp.data.encoding.text import Around, TextReader
 from atp.data.records import ChatRecord, ChoiceRecord, CompletionRecord, Frame, Record, TextRecord
 from atp.errors import UserError
 
@@ -79,11 +79,10 @@ class Encoder:
         self.truncated: Counter[str] = Counter(prompts=0, completions=0, texts=0, chats=0)
         self._answers = 0
         self._longest_answer = 0
-        self._bos, ends = surroundings(tokenizer)
         self._reader = TextReader(tokenizer)
-        self._close_chats = close
-        eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-        self._eos = (ends or eos) if close else []
+        self._around = Around(self._reader, close=close)
+        self._bos, self._eos = self._around.bos, self._around.eos
+        self._closes = close
 
     @property
     def settings(self) -> list[int | list[int] | None]:
@@ -145,9 +144,11 @@ class Encoder:
         found = []
         for record in records:
             parts = [next(pairs) for _ in record.choices]
-            prompt = self._fit(parts[0][0], max(len(continuation) for _, continuation in parts))
-            closed = [self._close(prompt, ids, text) for (_, ids), text in zip(parts, record.choices, strict=True)]
-            found.append(Choices(self._bos + prompt, *(list(column) for column in zip(*closed, strict=True))))
+            prompt = self._fit(record, parts[0][0], max(len(continuation) for _, continuation in parts))
+            closed = [
+                self._close(record, prompt, ids, text) for (_, ids), text in zip(parts, record.choices, strict=True)
+            ]
+            found.append(Choices(prompt, *(list(column) for column in zip(*closed, strict=True))))
         return found
 
     def prompts(self, texts: Sequence[str], new_tokens: int, frames: Sequence[Frame] | None = None) -> list[list[int]]:
@@ -161,8 +162,12 @@ class Encoder:
         Raises:
             ValueError: ``new_tokens`` leaves no room for a prompt.
         """
+        frames = [()] * len(texts) if frames is None else frames
         room = self._room(new_tokens)
-        return [self._bos + self._cut_middle(ids, room) for ids in self._reader.ids(texts, frames)]
+        return [
+            self._around.begin(frame) + self._cut_middle(ids, room)
+            for ids, frame in zip(self._reader.ids(texts, frames), frames, strict=True)
+        ]
 
     def _room(self, new_tokens: int) -> int:
         room = self.max_length - new_tokens - len(self._bos)
@@ -234,7 +239,7 @@ class Encoder:
                 continue
             prompt, continuation, text_bytes = next(fitted)
             if loss_on == "all":
-                text_bytes += self._bytes(prompt[len(self._bos) :])
+                text_bytes += self._bytes(prompt[len(self._around.begin(record.frame)) :])
             ids = np.array(prompt + continuation, dtype=np.int32)
             yield [Example(ids, 0 if loss_on == "all" else len(prompt), text_bytes)]
 
@@ -246,7 +251,7 @@ class Encoder:
 
     def _chat_example(self, chat: ChatIds, loss_on: str) -> Example:
         """Make an example of ids; where they are too many, what comes before the first learnt turn loses its middle."""
-        learnt = chat.learnt if self._close_chats else self.chats.without_ends(chat)
+        learnt = chat.learnt if self._closes else self.chats.without_ends(chat)
         first = learnt.index(True)
         prompt, rest = chat.ids[:first], chat.ids[first:]
         self._answers += 1
@@ -288,16 +293,16 @@ class Encoder:
                 option = next(options)
                 yield option.prompt, option.continuations[record.label], option.text_bytes[record.label]
             else:
-                fitted = self._fit(prompt, len(continuation))
-                closed, text_bytes = self._close(fitted, continuation, answer)
-                yield self._bos + fitted, closed, text_bytes
+                fitted = self._fit(record, prompt, len(continuation))
+                yield fitted, *self._close(record, fitted, continuation, answer)
 
     def _may_be_crowded(self, record: CompletionRecord | ChoiceRecord, prompt: int) -> bool:
         """Whether some choice might not fit. A token spells at least a byte, so most often no choice is tokenised."""
         if not isinstance(record, ChoiceRecord):
             return False
         longest = max(len(choice.encode()) for choice in record.choices) + 1
-        return len(self._bos) + prompt + longest + len(self._eos) > self.max_length
+        around = len(self._around.begin(record.frame)) + len(self._around.end(record.end))
+        return around + prompt + longest > self.max_length
 
     def _windows(self, ids: list[int], text: str) -> list[Example]:
         """Cut running text; ``ids`` holds its end of sequence."""
@@ -311,10 +316,11 @@ class Encoder:
         self.truncated["texts"] += len(windows) > 1
         return windows
 
-    def _fit(self, prompt: list[int], completion: int) -> list[int]:
-        """Cut a prompt's middle to make room for a completion of so many tokens."""
-        room = self.max_length - len(self._bos) - completion - len(self._eos)
-        return self._cut_middle(prompt, room if room >= 1 else self.max_length // 8)
+    def _fit(self, record: CompletionRecord | ChoiceRecord, prompt: list[int], completion: int) -> list[int]:
+        """Return a prompt with what begins it, its middle cut to make room for a completion of so many tokens."""
+        begin = self._around.begin(record.frame)
+        room = self.max_length - len(begin) - completion - len(self._around.end(record.end))
+        return begin + self._cut_middle(prompt, room if room >= 1 else self.max_length // 8)
 
     def _cut_middle(self, ids: list[int], room: int) -> list[int]:
         if len(ids) <= room:
@@ -323,13 +329,16 @@ class Encoder:
         tail = room // 2
         return ids[: room - tail] + ids[len(ids) - tail :]
 
-    def _close(self, prompt: list[int], ids: list[int], text: str) -> tuple[list[int], int]:
-        """Return the completion with its end of sequence, and its bytes; cut if it does not fit."""
-        room = self.max_length - len(self._bos) - len(prompt)
+    def _close(
+        self, record: CompletionRecord | ChoiceRecord, prompt: list[int], ids: list[int], text: str
+    ) -> tuple[list[int], int]:
+        """Return the completion with its end, and its bytes; cut if it does not fit after the prompt."""
+        room = self.max_length - len(prompt)
+        end = self._around.end(record.end)
         self._answers += 1
-        self._longest_answer = max(self._longest_answer, len(ids) + len(self._eos))
-        if len(ids) + len(self._eos) <= room:
-            return ids + self._eos, len(text.encode())
+        self._longest_answer = max(self._longest_answer, len(ids) + len(end))
+        if len(ids) + len(end) <= room:
+            return ids + end, len(text.encode())
         self.truncated["completions"] += 1
         return ids[:room], self._bytes(ids[:room])
 

@@ -1,7 +1,8 @@
 """Texts as token ids, in which the name of a control token is text, as in ``"</s> is the end mark"``.
 
-Only in what a chat template wrote around a text do such names mean the tokens; these stretches are its frame. Sits
-between :mod:`atp.data.encoding.tokenizer` and :mod:`atp.data.encoding.encoder`. It knows nothing of kinds of records.
+Only in what a chat template wrote around a text do such names mean the tokens; these stretches are its frame. What
+stands before and after a sequence is told here as well. Sits between :mod:`atp.data.encoding.tokenizer` and
+:mod:`atp.data.encoding.encoder`. It knows nothing of kinds of records.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from atp.data.encoding.tokenizer import control_pattern
+from atp.data.encoding.tokenizer import control_pattern, surroundings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,6 +83,43 @@ class TextReader:
         if not control and any(map(self._control.search, texts)):
             how["split_special_tokens"] = True  # only where it matters: some tokenizers do not know the setting
         return self.tokenizer(texts, **how)["input_ids"]
+
+
+class Around:
+    """What stands before a prompt and after an answer.
+
+    Args:
+        reader: What tokenises.
+        close: Whether anything ends an answer: to learn it, not to score text.
+
+    Attributes:
+        bos: Ids that the tokenizer puts before a text.
+        eos: Ids of the end of sequence; none without ``close``.
+    """
+
+    def __init__(self, reader: TextReader, *, close: bool) -> None:
+        self._reader = reader
+        self._close = close
+        self.bos, ends = surroundings(reader.tokenizer)
+        eos = [] if reader.tokenizer.eos_token_id is None else [int(reader.tokenizer.eos_token_id)]
+        self.eos = (ends or eos) if close else []
+        self._ends: dict[str, list[int]] = {}
+
+    def begin(self, frame: Frame) -> list[int]:
+        """Return what stands before a prompt: nothing more where a chat template wrote its beginning."""
+        return [] if frame and frame[0][0] == 0 else self.bos
+
+    def end(self, text: str) -> list[int]:
+        """Return what follows an answer: the end of sequence, or the text that a chat template writes there."""
+        if not text or not self._close:
+            return self.eos
+        if text not in self._ends:
+            [after], [alone], [before] = (
+                self._reader.ids([one], [frame])
+                for one, frame in ((f"a{text}", ((1, 1 + len(text)),)), (text, ((0, len(text)),)), ("a", ()))
+            )
+            self._ends[text] = after[len(before) :] if after[: len(before)] == before else alone
+        return self._ends[text]
 
 
 def stretches(text: str, frame: Frame) -> list[tuple[int, int, bool]]:

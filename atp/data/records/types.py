@@ -38,20 +38,23 @@ class CompletionRecord:
         completion: What is to follow.
         task: The group its metrics go by.
         frame: Stretches of the prompt, as (start, end) in characters, that a chat template wrote: there the names of
-            control tokens mean the tokens, everywhere else they are text.
+            control tokens mean the tokens, everywhere else they are text. The template has also written what begins the
+            sequence.
+        end: What a chat template writes after the answer, to be learnt in place of the end of sequence; empty for that.
     """
 
     prompt: str
     completion: str
     task: str = "completion"
     frame: Frame = ()
+    end: str = ""
 
 
 @dataclass(frozen=True)
 class ChoiceRecord:
     """A prompt and candidate completions, ``choices[label]`` being right: trained on the right one, scored over all.
 
-    ``frame`` as in :class:`CompletionRecord`.
+    ``frame`` and ``end`` as in :class:`CompletionRecord`.
     """
 
     prompt: str
@@ -59,6 +62,7 @@ class ChoiceRecord:
     label: int
     task: str = "choice"
     frame: Frame = ()
+    end: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def as_completion(record: Record) -> Record:
     """Return a record whose right choice is its completion; others as they are."""
     if not isinstance(record, ChoiceRecord):
         return record
-    return CompletionRecord(record.prompt, record.choices[record.label], record.task, record.frame)
+    return CompletionRecord(record.prompt, record.choices[record.label], record.task, record.frame, record.end)
 
 
 def content_key(record: Record) -> str:

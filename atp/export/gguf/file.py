@@ -23,6 +23,7 @@ from atp.export.extras import require, silenced_llama_cpp
 from atp.export.gguf.layout import GgufLayout, GgufTensor, gguf_layout
 from atp.export.gguf.vocabulary import Vocabulary, gguf_vocabulary
 from atp.export.hf.loading import StoredModel
+from atp.model.stops import stored_stops
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def _vocabulary(stored: StoredModel) -> Vocabulary:
         tokenizer = load_tokenizer(stored.directory, local_files_only=True)
     except Exception as error:  # a broken tokenizer.json raises plain Exception
         raise UserError(f"the tokenizer in {stored.directory} cannot be read: {error}") from error
-    return gguf_vocabulary(tokenizer, stored.config.vocab_size)
+    return gguf_vocabulary(tokenizer, stored.config.vocab_size, stored_stops(stored.directory))
 
 
 @contextmanager

@@ -11,11 +11,13 @@ loaded tokenizer is asked, and what has no equal is refused before training.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from atp.data.encoding.turn import end_token, template_of
 from atp.errors import UserError
 from atp.model.gguf.splitting import PRE_TOKENIZERS
 from atp.model.gguf.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -32,7 +34,7 @@ class Vocabulary:
         types: Token types by id.
         scores: Priority of each token's merge, ``llama`` only.
         merges: Merges in order, ``gpt2`` only.
-        special: Ids by role: bos, eos, unk, pad.
+        special: Ids by role: bos, eos, unk, pad; eot, where the model ends a turn with another token than eos.
         add_bos: Whether a text begins with bos.
         add_eos: Whether a text ends with eos.
         add_space_prefix: Whether a space is put before a text.
@@ -52,12 +54,13 @@ class Vocabulary:
     chat_template: str | None
 
 
-def gguf_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Vocabulary:
+def gguf_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Collection[int] = ()) -> Vocabulary:
     """Translates a tokenizer.
 
     Args:
         tokenizer: A fast tokenizer.
         vocab_size: Rows of the model's embedding; ids without a token are written as unused.
+        stops: Ids that end the model's generation.
 
     Raises:
         ValueError: The tokenizer is of a kind that llama.cpp has no equal of, or has more ids than the model.
@@ -80,8 +83,9 @@ def gguf_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Voca
         for role in ("bos", "eos", "unk", "pad")
         if getattr(tokenizer, f"{role}_token_id", None) is not None
     }
+    if (end := end_token(tokenizer)) in stops and end is not None and end != special.get("eos"):
+        special["eot"] = end
     begins, ends = _encloses(tokenizer)
-    template = getattr(tokenizer, "chat_template", None)
     return Vocabulary(
         model="llama" if by_characters else "gpt2",
         pre=pre,
@@ -93,7 +97,7 @@ def gguf_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Voca
         add_bos=begins,
         add_eos=ends,
         add_space_prefix=_adds_space(rules) if by_characters else False,
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=template_of(tokenizer),
     )
 
 

@@ -66,6 +66,7 @@ class CardFacts:
         recovery: Metric -> percent of the dense + LoRA model's value.
         limitations: Sentences added to the general limitations.
         prompt: What stood before or around prompts when it was evaluated, and should when it is used.
+        chat: Whether prompts went through the tokenizer's chat template.
         files: Files of further formats, relative to the directory: adapter, GGUF, ONNX.
         checks: What verification found of each format, as JSON values.
     """
@@ -90,6 +91,7 @@ class CardFacts:
     recovery: Mapping[str, float] | None = None
     limitations: Sequence[str] = ()
     prompt: str | None = None
+    chat: bool = False
     files: Sequence[str] = ()
     checks: Sequence[Mapping[str, Any]] = ()
 
@@ -112,6 +114,7 @@ def model_card(facts: CardFacts) -> str:
         "load_lines": load_lines("path/to/this/directory", facts.stock, adapter=adapter),
         "further_formats": _further_formats(facts.files),
         "prompt": facts.prompt,
+        "chat": facts.chat,
         "fence": "`" * max(3, 1 + max((len(run) for run in re.findall("`+", facts.prompt or "")), default=0)),
         "check_rows": _check_rows(facts.checks),
         "limitations": (*facts.limitations, *GENERAL_LIMITATIONS),

@@ -1,4 +1,4 @@
-"""An exported directory written once more, with weights of another type: what ``--to hf`` does.
+"""An exported directory written once more, with weights of another type, or a GGUF file as one: what ``--to hf`` does.
 
 Carries along what the directory says of itself: provenance, prompt, and of its card the base model, licence and data.
 Knows no run directories.
@@ -21,23 +21,28 @@ from atp.export.hf.card import CardFacts, base_license, model_card
 from atp.export.hf.loading import load_exported
 from atp.export.hf.writing import PROVENANCE_FILE, ExportResult, export_hf
 from atp.model.families import is_stock
+from atp.model.gguf.base import companions
+from atp.model.loading import load_model
 from atp.model.widths import layer_widths
 
 
 def convert(directory: Path, output: Path, *, dtype: str | None = None, overwrite: bool = False) -> ExportResult:
-    """Writes a model directory anew; an adapter beside the weights is merged into them.
+    """Writes a model directory anew; an adapter beside the weights is merged into them, a GGUF file is de-quantised.
 
     Args:
-        directory: A directory as :func:`atp.export.hf.writing.export_hf` writes it.
+        directory: A directory as :func:`atp.export.hf.writing.export_hf` writes it, or a GGUF file.
         output: The new one.
-        dtype: Name of the type to store; the stored one by default.
+        dtype: Name of the type to store; the stored one by default, float32 for a GGUF file.
         overwrite: Replace the model directory that is already there.
 
     Raises:
         UserError: The directory is damaged, or the new one in use.
         OSError: If the disk is full.
     """
-    model = load_exported(directory)
+    if directory.is_file():
+        model, directory = load_model(str(directory)), companions(directory)
+    else:
+        model = load_exported(directory)
     has_tokenizer = (directory / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(directory, local_files_only=True) if has_tokenizer else None
     if tokenizer is not None:

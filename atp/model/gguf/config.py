@@ -66,6 +66,9 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
         **biases,
         **{f"{role}_token_id": file.value(f"tokenizer.ggml.{name}_token_id") for role, name in _SPECIAL.items()},
     }
+    turn = file.value("tokenizer.ggml.eot_token_id")
+    if turn is not None and turn != fields["eos_token_id"]:  # an instruct model stops at the end of its turn as well
+        fields["eos_token_id"] = [index for index in (fields["eos_token_id"], turn) if index is not None]
     if family == "mistral":
         fields["sliding_window"] = None
     config = AutoConfig.for_model(family, **fields)

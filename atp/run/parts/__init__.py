@@ -10,12 +10,12 @@ from atp.run.parts.data import (
     data_faults,
     data_module,
     load_beyond,
-    load_prompt,
     load_scored,
     load_splits,
     normalisation,
 )
 from atp.run.parts.ignored import tell_ignored
+from atp.run.parts.prompting import export_generation, load_prompt
 from atp.run.parts.quantization import check_quantization
 from atp.run.parts.training import (
     check_start,
@@ -40,6 +40,7 @@ __all__ = [
     "data_module",
     "device_of",
     "export_dtype",
+    "export_generation",
     "is_distilled",
     "load_base",
     "load_beyond",

@@ -26,6 +26,7 @@ from atp.export.formats import WEIGHT_DTYPES
 from atp.model.gguf.base import companions, gguf_of
 from atp.model.loading import fetched, is_local, load_model
 from atp.model.odd_places import model_home
+from atp.model.stops import stored_stops
 from atp.model.stored import StoredModel
 from atp.run.parts.quantization import bitsandbytes_settings
 
@@ -170,6 +171,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if isinstance(settings.get("vocab_size"), int):
         check_ids(tokenizer, settings["vocab_size"], f"model.path={source}")
     return tokenizer
+
+
+def base_stops(config: ModelConfig) -> list[int]:
+    """The ids at which the base stops generating, by its own configs; its tokenizer's is not among them."""
+    return stored_stops(files_source(config), config.revision)
 
 
 def check_tokenizer(

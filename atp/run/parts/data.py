@@ -20,7 +20,6 @@ from atp.data.check import Faults, faults
 from atp.data.domains import load_domain, scored_records
 from atp.data.encoding.cache import TokenCache, default_folder
 from atp.data.encoding.chat import ChatTemplate
-from atp.data.prompt import Prompt, from_text
 from atp.data.reading.files import paths_of
 from atp.data.reading.folders import find_files
 from atp.data.records import ChatRecord, Record, Splits, few_shot, limit
@@ -28,7 +27,7 @@ from atp.data.records.columns import RowParser
 from atp.data.records.overlap import check_overlap
 from atp.data.sources import load_embedded, load_files
 from atp.data.streaming import StreamedRecords
-from atp.data.tasks import NORMALISATIONS, find_task, load_tasks, nearest
+from atp.data.tasks import NORMALISATIONS, load_tasks, nearest
 from atp.errors import UserError
 from atp.evaluate import harness
 
@@ -164,43 +163,6 @@ def _limited(splits: Splits, config: DataConfig, seed: int) -> Splits:
         validation=limit(splits.validation, config.max_validation, seed),
         test=limit(splits.test, config.max_test, seed),
     )
-
-
-def load_prompt(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """The prompt of a run, with the instructions of its tasks and, where there is one, the tokenizer's chat template.
-
-    Raises:
-        ValueError: A file that cannot be read, a template that is not valid, or an unknown ``prompt.chat``.
-    """
-    settings = config.prompt
-    parts = {"system": settings.system, "template": settings.template}
-    if settings.path:
-        path = Path(settings.path).expanduser()
-        try:
-            parts = from_text(path.read_text(encoding="utf-8"), f"prompt.path={path}")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompt.path={path}: cannot be read ({error})") from None
-    elif settings.name == "file":
-        raise UserError("prompt.path is not set; give your template: prompt=<file>")
-    elif settings.name == "collaborative" and not settings.system.strip():
-        raise UserError("prompt.system is empty; leave it out for the usual text, or use prompt=none")
-    tasks = load_tasks(config.data.tasks_file)
-    named = [find_task(name, tasks) for name in config.data.tasks or () if "/" in name]
-    known = {task.name: task.instruction for task in (*tasks.values(), *named) if task.instruction}
-    prompt = Prompt(
-        settings.name,
-        **parts,
-        instructions={**known, **settings.instructions},
-        train=settings.train,
-        inference=settings.inference,
-    )
-    if settings.chat not in ("auto", "always", "never"):
-        raise UserError(f"prompt.chat is {settings.chat!r}; known: auto, always, never")
-    template = getattr(tokenizer, "chat_template", None)
-    if settings.chat == "always" and not isinstance(template, str):
-        raise UserError("prompt.chat=always, but the tokenizer has no chat template; use prompt.chat=auto or never")
-    wanted = settings.chat == "always" or (settings.chat == "auto" and not prompt.is_empty)
-    return replace(prompt, chat=template) if wanted and isinstance(template, str) else prompt
 
 
 def load_scored(config: TrainConfig, name: str, most: int) -> list[Record]:
