@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "score a run, an export or any model",
     "export": "write a model in another format",
     "generate": "continue prompts with a model",
+    "serve": "answer OpenAI's clients with a GGUF file",
     "report": "write the report of a run or of many",
     "compare": "lay runs side by side",
     "dashboard": "make a wandb workspace for runs",

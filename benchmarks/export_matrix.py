@@ -1,7 +1,7 @@
 """Every (family x shape x format) cell: does it load in its engine, and how far are its logits.
 
 Tiny random models with every width the pruning space can leave, exported, loaded in transformers, llama.cpp and
-onnxruntime, and compared with the removed model on the same tokens. Needs `pip install -e '.[dev,llamacpp]'`.
+onnxruntime, and compared with the removed model on the same tokens. Needs `pip install -e '.[dev]'`.
 
     python benchmarks/export_matrix.py [--output benchmarks/results/export_matrix.md]
 """
@@ -23,6 +23,7 @@ from test_architecture import CASES, SHAPES, VOCAB, dense_model, pruned_model  #
 
 from atp.export.gguf.file import export_gguf  # noqa: E402
 from atp.export.hf.writing import export_hf  # noqa: E402
+from atp.export.llama_cpp.engine import LlamaCppEngine  # noqa: E402
 from atp.export.onnx_graph import export_onnx  # noqa: E402
 from atp.export.verify import engines  # noqa: E402
 
@@ -77,7 +78,7 @@ def row(model, directory: Path) -> list[str]:
         cells.append(files[0].architecture)
         for file in files:
             task = {"path": str(file.path), "context": 64}
-            cells.append(difference(lambda task=task: engines.LlamaCppEngine(task), context))
+            cells.append(difference(lambda task=task: LlamaCppEngine(task), context))
     graph = export_onnx(directory)
     cells.append(difference(lambda: engines.OnnxEngine({"path": str(graph)})))
     return cells

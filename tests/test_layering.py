@@ -39,7 +39,13 @@ LIBRARIES = {
     "wandb_workspaces": {"commands"},
     "datasets": {"data"},
 }
-COMMANDS = {"compare", "dashboard", "generate", "__main__"}  # `python -m atp.compare` and the like: doors to commands/
+COMMANDS = {
+    "compare",
+    "dashboard",
+    "generate",
+    "serve",
+    "__main__",
+}  # `python -m atp.compare` and the like: doors to commands/
 
 
 def room_of(path: Path) -> str:

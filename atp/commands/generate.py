@@ -16,7 +16,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from atp.commands.grammar import argument, option, run_command
-from atp.commands.places import gguf_file, model_directory, prompt_folder
+from atp.commands.places import EMBEDDED, gguf_file, model_directory, prompt_folder
 from atp.errors import UserError
 from atp.export.formats import FORMATS
 
@@ -150,7 +150,7 @@ def stream(
     """Continues a prompt piece by piece.
 
     Args:
-        model: A run directory, a model directory, or a GGUF file.
+        model: A run directory, a model directory, a GGUF file, or the name of a base model that ships or has a package.
         prompt: The text to continue.
         engine: hf or gguf; by default hf, or gguf for a GGUF file.
         chat: Frame the prompt by the tokenizer's chat template.
@@ -191,7 +191,8 @@ def find_model(path: Path, engine: str | None) -> tuple[Path, str]:
         return directory, "hf"
     files = sorted(FORMATS["gguf"].find(directory), key=lambda file: -file.stat().st_size)
     if not files:
-        raise UserError(f"{directory} holds no GGUF file; write one with: python -m atp.export {directory} --to gguf")
+        where = " --output DIRECTORY" if str(path) == EMBEDDED else ""
+        raise UserError(f"{path} holds no GGUF file; write one with: python -m atp.export {path} --to gguf{where}")
     return files[0], "gguf"
 
 
@@ -263,37 +264,21 @@ def _hf_ids(
 
 def _stream_gguf(path: Path, prompt: str, chat: bool, frame: Frame, **sampling: Any) -> Iterator[str]:
     from atp.data.encoding.text import stretches
-    from atp.export.extras import silenced_llama_cpp
+    from atp.export.llama_cpp.server import LlamaCppServer
 
-    llama_cpp = silenced_llama_cpp()
+    server = LlamaCppServer(path, private=True)
     try:
-        llama = llama_cpp.Llama(str(path), n_ctx=0, verbose=False, seed=sampling["seed"])
-    except ValueError as error:
-        raise UserError(
-            f"llama.cpp does not load {path} ({error}); is it whole? Write it again: --overwrite"
-        ) from error
-    if llama.metadata.get("tokenizer.ggml.model") == "no_vocab":
-        raise UserError(f"{path} was written without vocabulary (--no-tokenizer), so it takes no text")
-    options = {
-        "max_tokens": sampling["max_new_tokens"],
-        "temperature": sampling["temperature"],
-        "top_p": sampling["top_p"],
-        "top_k": 0,
-        "min_p": 0.0,
-        "repeat_penalty": 1.0,
-        "stream": True,
-    }
-    if chat:
-        if "tokenizer.chat_template" not in llama.metadata:
-            raise UserError(f"{path} holds no chat template; leave --chat out")
-        for chunk in llama.create_chat_completion([{"role": "user", "content": prompt}], **options):
-            yield chunk["choices"][0]["delta"].get("content") or ""
-        return
-    ids = []
-    for start, end, framed in stretches(prompt, frame):
-        ids += llama.tokenize(prompt[start:end].encode("utf-8"), add_bos=start == 0, special=framed)
-    for chunk in llama.create_completion(ids, **options):
-        yield chunk["choices"][0]["text"]
+        if chat:
+            if not server.has_chat_template:
+                raise UserError(f"{path} holds no chat template; leave --chat out")
+            yield from server.chat([{"role": "user", "content": prompt}], **sampling)
+            return
+        ids = []
+        for start, end, framed in stretches(prompt, frame):
+            ids += server.tokens(prompt[start:end], first=start == 0, control=framed)
+        yield from server.complete(ids, **sampling)
+    finally:
+        server.close()
 
 
 if __name__ == "__main__":

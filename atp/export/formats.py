@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atp.errors import UserError
-from atp.export.extras import Package
+from atp.export.extras import LLAMA_CPP, Package
 from atp.export.verify.limits import Limit
 from atp.loading_lines import llama_cpp_line, onnxruntime_line
 
@@ -28,6 +28,7 @@ WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 """Types that a Hugging Face directory stores weights in."""
 _ADAPTER = "adapter/adapter_config.json"
 _ENGINES = Path(__file__).parent / "verify" / "engines.py"
+_LLAMA_CPP_ENGINE = Path(__file__).parent / "llama_cpp" / "engine.py"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Engine:
 
     Attributes:
         file: Python file that defines it; it imports nothing of atp.
-        name: Class in that file, as those in :mod:`atp.export.verify.engines`.
+        name: Class in that file, as those in :mod:`atp.export.verify.engines` and :mod:`atp.export.llama_cpp.engine`.
         package: Package it needs.
     """
 
@@ -246,7 +247,7 @@ _ROWS = (
         makes="gguf/model-<type>.gguf",
         read_by="llama.cpp",
         pattern="gguf/*.gguf",
-        engine=Engine(_ENGINES, "LlamaCppEngine", Package("llama_cpp", "llamacpp")),
+        engine=Engine(_LLAMA_CPP_ENGINE, "LlamaCppEngine", LLAMA_CPP),
         limit=Limit(2e-2, 0.999, 1e-3),
         write=_write_gguf,
         check=_check_gguf,

@@ -117,6 +117,7 @@ BAD = {
     "evaluate": ["embedded", "task=legal", "batch_size=few"],
     "export": ["nowhere", "--to", "gguf"],
     "generate": ["nowhere", "--prompt", "a"],
+    "serve": ["nowhere"],
     "report": ["nowhere"],
     "compare": ["nowhere", "nowhere"],
     "dashboard": ["--entity"],
@@ -130,7 +131,7 @@ def test_a_mistake_ends_with_one_line_and_code_2(name: str) -> None:
     assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("door", ["evaluate", "export", "generate", "report", "compare", "dashboard"])
+@pytest.mark.parametrize("door", ["evaluate", "export", "generate", "serve", "report", "compare", "dashboard"])
 def test_every_door_of_before_opens(door: str) -> None:
     done = run("-m", f"atp.{door}", "--help")
     assert done.returncode == 0 and f"usage: atp {door} " in done.stdout, done.stderr

@@ -1,5 +1,7 @@
-"""GGUF files: their structure read back by the gguf reader, and, where llama.cpp is installed, their logits in it."""
+"""GGUF files: their structure read back by the gguf reader, and their logits, text and types in llama.cpp."""
 
+import contextlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -13,16 +15,19 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrained
 
 from atp import embedded
 from atp.commands.export import embedded_text, main
+from atp.export.extras import Package
 from atp.export.formats import FORMATS
-from atp.export.gguf.file import check_types, export_gguf
+from atp.export.gguf.file import QUANTISER_TYPES, WRITTEN_TYPES, check_types, export_gguf
+from atp.export.gguf.k_quants import tensor_types
 from atp.export.gguf.layout import FILLED_NOTE, gguf_architecture, gguf_layout
 from atp.export.gguf.tensors import GgufTensor
 from atp.export.gguf.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, gguf_vocabulary
 from atp.export.hf.loading import load_exported
 from atp.export.hf.writing import export_hf
+from atp.export.llama_cpp.engine import LlamaCppEngine
 from atp.export.verify.limits import verdict
 from atp.export.verify.rounding import ROUNDINGS, rounding_error
-from atp.export.verify.verification import mismatches, verify
+from atp.export.verify.verification import verify
 from atp.model.widths import LayerWidths, build_model, pruned_config
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'atp[gguf]'")
@@ -43,6 +48,7 @@ CELLS = [
     ("qwen3-gqa-untied", "empty-layer", "qwen3"),
 ]
 IDS = torch.arange(4, 28)[None] % VOCAB
+TYPES = [*WRITTEN_TYPES, *QUANTISER_TYPES]
 
 
 def exported(tmp_path: Path, case: str, shape: str) -> tuple[PreTrainedModel, Path]:
@@ -218,8 +224,8 @@ def test_a_model_that_only_a_uniform_architecture_computes_is_filled_up_and_says
     assert layout.fields["attention.head_count"] == 8 and layout.fields["feed_forward_length"] == 24
 
 
-def slim_export(tmp_path: Path, channels: list[int]) -> tuple[Path, LlamaConfig]:
-    """An export of random weights whose layers have these FFN channels, and the config of its base."""
+def slim_export(tmp_path: Path, channels: list[int], heads: int = 4) -> tuple[Path, LlamaConfig]:
+    """An export of random weights whose layers have these FFN channels and heads, and the config of its base."""
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=256,
@@ -230,7 +236,7 @@ def slim_export(tmp_path: Path, channels: list[int]) -> tuple[Path, LlamaConfig]
         head_dim=32,
         tie_word_embeddings=True,
     )
-    small = pruned_config(config, [LayerWidths(4, 2, 32, count) for count in channels])
+    small = pruned_config(config, [LayerWidths(heads, heads // 2, 32, count) for count in channels])
     export_hf(build_model(small, dtype=torch.float32, initialize=True), None, tmp_path / "slim")
     return tmp_path / "slim", config
 
@@ -400,53 +406,146 @@ def test_tokenizers_without_an_equal_in_llama_cpp_are_refused():
         gguf_vocabulary(PreTrainedTokenizerFast(tokenizer_object=split), 4)
 
 
-def llama_cpp_logits(path: Path) -> np.ndarray:
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not installed: pip install 'atp[llamacpp]'")
-    options = {"n_ctx": 64, "logits_all": True, "verbose": False, "type_k": 0, "type_v": 0, "n_threads": 1}
-    llama = llama_cpp.Llama(str(path), **options)
-    llama.eval(IDS[0].tolist())
-    return np.array(llama.scores[: IDS.shape[1]])
+# --- in llama.cpp ---
 
 
-@pytest.mark.llamacpp
+@pytest.fixture(scope="module")
+def llama_cpp():
+    """Opens a GGUF file in llama.cpp, in this process."""
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'atp[llamacpp]'")
+
+    @contextlib.contextmanager
+    def opened(path: Path, context: int = 64):
+        engine = LlamaCppEngine({"path": str(path), "context": context})
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+    return opened
+
+
+def greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> list[int]:
+    """Greedy continuation without a cache."""
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        for _ in range(new_tokens):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids[0, len(prompt) :].tolist()
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("case", [name for name in CASES if "window" not in name and name != "qwen3-gqa-biases"])
-def test_llama_cpp_computes_the_same_logits(tmp_path, case, shape):
+def test_llama_cpp_computes_the_same_logits_and_text(tmp_path, llama_cpp, case, shape):
     model, directory = exported(tmp_path, case, shape)
     (written,) = export_gguf(directory, types=["f32"], tokenizer=False)
     with torch.no_grad():
-        expected = model(IDS).logits[0].numpy()
-    np.testing.assert_allclose(llama_cpp_logits(written.path), expected, atol=1e-3, rtol=0)
+        expected = model(IDS).logits[0]
+    prompt = IDS[0, :8].tolist()
+    with llama_cpp(written.path) as engine:
+        found = torch.tensor(engine.logits(IDS[0].numpy()))
+        torch.testing.assert_close(found.log_softmax(-1), expected.log_softmax(-1), atol=1e-3, rtol=0)
+        assert engine.generate(np.array(prompt), 6) == greedy(model, prompt, 6)
+        assert engine.tokenize("text") is None
+
+
+WHOLE = {"uniform": [512, 512, 512], "per-layer": [512, 256, 768]}
+
+
+@pytest.fixture(scope="module")
+def in_every_type(tmp_path_factory):
+    """The same weights in every type, by shape: the model, and its files by type."""
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'atp[llamacpp]'")
+    found = {}
+    for shape, channels in WHOLE.items():
+        torch.manual_seed(0)
+        directory, _ = slim_export(tmp_path_factory.mktemp(shape), channels, heads=8)
+        files = export_gguf(directory, types=TYPES, tokenizer=False)
+        found[shape] = load_exported(directory, dtype=torch.float32), {file.type: file for file in files}
+    return found
+
+
+@pytest.mark.parametrize("shape", WHOLE)
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_gives_in_llama_cpp_what_its_rounding_explains(llama_cpp, in_every_type, shape, kind):
+    model, files = in_every_type[shape]
+    with torch.no_grad():
+        expected = model(IDS).logits.numpy()
+    rounding = None if kind == "f32" else rounding_error(model, IDS.numpy(), expected, ROUNDINGS[kind])
+    with llama_cpp(files[kind].path) as engine:
+        difference = engine.logits(IDS[0].numpy()) - expected[0]
+        if kind in ("f32", "f16"):
+            prompt = IDS[0, :8].tolist()
+            assert engine.generate(np.array(prompt), 8) == greedy(model, prompt, 8)
+    measured = {"max_abs": np.abs(difference).max(), "rms": np.sqrt(np.square(difference).mean()), "top1": 1.0}
+    assert verdict(measured, FORMATS["gguf"].limit, float(expected.std()), rounding) == ""
+    if rounding is not None:
+        assert measured["rms"] > 0.02 * rounding, "nothing was rounded"
+
+
+def test_k_quants_mix_types_as_llama_cpp_does(in_every_type):
+    """32 layers of q4_k_m: Q6_K in the first and the last four, and in every third between."""
+    config = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=32)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 8, 8, 32
+    layout = gguf_layout(config, block=32)
+    types = dict(zip((tensor.name for tensor in layout.tensors), tensor_types(layout, "q4_k_m"), strict=True))
+    finer = {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}
+    for part in ("attn_v", "ffn_down"):
+        assert {i for i in range(32) if types[f"blk.{i}.{part}.weight"] == "Q6_K"} == finer
+    assert {types[f"blk.{i}.ffn_up.weight"] for i in range(32)} == {"Q4_K"}
+    assert (types["output.weight"], types["token_embd.weight"], types["output_norm.weight"]) == ("Q6_K", "Q4_K", "F32")
+    for shape, (_, files) in in_every_type.items():
+        stored = {t.name: t.tensor_type.name for t in gguf.GGUFReader(files["q4_k_m"].path).tensors}
+        assert stored["blk.2.attn_v.weight"] == "Q6_K" and stored["blk.0.ffn_gate.weight"] == "Q4_K", shape
+        assert files["q4_k_m"].size_bytes < 0.35 * files["f16"].size_bytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "expected"),
+    [
+        ("q4_k_m", 256, "Q4_K"),
+        ("q4_k_m", 64, "Q5_0"),
+        ("q4_k_m", 40, "F16"),
+        ("q2_k", 96, "Q4_0"),
+        ("q6_k", 32, "Q8_0"),
+    ],
+)
+def test_rows_that_blocks_do_not_fit_get_a_coarser_block_or_none(kind, columns, expected):
+    config = LlamaConfig(vocab_size=64, hidden_size=columns, intermediate_size=256, num_hidden_layers=2)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 8, 8, 32
+    layout = gguf_layout(config, block=32)
+    types = dict(zip((tensor.name for tensor in layout.tensors), tensor_types(layout, kind), strict=True))
+    assert types["blk.0.attn_q.weight"] == expected
 
 
 @pytest.mark.llamacpp
-def test_llama_cpps_quantiser_makes_k_quants(tmp_path):
-    pytest.importorskip("llama_cpp", reason="llama.cpp is not installed: pip install 'atp[llamacpp]'")
-    shutil.copytree(embedded.base_dir(), tmp_path / "model")
-    small, full = export_gguf(tmp_path / "model", tmp_path, types=["q4_k_m", "f16"])
-    assert small.size_bytes < 0.5 * full.size_bytes
-    assert sorted(path.name for path in tmp_path.glob("*.gguf*")) == ["model-f16.gguf", "model-q4_k_m.gguf"]
+@pytest.mark.parametrize("kind", QUANTISER_TYPES)
+def test_k_quants_have_the_types_and_nearly_the_numbers_of_llama_cpps_own_quantiser(tmp_path, monkeypatch, kind):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: it takes minutes to build")
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'atp[llamacpp]'")
+    directory, _ = slim_export(tmp_path, [512, 96, 768, 256, 40, 512, 512, 256], heads=8)
+    (theirs,) = export_gguf(directory, tmp_path / "theirs", types=[kind], tokenizer=False)
+    monkeypatch.setattr("atp.export.gguf.file._BUILD", Package("not_installed_anywhere"))
+    (ours,) = export_gguf(directory, tmp_path / "ours", types=[kind], tokenizer=False)
+    found, expected = ({t.name: t for t in gguf.GGUFReader(file.path).tensors} for file in (ours, theirs))
+    assert {name: t.tensor_type.name for name, t in found.items()} == {
+        name: t.tensor_type.name for name, t in expected.items()
+    }
+    for name, tensor in found.items():
+        assert np.mean(tensor.data != expected[name].data) < 1e-3, name
 
 
-@pytest.mark.llamacpp
 def test_verification_of_a_broken_file_exits_non_zero_for_every_type(tmp_path, capsys):
     """The base's own files, each with one tensor of one layer misread."""
-    pytest.importorskip("llama_cpp", reason="llama.cpp is not installed: pip install 'atp[llamacpp]'")
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'atp[llamacpp]'")
     directory = Path(shutil.copytree(embedded.base_dir(), tmp_path / "model"))
     files = export_gguf(directory, types=["f32", "f16", "bf16", "q8_0", "q4_k_m"])
-    assert main([str(directory), "--verify", "--tokens", "512"]) == 0
-    for fault in (
+    assert [check for check in verify(directory, tokens=512, text=embedded_text()) if not check.ok] == []
+    faults = (
         lambda path: unpermute(path, "blk.0.attn_q.weight", 6),
         lambda path: swap(path, "blk.3.ffn_gate.weight", "blk.3.ffn_up.weight"),
-    ):
-        kept = {file.path: file.path.read_bytes() for file in files}
-        for file in files:
-            fault(file.path)
-        assert [check.format for check in mismatches(verify(directory, tokens=512, text=embedded_text()))] == [
-            f"gguf {name}" for name in ("bf16", "f16", "f32", "q4_k_m", "q8_0")
-        ]
-        for path, content in kept.items():
-            path.write_bytes(content)
-    swap(files[3].path, "blk.1.attn_k.weight", "blk.1.attn_v.weight")
+    )
+    for file, fault in zip(files, itertools.cycle(faults), strict=False):
+        fault(file.path)
     assert main([str(directory), "--verify", "--tokens", "512"]) == 1
-    assert capsys.readouterr().out.count("MISMATCH") == 1
+    assert capsys.readouterr().out.count("MISMATCH") == len(files)

@@ -1,6 +1,5 @@
 """Verification, the command line and the formats beside GGUF: what users run on their own export."""
 
-import importlib.util
 import io
 import json
 import os
@@ -31,8 +30,9 @@ from atp.export.formats import FORMATS
 from atp.export.gguf.file import export_gguf
 from atp.export.hf.loading import load_exported
 from atp.export.hf.writing import export_hf
+from atp.export.llama_cpp.engine import LlamaCppEngine
 from atp.export.onnx_graph import export_onnx
-from atp.export.verify.engines import LlamaCppEngine, OnnxEngine
+from atp.export.verify.engines import OnnxEngine
 from atp.export.verify.limits import verdict
 from atp.export.verify.rounding import ROUNDINGS, rounding_error
 from atp.export.verify.verification import mismatches, verify
@@ -179,9 +179,10 @@ def test_dimensions_cut_inside_heads_and_along_the_residual_stream(tmp_path, fam
     np.testing.assert_allclose(session.run(None, {**inputs, **past})[0], expected, atol=1e-4, rtol=0)
     (written,) = export_gguf(tmp_path / "model", types=["f32"], tokenizer=False)
     assert any("zeros" in note for note in written.notes) == ("hidden" not in kinds)
-    if importlib.util.find_spec("llama_cpp"):
-        engine = LlamaCppEngine({"path": str(written.path), "context": 64})
-        np.testing.assert_allclose(engine.logits(ids[0].numpy()), expected[0], atol=1e-3, rtol=0)
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'atp[llamacpp]'")
+    engine = LlamaCppEngine({"path": str(written.path), "context": 64})
+    np.testing.assert_allclose(engine.logits(ids[0].numpy()), expected[0], atol=1e-3, rtol=0)
+    engine.close()
 
 
 def test_every_format_is_loaded_in_a_fresh_process_and_compared(tmp_path):

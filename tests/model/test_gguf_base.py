@@ -1,12 +1,8 @@
 """GGUF files as base models: what our own exporter wrote comes back, and, where it is installed, llama.cpp agrees."""
 
-import contextlib
-import json
 import random
 import shutil
 import struct
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +16,7 @@ from atp.config.schema import ModelConfig
 from atp.errors import UserError
 from atp.export.gguf.file import export_gguf
 from atp.export.hf.writing import export_hf
+from atp.export.llama_cpp.engine import LlamaCppEngine
 from atp.model.gguf import packages
 from atp.model.gguf.base import read_gguf
 from atp.model.gguf.packages import PACKAGED, PackagedBase
@@ -284,49 +281,39 @@ def test_a_base_that_ends_turns_in_a_token_of_its_own_stops_there_too(with_token
 
 
 @pytest.fixture(scope="module")
-def xllamacpp():
-    reason = "llama.cpp is not installed: pip install xllamacpp==2026.10.11549"
-    return pytest.importorskip("xllamacpp", reason=reason)
+def llama_cpp():
+    """What llama.cpp makes of texts, by its own tokenizer; names of control tokens mean the tokens."""
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'atp[llamacpp]'")
+
+    def ids(path: Path, texts: list[str]) -> list[list[int]]:
+        engine = LlamaCppEngine({"path": str(path), "context": 8})
+        try:
+            return [engine.tokenize(text, control=True) for text in texts]
+        finally:
+            engine.close()
+
+    return ids
 
 
-@contextlib.contextmanager
-def llama_cpp(xllamacpp, path: Path) -> Iterator:
-    """What llama.cpp makes of a text, special tokens read as such."""
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(path)
-    settings.n_ctx, settings.n_parallel, settings.n_gpu_layers, settings.verbosity = 256, 1, 0, -1
-    settings.warmup = False
-    server = xllamacpp.Server(settings)
-
-    def ids(text: str) -> list[int]:
-        body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
-        request = urllib.request.Request(f"{server.listening_address}/tokenize", body)
-        request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["tokens"]
-
-    yield ids
+def differing(lines: list[str], found: list[list[int]], read) -> list[str]:
+    return [line for line, ids in zip(lines, found, strict=True) if ids != read(line)["input_ids"]]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_llama_cpp_gives_the_same_ids(xllamacpp, with_tokenizer, name):
+def test_llama_cpp_gives_the_same_ids(llama_cpp, with_tokenizer, name):
     _, path = with_tokenizer[name]
     read = parts.load_tokenizer(ModelConfig(path=str(path)))
-    with llama_cpp(xllamacpp, path) as ids:
-        differing = [line for line in varied_lines() if ids(line) != read(line)["input_ids"]]
-    assert not differing
+    assert differing(varied_lines(), llama_cpp(path, varied_lines()), read) == []
 
 
 @pytest.mark.parametrize(("alias", "name"), ALIASES.items())
-def test_llama_cpp_reads_the_aliases_as_the_same_rules(xllamacpp, with_tokenizer, tmp_path, alias, name):
+def test_llama_cpp_reads_the_aliases_as_the_same_rules(llama_cpp, with_tokenizer, tmp_path, alias, name):
     path = rewritten(with_tokenizer[name][1], tmp_path / "alias.gguf", tokenizer_ggml_pre=alias)
     read = parts.load_tokenizer(ModelConfig(path=str(path)))
-    with llama_cpp(xllamacpp, path) as ids:
-        differing = [line for line in varied_lines() if ids(line) != read(line)["input_ids"]]
-    assert not differing
+    assert differing(varied_lines(), llama_cpp(path, varied_lines()), read) == []
 
 
-def test_llama_cpp_gives_the_ids_of_smollm2(xllamacpp):
+def test_llama_cpp_gives_the_ids_of_smollm2(llama_cpp):
     try:
         path = Path(parts.model_source(ModelConfig(path="smollm2")))
     except UserError as absent:
@@ -335,9 +322,8 @@ def test_llama_cpp_gives_the_ids_of_smollm2(xllamacpp):
     turns = [{"role": "user", "content": "What is a contract in 1789?"}]
     chat = read.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert chat.endswith("<|im_start|>assistant\n")
-    with llama_cpp(xllamacpp, path) as ids:
-        differing = [line for line in [*varied_lines(400), chat] if ids(line) != read(line)["input_ids"]]
-    assert not differing
+    lines = [*varied_lines(400), chat]
+    assert differing(lines, llama_cpp(path, lines), read) == []
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 Reads one stored tensor at a time and writes it before the next, so that memory stays at one tensor however large the
 model; a file appears under its name only when it is whole. Which architecture and which tensors is decided in
-:mod:`atp.export.gguf.layout`. K-quants are left to llama.cpp's own quantiser.
+:mod:`atp.export.gguf.layout`. K-quants are made by llama.cpp: by its own quantiser where llama-cpp-python is
+installed, otherwise by its rule and its routines (:mod:`atp.export.gguf.k_quants`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy as np
 from atp.atomic import appearing
 from atp.data.encoding.tokenizer import load_tokenizer
 from atp.errors import UserError
-from atp.export.extras import require, silenced_llama_cpp
+from atp.export.extras import LLAMA_CPP, Package, require, silenced_llama_cpp
+from atp.export.gguf import k_quants
 from atp.export.gguf.layout import GgufLayout, GgufTensor, gguf_layout
 from atp.export.gguf.vocabulary import Vocabulary, gguf_vocabulary
 from atp.export.hf.loading import StoredModel
@@ -32,8 +34,10 @@ WRITTEN_TYPES = ("f32", "f16", "bf16", "q8_0")
 BLOCK = 32
 """Weights of a row that the types of less than two bytes store together, at the least."""
 _FLOATS = ("f32", "f16", "bf16")
-QUANTISER_TYPES = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k", "q5_0", "q4_0")
-"""Types written by llama.cpp's quantiser, where llama-cpp-python is installed."""
+QUANTISER_TYPES = tuple(k_quants.MIXES)
+"""Types that need llama.cpp to be written."""
+_BUILD = Package("llama_cpp")
+"""llama-cpp-python, whose build of llama.cpp has the quantiser."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,12 @@ def check_types(types: Sequence[str]) -> None:
             raise UserError(f"GGUF type {name!r} is not known; choose from {', '.join(known)}")
     require("gguf", extra="gguf")
     if any(name.lower() in QUANTISER_TYPES for name in types):
-        require("llama_cpp", extra="llamacpp")
+        _check_quantiser()
+
+
+def _check_quantiser() -> None:
+    if not _BUILD.is_installed:
+        LLAMA_CPP.require()
 
 
 def export_gguf(
@@ -111,10 +120,10 @@ def export_gguf(
     for kind, path in targets.items():
         layout = gguf_layout(stored.config, block=1 if kind in _FLOATS else BLOCK)
         with _appearing_file(path) as stage:
-            if kind in WRITTEN_TYPES:
-                _write(stored, layout, vocabulary, kind, stage)
-            else:
+            if kind in QUANTISER_TYPES and _BUILD.is_installed:
                 _quantise(stored, layout, vocabulary, kind, stage)
+            else:
+                _write(stored, layout, vocabulary, kind, stage)
         tensor_bytes = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
         written.append(GgufFile(path, layout.architecture, kind, path.stat().st_size, tensor_bytes, layout.notes))
     for note in dict.fromkeys(note for file in written for note in file.notes):
@@ -149,15 +158,14 @@ def _write(stored: StoredModel, layout: GgufLayout, vocabulary: Vocabulary | Non
     """Writes the file: metadata, then the description of all tensors, then one tensor after the other."""
     import gguf
 
-    wanted = gguf.GGMLQuantizationType[kind.upper()]
     writer = gguf.GGUFWriter(path, layout.architecture)
     _write_metadata(writer, stored, layout, kind)
     _write_vocabulary(writer, vocabulary)
-    plan = [(tensor, _stored_type(tensor, wanted)) for tensor in layout.tensors]
+    plan = list(zip(layout.tensors, _stored_types(layout, kind), strict=True))
     for tensor, stored_type in plan:
         dtype: Any = np.uint8
         shape = tensor.shape
-        if stored_type in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+        if stored_type in _unblocked():
             dtype = np.float32 if stored_type == gguf.GGMLQuantizationType.F32 else np.float16
             nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         else:
@@ -169,10 +177,31 @@ def _write(stored: StoredModel, layout: GgufLayout, vocabulary: Vocabulary | Non
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor, stored_type in plan:
-            values = gguf.quants.quantize(tensor.values(stored.tensor), stored_type)
-            writer.write_tensor_data(np.ascontiguousarray(values))
+            values = tensor.values(stored.tensor)
+            by_llama_cpp = kind in QUANTISER_TYPES and stored_type not in _unblocked()
+            rows = (
+                k_quants.quantised(values, stored_type) if by_llama_cpp else gguf.quants.quantize(values, stored_type)
+            )
+            writer.write_tensor_data(np.ascontiguousarray(rows))
     finally:
         writer.close()
+
+
+def _unblocked() -> tuple[Any, Any]:
+    """Types whose numbers stand one by one."""
+    import gguf
+
+    return gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16
+
+
+def _stored_types(layout: GgufLayout, kind: str) -> list[Any]:
+    """Types of the tensors, by the name of the file's."""
+    import gguf
+
+    if kind in QUANTISER_TYPES:
+        return [gguf.GGMLQuantizationType[name] for name in k_quants.tensor_types(layout, kind)]
+    wanted = gguf.GGMLQuantizationType[kind.upper()]
+    return [_stored_type(tensor, wanted) for tensor in layout.tensors]
 
 
 def _stored_type(tensor: GgufTensor, wanted: Any) -> Any:
@@ -188,11 +217,10 @@ def _stored_type(tensor: GgufTensor, wanted: Any) -> Any:
 def _write_metadata(writer: Any, stored: StoredModel, layout: GgufLayout, kind: str) -> None:
     import gguf
 
-    file_types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_type("model")
     writer.add_name(stored.directory.resolve().name)
-    writer.add_file_type(gguf.LlamaFileType[file_types[kind]])
-    if kind == "q8_0":
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
+    if kind not in _FLOATS:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for name, value in layout.fields.items():
         key = f"{layout.architecture}.{name}"

@@ -1,8 +1,8 @@
-"""The engines that users open exports with, each behind the same three methods; imports nothing of atp.
+"""The Python engines that users open exports with, each behind the same three methods; imports nothing of atp.
 
-:mod:`atp.export.verify.probe` makes one of them in a fresh process. An engine takes the task, and has ``logits`` of one
-window, ``generate`` (greedy, with its own cache), ``remark`` (what to know of the result) and, where it brings a
-tokenizer of its own, ``tokenize``.
+:mod:`atp.export.verify.probe` makes one of them in a fresh process, or that of :mod:`atp.export.llama_cpp.engine`. An
+engine takes the task, and has ``logits`` of one window, ``generate`` (greedy, with its own cache), ``remark`` (what to
+know of the result) and, where it brings a tokenizer of its own, ``tokenize``.
 
 Shape suffixes: T tokens, V vocabulary.
 """
@@ -97,49 +97,6 @@ def odd_modules(path: Path) -> list[str]:
                 if ".layers." in name and len(shape) == 2 and any(size % FOUR_BIT_BLOCK for size in shape):
                     odd.append(name.removesuffix(".weight"))
     return odd
-
-
-class LlamaCppEngine:
-    """A GGUF file in llama.cpp, with a float32 cache."""
-
-    remark = ""
-
-    def __init__(self, task: dict[str, Any]) -> None:
-        import llama_cpp
-
-        threads = task.get("threads") or 1
-        self.llama = llama_cpp.Llama(
-            task["path"],
-            n_ctx=task["context"],
-            logits_all=True,
-            verbose=False,
-            type_k=llama_cpp.GGML_TYPE_F32,
-            type_v=llama_cpp.GGML_TYPE_F32,
-            n_threads=threads,
-            n_threads_batch=threads,
-        )
-
-    def tokenize(self, text: str) -> list[int] | None:
-        """Token ids of a text; None where the file holds no vocabulary."""
-        if self.llama.metadata.get("tokenizer.ggml.model") in (None, "no_vocab", "none"):
-            return None
-        return list(self.llama.tokenize(text.encode("utf-8"), add_bos=True, special=False))
-
-    def logits(self, ids_T: np.ndarray) -> np.ndarray:
-        """Logits [T, V] of one window."""
-        self.llama.reset()
-        self.llama.eval(ids_T.tolist())
-        return np.array(self.llama.scores[: len(ids_T)])
-
-    def generate(self, prompt_T: np.ndarray, new_tokens: int) -> list[int]:
-        """Greedy continuation."""
-        self.llama.reset()
-        self.llama.eval(prompt_T.tolist())
-        made: list[int] = []
-        for _ in range(new_tokens):
-            made.append(int(self.llama.scores[self.llama.n_tokens - 1].argmax()))
-            self.llama.eval(made[-1:])
-        return made
 
 
 class OnnxEngine:

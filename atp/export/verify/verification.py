@@ -172,8 +172,8 @@ def _described(stored: StoredModel, task: _Task) -> Check:
 def _check(stored: StoredModel, task: _Task, reference: Reference, settings: Mapping[str, Any]) -> Check:
     check = replace(_described(stored, task), reference_perplexity=reference.perplexity)
     for package in (task.form.engine.package, *([QUANTISED[task.quantised]] if task.quantised else [])):
-        if not package.is_installed:
-            return replace(check, note=f"not run: {package.module} is not installed ({package.way})")
+        if package.fault:
+            return replace(check, note=f"not run: {package.fault}")
     result = _probe(task, reference, settings)
     if "error" in result:
         # A quantiser that this platform lacks a kernel for says nothing about the export.
@@ -221,6 +221,7 @@ def _probe(task: _Task, reference: Reference, settings: Mapping[str, Any]) -> di
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
+        "GGML_NO_BACKTRACE": "1",
         "HF_MODULES_CACHE": str(reference.folder / "modules"),
         "OMP_NUM_THREADS": str(settings["threads"]),
     }
@@ -228,10 +229,11 @@ def _probe(task: _Task, reference: Reference, settings: Mapping[str, Any]) -> di
     done = subprocess.run(command, input=json.dumps(sent), capture_output=True, text=True, env=environment)
     if done.returncode == 0:
         return dict(json.loads(done.stdout.strip().splitlines()[-1]))
-    if done.returncode < 0:
-        return {"error": f"the engine was killed by signal {-done.returncode}"}
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return {"error": lines[-1][:160] if lines else f"exit code {done.returncode}"}
+    said = lines[-1][:160] if lines else ""
+    if done.returncode < 0:
+        return {"error": ": ".join(filter(None, (f"the engine was killed by signal {-done.returncode}", said)))}
+    return {"error": said or f"exit code {done.returncode}"}
 
 
 def as_plain(checks: Sequence[Check]) -> list[dict[str, Any]]:
