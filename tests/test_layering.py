@@ -38,6 +38,7 @@ LIBRARIES = {
     "wandb": {"train"},
     "wandb_workspaces": {"commands"},
     "datasets": {"data"},
+    "vllm": {"export"},
 }
 COMMANDS = {"compare", "dashboard", "generate", "__main__"}  # `python -m atp.compare` and the like: doors to commands/
 
