@@ -35,6 +35,11 @@ def llama_cpp_line(file: str) -> str:
     return f'llama-cli -m {file} -p "..."'
 
 
+def vllm_line(path: str, *, adapter: bool = False) -> str:
+    """The line of shell that serves an exported directory; an adapter beside the weights gets the name ``tuned``."""
+    return f"vllm serve {path}" + (f" --enable-lora --lora-modules tuned={path}/adapter" if adapter else "")
+
+
 def onnxruntime_line(file: str) -> str:
     """The line of Python that opens an ONNX graph."""
     return f"session = onnxruntime.InferenceSession({file!r})"

@@ -38,6 +38,7 @@ LIBRARIES = {
     "wandb": {"train"},
     "wandb_workspaces": {"commands"},
     "datasets": {"data"},
+    "vllm": {"export"},
 }
 COMMANDS = {
     "compare",

@@ -1,10 +1,11 @@
 """LLaMA-family models whose layers differ in width: the file copied beside the weights of a pruned model.
 
 Self-contained (torch and transformers only), so that a pruned model loads without atp installed:
-`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`. It holds only what differs from the stock
-models: every layer is a stock decoder layer built from its own entry of transformers' `per_layer_config` (5.15 or
-newer), and a layer whose entry says `skip: ["attention"]` or `skip: ["mlp"]` has that half left out, its norm included.
-It knows nothing of masks, of pruning or of how the widths were chosen.
+`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`; `AutoModel`, which inference engines build,
+gives the model without its output head. It holds only what differs from the stock models: every layer is a stock
+decoder layer built from its own entry of transformers' `per_layer_config` (5.15 or newer), and a layer whose entry says
+`skip: ["attention"]` or `skip: ["mlp"]` has that half left out, its norm included. It knows nothing of masks, of
+pruning or of how the widths were chosen.
 
 Shape suffixes: B batch, T tokens, D hidden.
 """
@@ -15,22 +16,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
+    LlamaModel,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
 from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
 
 ATTENTION, MLP = "attention", "mlp"
 
@@ -189,7 +191,16 @@ class SlimAttention(nn.Module):
 def build_slim_layer(
     layer_class: type[nn.Module], config: PreTrainedConfig, layer_config: Any, layer_idx: int
 ) -> nn.Module:
-    """Builds a layer whose heads keep only some of their dimensions; arguments as of `build_layer`."""
+    """Builds a layer whose heads keep only some of their dimensions; arguments as of `build_layer`.
+
+    Raises:
+        ValueError: If vLLM builds the model, whose attention has one size for queries, keys and values.
+    """
+    if str(config._attn_implementation).startswith("vllm"):
+        raise ValueError(
+            f"layer {layer_idx}: heads keep only some of their dimensions (value_dim, rotary_pairs), which vLLM's "
+            "attention cannot compute; serve this model with transformers, ONNX Runtime or as GGUF in llama.cpp"
+        )
     rotary_dim = layer_config.head_dim
     pairs = getattr(layer_config, "rotary_pairs", None) or list(range(rotary_dim // 2))
     layer_config.head_dim = 2 * len(pairs)
@@ -213,12 +224,12 @@ def build_slim_layer(
     return layer
 
 
-class PerLayerCausalLMMixin(nn.Module):
-    """Builds a stock causal language model without layers, then adds layers of different widths."""
+class PerLayerMixin(nn.Module):
+    """Builds a stock model without layers, with or without its output head, then adds layers of different widths."""
 
     config_class: Any
     layer_class: type[nn.Module]
-    model: Any
+    base_model: Any
     post_init: Callable[[], None]
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -227,9 +238,9 @@ class PerLayerCausalLMMixin(nn.Module):
         shell.num_hidden_layers = 0
         super().__init__(shell)
         config._attn_implementation = shell._attn_implementation
-        for part in (self, self.model):
+        for part in (self, self.base_model):
             part.config = config
-        self.model.layers = nn.ModuleList(
+        self.base_model.layers = nn.ModuleList(
             build_layer(self.layer_class, config, index) for index in range(config.num_hidden_layers)
         )
         self.post_init()
@@ -259,28 +270,56 @@ class AtpQwen3Config(PerLayerConfigMixin, Qwen3Config):
     model_type = "atp_qwen3"
 
 
-class AtpLlamaForCausalLM(PerLayerCausalLMMixin, LlamaForCausalLM):
+class AtpLlamaModel(PerLayerMixin, LlamaModel):
+    """Llama with widths per layer, without its output head."""
+
+    config_class = AtpLlamaConfig
+    layer_class = LlamaDecoderLayer
+
+
+class AtpLlamaForCausalLM(PerLayerMixin, LlamaForCausalLM):
     """Llama with widths per layer."""
 
     config_class = AtpLlamaConfig
     layer_class = LlamaDecoderLayer
 
 
-class AtpMistralForCausalLM(PerLayerCausalLMMixin, MistralForCausalLM):
+class AtpMistralModel(PerLayerMixin, MistralModel):
+    """Mistral with widths per layer, without its output head."""
+
+    config_class = AtpMistralConfig
+    layer_class = MistralDecoderLayer
+
+
+class AtpMistralForCausalLM(PerLayerMixin, MistralForCausalLM):
     """Mistral with widths per layer."""
 
     config_class = AtpMistralConfig
     layer_class = MistralDecoderLayer
 
 
-class AtpQwen2ForCausalLM(PerLayerCausalLMMixin, Qwen2ForCausalLM):
+class AtpQwen2Model(PerLayerMixin, Qwen2Model):
+    """Qwen2 with widths per layer, without its output head."""
+
+    config_class = AtpQwen2Config
+    layer_class = Qwen2DecoderLayer
+
+
+class AtpQwen2ForCausalLM(PerLayerMixin, Qwen2ForCausalLM):
     """Qwen2 with widths per layer."""
 
     config_class = AtpQwen2Config
     layer_class = Qwen2DecoderLayer
 
 
-class AtpQwen3ForCausalLM(PerLayerCausalLMMixin, Qwen3ForCausalLM):
+class AtpQwen3Model(PerLayerMixin, Qwen3Model):
+    """Qwen3 with widths per layer, without its output head."""
+
+    config_class = AtpQwen3Config
+    layer_class = Qwen3DecoderLayer
+
+
+class AtpQwen3ForCausalLM(PerLayerMixin, Qwen3ForCausalLM):
     """Qwen3 with widths per layer."""
 
     config_class = AtpQwen3Config
@@ -293,6 +332,7 @@ MODEL_CLASSES: tuple[Any, ...] = (
     AtpQwen2ForCausalLM,
     AtpQwen3ForCausalLM,
 )
+BASE_CLASSES: tuple[Any, ...] = (AtpLlamaModel, AtpMistralModel, AtpQwen2Model, AtpQwen3Model)
 CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {
     model_class.config_class.model_type: model_class.config_class for model_class in MODEL_CLASSES
 }
@@ -303,9 +343,10 @@ def register() -> None:
 
     `save_pretrained` then copies this file beside the weights, also after further training.
     """
-    for model_class in MODEL_CLASSES:
-        config_class = model_class.config_class
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-        config_class.register_for_auto_class("AutoConfig")
-        model_class.register_for_auto_class("AutoModelForCausalLM")
+    for auto_class, classes in ((AutoModel, BASE_CLASSES), (AutoModelForCausalLM, MODEL_CLASSES)):
+        for model_class in classes:
+            config_class = model_class.config_class
+            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+            auto_class.register(config_class, model_class, exist_ok=True)
+            config_class.register_for_auto_class("AutoConfig")
+            model_class.register_for_auto_class(auto_class.__name__)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_architecture import CASES, LAYERS, SHAPES, VOCAB, dense_model, left_padded_batch, pruned_model, real_logits
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -95,6 +96,23 @@ def test_reloaded_model_has_the_same_logits_bit_for_bit(exported, name):
 
 
 @pytest.mark.parametrize("name", EXPORTS)
+def test_the_model_without_its_head_is_the_same_model(exported, name):
+    """What inference engines build, such as vLLM's Transformers backend."""
+    batch = left_padded_batch()
+    whole = AutoModelForCausalLM.from_pretrained(exported / name).eval()
+    inner = AutoModel.from_pretrained(exported / name).eval()
+    assert type(inner).__name__ == type(whole.model).__name__ or type(inner).__name__.startswith("Atp")
+    assert layer_widths(inner.config) == layer_widths(whole.config)
+    with torch.no_grad():
+        expected = whole(**batch, output_hidden_states=True)
+        found = inner(**batch, output_hidden_states=True)
+        assert torch.equal(whole.lm_head(found.last_hidden_state), expected.logits)
+    assert len(found.hidden_states) == LAYERS + 1
+    for mine, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("name", EXPORTS)
 def test_directory_holds_what_loading_needs_and_nothing_else(exported, name):
     files = {path.name for path in (exported / name).iterdir()}
     stock = "stock" in name or name == "llama-as-mistral"
@@ -115,6 +133,7 @@ import sys, json
 sys.modules["atp"] = None
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 root, names, lines = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 batch, logits = load_file(root + "/batch.safetensors"), {}
 for name in names:
@@ -123,6 +142,8 @@ for name in names:
         assert tokenizer("w3 w5")["input_ids"] == [7, 9], name
     with torch.no_grad():
         logits[name] = model(**batch).logits
+        hidden = AutoModel.from_pretrained(root + "/" + name, trust_remote_code=True)(**batch).last_hidden_state
+        assert torch.equal(model.lm_head(hidden), logits[name]), name
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     cached, uncached = (model.generate(**batch, **options, use_cache=flag) for flag in (True, False))
     assert torch.equal(cached, uncached), name

@@ -63,6 +63,7 @@ class TestRows:
     def test_its_form_with_widths_per_layer_exists(self, family: Family) -> None:
         assert modeling_atp.CONFIG_CLASSES[family.per_layer_type].model_type == family.per_layer_type
         assert len(modeling_atp.CONFIG_CLASSES) == len(FAMILIES)
+        assert [of.config_class for of in modeling_atp.BASE_CLASSES] == [*modeling_atp.CONFIG_CLASSES.values()]
 
     def test_gguf_names_the_architecture_of_the_row(self, family: Family) -> None:
         config = self.built(family).config

@@ -17,10 +17,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
 from atp.export.formats import FORMATS
-from atp.loading_lines import load_lines
+from atp.export.vllm.plugin import OLDEST, refusal
+from atp.loading_lines import load_lines, vllm_line
 from atp.model.widths import LayerWidths
 
 BAR_LENGTH = 12
+_HERE = "path/to/this/directory"
 _TEMPLATE = Path(__file__).parent / "templates" / "card.md.j2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Identifiers that the Hub accepts in the `license` field and that models of these families carry.
@@ -111,7 +113,8 @@ def model_card(facts: CardFacts) -> str:
         "stock": facts.stock,
         "architecture": facts.architecture,
         "has_adapter": adapter,
-        "load_lines": load_lines("path/to/this/directory", facts.stock, adapter=adapter),
+        "load_lines": load_lines(_HERE, facts.stock, adapter=adapter),
+        **_serving(facts, adapter),
         "further_formats": _further_formats(facts.files),
         "prompt": facts.prompt,
         "chat": facts.chat,
@@ -221,6 +224,18 @@ def _quality(metrics: Mapping[str, Mapping[str, float]], recovery: Mapping[str, 
         rows.append(cells)
     titles = [_COLUMN_TITLES.get(model, model) for model in models] + (["recovery"] if recovery else [])
     return {"quality_columns": ["metric", *titles], "quality_rows": rows, "has_recovery": bool(recovery)}
+
+
+def _serving(facts: CardFacts, adapter: bool) -> dict[str, str]:
+    """Whether vLLM serves the directory, and how."""
+    if reason := refusal(facts.widths):
+        return {"vllm_refusal": reason}
+    how = "vLLM"
+    if not facts.stock:
+        full = all(layer.has_attention for layer in facts.widths)
+        without = "or `--trust-remote-code` without it" if full else "which layers without attention need"
+        how += f" {'.'.join(map(str, OLDEST))} or newer, with the `atp` package beside it, {without}"
+    return {"vllm": how, "vllm_line": vllm_line(_HERE, adapter=adapter)}
 
 
 def _further_formats(files: Sequence[str]) -> list[dict[str, Any]]:

@@ -190,11 +190,17 @@ def _written_config(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedCon
     config.architectures = [type(model).__name__]
     vars(config).pop("auto_map", None)
     if not is_stock(config):
-        config.auto_map = {
-            "AutoConfig": f"modeling_atp.{modeling_atp.CONFIG_CLASSES[config.model_type].__name__}",
-            "AutoModelForCausalLM": f"modeling_atp.{type(model).__name__}",
-        }
+        config.auto_map = _auto_map(config.model_type)
     return config
+
+
+def _auto_map(model_type: str) -> dict[str, str]:
+    """Which classes of the modeling file beside the weights the Auto classes take."""
+    config_class = modeling_atp.CONFIG_CLASSES[model_type]
+    classes = {"AutoConfig": config_class}
+    for auto, of in (("AutoModel", modeling_atp.BASE_CLASSES), ("AutoModelForCausalLM", modeling_atp.MODEL_CLASSES)):
+        classes[auto] = next(model_class for model_class in of if model_class.config_class is config_class)
+    return {auto: f"modeling_atp.{found.__name__}" for auto, found in classes.items()}
 
 
 def _architecture(config: PreTrainedConfig) -> str:
