@@ -142,7 +142,7 @@ class Stages:
         _ = self.loggers  # opened first: a refusal then costs nothing
         base = parts.load_base(self.config.model, quantized=True, device=self.device)
         module = parts.pruning_module(self.config, base)
-        parts.tell_ignored(self.config, module, saved_overrides(self.directory.path))
+        parts.tell_settings(self.config, module, saved_overrides(self.directory.path))
         repairs = self.config.prune.repair.batches > 0
         if repairs:
             module.calibration = self.preparation.calibration

@@ -15,7 +15,7 @@ from atp.run.parts.data import (
     load_splits,
     normalisation,
 )
-from atp.run.parts.ignored import tell_ignored
+from atp.run.parts.ignored import tell_settings
 from atp.run.parts.quantization import check_quantization
 from atp.run.parts.training import (
     check_start,
@@ -55,7 +55,7 @@ __all__ = [
     "normalisation",
     "pruning_module",
     "pruning_space",
-    "tell_ignored",
+    "tell_settings",
     "tuning_module",
     "two_stage",
 ]
