@@ -190,7 +190,7 @@ class PruningModule(TuningModule):
         masks_U = self.selected(logits_U)
         self.final_masks_U.copy_(masks_U)
         if self.gates is not None:
-            soft_U = self.sampler.deterministic(self._shifted(logits_U, self.schedule.target))
+            soft_U = self.sampler.gate(self._shifted(logits_U, self.schedule.target))
             self.gates.start(soft_U, self.final_masks_U)
         self.is_frozen.fill_(True)
         self.frozen = True
