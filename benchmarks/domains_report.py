@@ -80,7 +80,8 @@ def tailored(cells: Cells) -> list[str]:
     lines.append(f"| dense | | 100 | | {_scores(list(cells.values())[:1], 'dense')} | |")
     lines += [
         "",
-        "Several seeds: mean ± standard deviation; one: 95% interval over its items. Goal: Tailored-LLaMA's own.",
+        "Several seeds: mean ± standard deviation; one: 95% interval over its items. Goal: Tailored-LLaMA's own, "
+        "over accuracies alone.",
     ]
     for ratio in ("20", "50"):
         for metric, factor in COMPARED.items():

@@ -167,6 +167,7 @@ def _pruned(stages: Stages) -> dict[str, Any]:
         **_score(stages, model),
         "fit_seconds": round(fitted, 2),
         "sparsity": export["sparsity"],
+        "at_freeze": export["at_freeze"],
         "parameters": export["parameters"],
         "blocks": export["pruned_blocks"],
         "max_abs_logit_diff": export["max_abs_logit_diff"],

@@ -35,7 +35,9 @@ class WarmStartConfig:
         [0.0], "added to the starting logits of attention units; of several, the best likewise"
     )
     ranking: str = option(
-        "layer", "compare units by: layer (standardised log), zscore (standardised) or global (raw, across layers)"
+        "layer",
+        "compare units by: layer (standardised log), zscore (standardised), centred (less its mean: fluctuation) or "
+        "global (raw, across layers)",
     )
     gain: float = option(1.0, "standard deviation of the starting logits within a layer")
 

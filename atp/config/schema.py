@@ -222,8 +222,27 @@ def folder_name(text: str) -> str:
     return f"{name[:139]}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
-# At import, since jobs in other processes resolve it before anything else of this package runs.
+MOST_RAISED = 10.0
+"""The most by which :func:`rate_per_run` raises a rate."""
+
+
+def rate_per_run(rate: float, steps: int, max_steps: int) -> float:
+    """A published rate for a run of another length: what the run's steps come to together stays the same.
+
+    ``${per_run:RATE,STEPS,${trainer.max_steps}}`` in a preset. A shorter run raises the rate in proportion, at most
+    tenfold; a longer one keeps it.
+
+    Args:
+        rate: Learning rate of the published run.
+        steps: Its optimiser steps.
+        max_steps: Optimiser steps of this run.
+    """
+    return float(rate) * min(max(steps / max(max_steps, 1), 1.0), MOST_RAISED)
+
+
+# At import, since jobs in other processes resolve them before anything else of this package runs.
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+OmegaConf.register_new_resolver("per_run", rate_per_run, replace=True)
 
 
 def register_schema() -> None:

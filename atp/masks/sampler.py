@@ -48,9 +48,17 @@ class Sampler(nn.Module, ABC):
     def deterministic(self, logits_U: Tensor) -> Tensor:
         """Noise-free masks [U] in [0, 1]."""
 
+    def gate(self, logits_U: Tensor) -> Tensor:
+        """Noise-free factor [U] that a unit has if it is kept, where gates stay soft after the freeze."""
+        return self.deterministic(logits_U)
+
     def confidence(self, logits_U: Tensor) -> Tensor:
         """Return how sure each unit is to stay, [U] in [0, 1], for records and pictures; training does not use it."""
         return self.keep_probability(logits_U)
+
+    def kept(self, confidence_U: Tensor) -> Tensor:
+        """The keep probabilities [U] that a :meth:`confidence` stands for."""
+        return confidence_U
 
 
 class HardConcrete(Sampler):
@@ -63,12 +71,23 @@ class HardConcrete(Sampler):
         offset: Start of log_alpha when the generator's output is zero.
         lower: Lower stretch limit, below zero.
         upper: Upper stretch limit, above one.
+        slope: Of the noise-free gate ``sigmoid(slope * log_alpha / T)``, which is not stretched; as many of the lowest
+            as are expected to be zero are shut, over all units (0.8 in Compresso's code, which shuts them layer by
+            layer). None takes the gate at the median of the noise.
     """
 
     def __init__(
-        self, temperature: float = 2 / 3, offset: float = 3.0, lower: float = -0.1, upper: float = 1.1
+        self,
+        temperature: float = 2 / 3,
+        offset: float = 3.0,
+        lower: float = -0.1,
+        upper: float = 1.1,
+        slope: float | None = None,
     ) -> None:
         super().__init__(temperature, offset)
+        if slope is not None and slope <= 0:
+            raise UserError(f"prune.sampler.slope is {slope}; it must be positive, or null for the median gate")
+        self.slope = slope
         if not lower < 0.0 < 1.0 < upper:
             raise UserError(f"prune.sampler limits are ({lower}, {upper}); they must enclose [0, 1]")
         self.lower = lower
@@ -88,9 +107,19 @@ class HardConcrete(Sampler):
         shift = self.temperature * math.log(-self.lower / self.upper)
         return torch.sigmoid(logits_U + self.offset - shift)
 
+    def gate(self, logits_U: Tensor) -> Tensor:
+        """Gate at the median of the noise, or by :attr:`slope`, [U]."""
+        if self.slope is None:
+            return self._stretch(torch.sigmoid((logits_U + self.offset) / self.temperature))
+        return torch.sigmoid(self.slope * (logits_U + self.offset) / self.temperature)
+
     def deterministic(self, logits_U: Tensor) -> Tensor:
-        """Gate at the median of the noise, [U]."""
-        return self._stretch(torch.sigmoid((logits_U + self.offset) / self.temperature))
+        """:meth:`gate`, [U]; with a slope, the lowest are shut, as many as are expected to be zero."""
+        gates_U = self.gate(logits_U)
+        if self.slope is None:
+            return gates_U
+        shut = (1.0 - self.keep_probability(logits_U)).sum().round()
+        return torch.where(logits_U.argsort().argsort() < shut, torch.zeros_like(gates_U), gates_U)
 
 
 class GumbelSigmoid(Sampler):
@@ -160,3 +189,7 @@ class Threshold(Sampler):
     def confidence(self, logits_U: Tensor) -> Tensor:
         """The sigmoid behind the threshold, [U]."""
         return torch.sigmoid((logits_U + self.offset) / self.temperature)
+
+    def kept(self, confidence_U: Tensor) -> Tensor:
+        """0 or 1: nothing is left to chance, [U]."""
+        return (confidence_U > 0.5).to(confidence_U.dtype)

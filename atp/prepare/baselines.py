@@ -36,7 +36,7 @@ BASELINES = {
     "taylor": Baseline("taylor", "layer", "uniform"),
     "taylor_global": Baseline("taylor", "global", "per_layer"),
     "wanda": Baseline("wanda", "layer", "uniform"),
-    "fluctuation": Baseline("fluctuation", "zscore", "per_layer"),
+    "fluctuation": Baseline("fluctuation", "centred", "per_layer"),
     "magnitude": Baseline("magnitude", "global", "per_layer"),
     "uniform": Baseline("magnitude", "layer", "uniform"),
     "random": Baseline("random", "global", "per_layer"),

@@ -84,7 +84,8 @@ def rank(name: str, space: PruningSpace, importance_U: Tensor) -> Tensor:
 
     Args:
         name: ``layer`` (log importance standardised within each layer and kind), ``zscore`` (importance itself
-            standardised so, as FLAP does), or ``global`` (log importance over all layers: the order of raw importance).
+            standardised so), ``centred`` (importance less its mean within each layer and kind, for importance that has
+            been divided by a spread already), or ``global`` (log importance over all layers: raw importance's order).
         space: The pruning space.
         importance_U: From :func:`importance`.
 
@@ -95,12 +96,14 @@ def rank(name: str, space: PruningSpace, importance_U: Tensor) -> Tensor:
         return standardise(space, importance_U)
     if name == "zscore":
         return torch.cat([_standardised(values) for values in space.split(importance_U).values()])
+    if name == "centred":
+        return torch.cat([values - values.mean() for values in space.split(importance_U).values()])
     if name == "global":
         return _standardised(importance_U.clamp(min=1e-30).log())
     raise UserError(f"prune.warm_start.ranking is {name!r}; known: {', '.join(RANKINGS)}")
 
 
-RANKINGS = ("layer", "zscore", "global")
+RANKINGS = ("layer", "zscore", "centred", "global")
 """Ways to compare units of different layers."""
 
 
@@ -151,13 +154,24 @@ def wanda(masked: MaskedModel, batches: Batches) -> Tensor:
 
 
 def fluctuation(masked: MaskedModel, batches: Batches) -> Tensor:
-    """FLAP's weighted fluctuation: variance of a unit's activations times the squared norm of the weights they meet.
+    """FLAP's weighted fluctuation: variance of an input times the squared norm of its weights, mean over a unit.
 
-    The weighted input feature variance of An et al. 2023 (arXiv 2312.11983); its standardisation over layers is the
-    ranking ``zscore``. FLAP's bias compensation is left to the repair of the cut, which fits more than the mean.
+    The weighted input feature variance of An et al. 2023 (arXiv 2312.11983); as in its code squared where it is of
+    attention, and divided by its spread over the entries (not the units) of a layer's inputs. With the ranking
+    ``centred`` this is its standardisation: of single dimensions, of which a head then takes the mean. FLAP's bias
+    compensation is left to the repair of the cut, which fits more than the mean.
     """
-    variances = {module: moments.variance() for module, moments in _moments(masked, batches).items()}
-    return _at_sites(masked, lambda weight_OI, module: weight_OI.square() * variances[module])
+    moments = _moments(masked, batches)
+    sums, numbers = _Tally(masked.space), _Tally(masked.space)
+    for site in (site for site in masked.space.sites if site.module in moments):
+        weighted_OI = masked.base_weight(site.module).detach().double().square() * moments[site.module].variance()
+        entries = weighted_OI.sum(0 if site.on == "input" else 1)
+        if any(factor.axis.kind not in ("channels", "hidden") for factor in site.side.factors):
+            entries = entries.square()
+        spread = entries.std() if len(entries) > 1 else entries.new_ones(())
+        sums.add_entries(entries / spread.clamp(min=1e-30), site.side)
+        numbers.add_entries(torch.ones_like(entries), site.side)
+    return (sums.total() / numbers.total()).float()
 
 
 def lora_gradient(masked: MaskedModel) -> Tensor:

@@ -20,6 +20,9 @@ from atp.report.comparison import (
 from atp.report.record import clean, number
 from atp.report.uncertainty import interval
 
+MOST_OFF = 0.02
+"""Distance of the expected sparsity from its target from which on the page says so."""
+
 
 def headlines(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Pick the figures a reader wants first.
@@ -34,9 +37,8 @@ def headlines(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     blocks, target, whole = (number(metrics, "sparsity", key) for key in ("blocks", "target", "model"))
     if blocks is not None:
         goal = [] if target is None else [f"target {percent(target)}"]
-        found.append(
-            ("block sparsity", percent(blocks), "; ".join([*goal, "of the decoder blocks' parameters removed"]))
-        )
+        told = [*goal, "of the decoder blocks' parameters removed", *_at_freeze(metrics)]
+        found.append(("block sparsity", percent(blocks), "; ".join(told)))
     dense, pruned = number(metrics, "parameters", "dense"), number(metrics, "parameters", "pruned")
     if pruned is not None:
         share = "" if whole is None else f", {percent(whole)} fewer"
@@ -55,6 +57,29 @@ def headlines(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             remark = "; measured as noted below" if speed_note(metrics) else ""
             found.append((f"{kind} speed", f"{ratio:.2f}x", f"relative to the dense base{remark}"))
     return found
+
+
+def not_reached(metrics: Mapping[str, Any]) -> str:
+    """Say that the masks were still away from their target when they were fixed; empty where they had reached it.
+
+    Args:
+        metrics: Checked content of a `metrics.json`.
+    """
+    target, expected = (number(metrics, "sparsity", key) for key in ("target", "expected_at_freeze"))
+    if target is None or expected is None or abs(expected - target) <= MOST_OFF:
+        return ""
+    return (
+        f"When the masks were fixed, their probabilities came to a sparsity of {percent(expected)}; the target is "
+        f"{percent(target)}. The cut meets it by the units' order alone."
+    )
+
+
+def _at_freeze(metrics: Mapping[str, Any]) -> list[str]:
+    """What the masks' probabilities came to when they were fixed; nothing in runs that did not record it."""
+    expected, undecided = (number(metrics, "sparsity", f"{name}_at_freeze") for name in ("expected", "undecided"))
+    if expected is None or undecided is None:
+        return []
+    return [f"expected at the freeze {percent(expected)}, {percent(undecided)} of the units undecided"]
 
 
 def _beside(metrics: Mapping[str, Any], metric: str) -> list[str]:

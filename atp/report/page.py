@@ -28,7 +28,7 @@ from atp.report.comparison import (
     speed_note,
 )
 from atp.report.evidence import evidence
-from atp.report.headlines import headlines
+from atp.report.headlines import headlines, not_reached
 from atp.report.html import render
 from atp.report.panel import Panel
 from atp.report.record import Curve, RunRecord, number
@@ -77,6 +77,7 @@ def write_report(run_dir: Path | str) -> Path:
         metrics=report.metrics,
         run=report.metrics.get("run") or {},
         headlines=headlines(report.metrics),
+        not_reached=not_reached(report.metrics),
         models=evaluated_models(report.metrics),
         rows=comparison_rows(report.metrics),
         evidence=evidence(report.metrics),

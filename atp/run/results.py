@@ -59,6 +59,7 @@ def assemble(
             "target": config.prune.sparsity,
             "blocks": export["sparsity"],
             "model": 1.0 - export["parameters"] / dense_parameters,
+            **{f"{name}_at_freeze": value for name, value in export.get("at_freeze", {}).items()},
         },
         "parameters": {
             "dense": dense_parameters,

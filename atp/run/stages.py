@@ -13,7 +13,6 @@ import itertools
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel
 
 from atp.atomic import write_json
 from atp.config.schema import TrainConfig
-from atp.cut.removal import remove, slice_adapter, widths_after
+from atp.cut.removal import remove, slice_adapter
 from atp.data.encoding.turn import template_of
 from atp.data.prompt import PROMPT_FILE
 from atp.data.reading.bad_rows import FILE as SKIPPED_FILE
@@ -48,7 +47,7 @@ from atp.run.agreement import compare_exports, compare_stages
 from atp.run.assessment import PROMPTS_COUNTED, Assessor
 from atp.run.directory import RunDirectory, RunInterrupted, saved_overrides
 from atp.run.preparation import Preparation, read_cut, to_device, write_cut
-from atp.run.trained import load_trained, write_masks
+from atp.run.trained import cut_figures, load_trained, write_masks
 from atp.train.aware import AwareModule
 from atp.train.checkpoints import RunCheckpoint
 from atp.train.joint import PruningModule
@@ -142,7 +141,7 @@ class Stages:
         _ = self.loggers  # opened first: a refusal then costs nothing
         base = parts.load_base(self.config.model, quantized=True, device=self.device)
         module = parts.pruning_module(self.config, base)
-        parts.tell_ignored(self.config, module, saved_overrides(self.directory.path))
+        parts.tell_settings(self.config, module, saved_overrides(self.directory.path))
         repairs = self.config.prune.repair.batches > 0
         if repairs:
             module.calibration = self.preparation.calibration
@@ -186,9 +185,7 @@ class Stages:
             "adapter": adapter is not None,
             "formats": self._verify_formats(path, removed),
             "architecture": type(removed).__name__,
-            "widths": [asdict(widths) for widths in widths_after(self.space, masks_U)],
-            "sparsity": float(self.space.sparsity(masks_U.double())),
-            "pruned_blocks": int(self.space.remaining_parameters(masks_U.double())),
+            **cut_figures(module, masks_U),
             "parameters": count_parameters(removed),
         }
 

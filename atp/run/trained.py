@@ -1,4 +1,4 @@
-"""What joint training leaves: its checkpoint read back for removal, and the masks as a file.
+"""What joint training leaves: its checkpoint read back for removal, the masks as a file, and what they come to.
 
 Beside the stages, which say when. A checkpoint written after the live model was cut has the small model's shapes; it is
 brought back to the dense layout here, so that removal always starts from the base. It knows nothing of stages.
@@ -8,14 +8,18 @@ Shape suffixes: U units.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from atp.atomic import write_json
 from atp.cut.compaction import expanded_state
+from atp.cut.removal import widths_after
 from atp.space.space import PruningSpace
+from atp.train.decisions import decisions
 from atp.train.joint import PruningModule
 
 
@@ -39,6 +43,17 @@ def load_trained(module: PruningModule, checkpoint: Path) -> None:
     module.load_state_dict(tensors, strict=False)
     if not module.is_frozen:
         module.freeze_masks()
+
+
+def cut_figures(module: PruningModule, masks_U: Tensor) -> dict[str, Any]:
+    """Widths, sparsity and size that the final masks [U] leave, and how far masks had come when they were fixed."""
+    space = module.space
+    return {
+        "widths": [asdict(widths) for widths in widths_after(space, masks_U)],
+        "sparsity": float(space.sparsity(masks_U.double())),
+        "at_freeze": decisions(space, module.sampler, module.final_scores_U.cpu()),
+        "pruned_blocks": int(space.remaining_parameters(masks_U.double())),
+    }
 
 
 def write_masks(path: Path, space: PruningSpace, masks_U: Tensor, scores_U: Tensor) -> None:

@@ -9,11 +9,12 @@ Shape suffixes: U units.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from atp.errors import UserError
 from atp.masks.budget import Phase
@@ -25,7 +26,9 @@ from atp.train.lasso import group_lasso
 from atp.train.tuning import Batch
 
 UPDATES = ("joint", "alternate")
-_GENERATOR_CLIP = 3.0
+_ADAPTERS = ("lora", "gates")
+GENERATOR_CLIP = 3.0
+"""Largest norm of the generator's gradient where gradients are clipped at all; the authors' value (section 1.6)."""
 
 
 class AwareModule(PruningModule):
@@ -36,6 +39,7 @@ class AwareModule(PruningModule):
         update: ``joint`` sends one loss through masks and adapters; ``alternate`` gives the generator a pass of its own
             through the fully masked model on a calibration batch, with the relaxed gates, and the adapters another with
             the drawn masks. Both gradients then make one optimiser step, where the authors make two.
+            Either way gradients of adapters, generator and lasso are clipped apart.
         lora_aware: Mask only the frozen branch while adapters train.
         lasso: Factor on the group lasso's gradient (beta; 0.3 or 0.03 in the authors' runs).
         final_lasso: The factor in the last part of the run (100 in the authors' code).
@@ -73,6 +77,7 @@ class AwareModule(PruningModule):
             self.compaction, self.uncut = False, f"{cause}, so that adapters of pruned units go on training"
         self.lasso, self.final_lasso, self.final_from = lasso, final_lasso, final_from
         self.calibration_batch: Callable[[int], Batch] | None = None
+        self._lasso_gradients: dict[nn.Parameter, Tensor] = {}  # summed over the step's micro-batches so far
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Task loss of the LoRA-aware model, group lasso, and what the generator learns by."""
@@ -87,7 +92,8 @@ class AwareModule(PruningModule):
             self.masked.set_masks(masks_U)
         task_loss = self.task_loss(batch)
         lasso = self._lasso()
-        loss = task_loss + mask_loss + self.lasso_factor(self.global_step) * (lasso - lasso.detach()) + lasso.detach()
+        self._gather(lasso, batch_idx)
+        loss = task_loss + mask_loss + lasso.detach()
         self.masked.aware = False
         self._check_finite(loss)
         self.log_losses({"train/loss": loss, "train/task_loss": task_loss, "train/group_lasso": lasso})
@@ -103,6 +109,41 @@ class AwareModule(PruningModule):
         if masks_U is None or not (self.lasso or self.final_lasso):
             return self.final_masks_U.new_zeros(())
         return group_lasso(self.masked, (masks_U > 0.5).float())
+
+    def _gather(self, lasso: Tensor, batch_idx: int) -> None:
+        """Keep the lasso's gradient apart from the step's others until those are clipped."""
+        every = 1 if self._trainer is None else self._trainer.accumulate_grad_batches
+        if batch_idx % every == 0:
+            self._lasso_gradients = {}
+        factor = self.lasso_factor(self.global_step) / every
+        if not lasso.requires_grad or not factor:
+            return
+        parameters = list(trainable_parameters(self.masked).values())
+        gradients = torch.autograd.grad(lasso, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                before = self._lasso_gradients.get(parameter)
+                self._lasso_gradients[parameter] = gradient * factor + (0.0 if before is None else before)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip adapters and generator each by itself; then add the lasso's gradient, itself clipped before its factor.
+
+        One clip over all three would shrink the adapters' gradient by as much as the lasso's norm is above the limit:
+        with a factor of 100 they stand still, since AdamW's second moments remember the larger gradients from before.
+        """
+        for group in optimizer.param_groups:
+            limit = gradient_clip_val if group["name"] in _ADAPTERS else gradient_clip_val and GENERATOR_CLIP
+            _clip([p.grad for p in group["params"] if p.grad is not None], limit, gradient_clip_algorithm)
+        gathered, self._lasso_gradients = self._lasso_gradients, {}
+        limit = gradient_clip_val and gradient_clip_val * self.lasso_factor(self.global_step)
+        _clip(gathered.values(), limit, gradient_clip_algorithm)
+        for parameter, gradient in gathered.items():
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def _generator_pass(self, batch_idx: int) -> tuple[Tensor, Tensor]:
         """The generator's pass through the fully masked model.
@@ -137,10 +178,23 @@ class AwareModule(PruningModule):
         parameters = [*trainable_parameters(self.generator).values(), *self.budget.multipliers()]
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-        norm = nn.utils.get_total_norm([g for _, g in pairs])
-        scale = min(1.0, _GENERATOR_CLIP / max(float(norm), 1e-12))
         total = loss.new_zeros(())
         for parameter, gradient in pairs:
-            term = (parameter * gradient * scale).sum()
+            term = (parameter * gradient).sum()
             total = total + term - term.detach()
         return total
+
+
+def _clip(gradients: Iterable[Tensor], limit: float | None, algorithm: str | None) -> None:
+    """Clip gradients in place, by their common norm or, with ``value``, entry by entry; no limit leaves them."""
+    found = list(gradients)
+    if not limit or not found:
+        return
+    if algorithm == "value":
+        for gradient in found:
+            gradient.clamp_(-limit, limit)
+        return
+    norm = nn.utils.get_total_norm(found)
+    scale = (limit / norm.clamp(min=1e-12)).clamp(max=1.0)
+    for gradient in found:
+        gradient.mul_(scale)

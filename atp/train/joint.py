@@ -32,6 +32,7 @@ from atp.masks.sampler import Sampler
 from atp.prepare import blockwise
 from atp.prepare.blockwise import Repair
 from atp.prepare.criteria import lora_gradient
+from atp.train import decisions
 from atp.train.cuttable import why_not_early, why_uncut
 from atp.train.tuning import Batch, TuningModule
 
@@ -190,13 +191,12 @@ class PruningModule(TuningModule):
         masks_U = self.selected(logits_U)
         self.final_masks_U.copy_(masks_U)
         if self.gates is not None:
-            soft_U = self.sampler.deterministic(self._shifted(logits_U, self.schedule.target))
+            soft_U = self.sampler.gate(self._shifted(logits_U, self.schedule.target))
             self.gates.start(soft_U, self.final_masks_U)
         self.is_frozen.fill_(True)
         self.frozen = True
         self.sampled_U = None
-        sparsity, target = float(self.space.sparsity(masks_U.double())), self.schedule.target
-        log.info("masks frozen at step %d: block sparsity %.4f (target %.4f)", self.global_step, sparsity, target)
+        decisions.tell(self.space, self.sampler, self.final_scores_U, masks_U, self.schedule.target, self.global_step)
 
     def cut_live_model(self, optimizers: Iterable[Optimizer] = ()) -> None:
         """Cut the live model, and the moments of its optimisers, to the final masks."""

@@ -97,7 +97,8 @@ def test_the_run_directory_describes_itself(finished: tuple[Path, str]) -> None:
 
 def test_metrics_have_their_stable_keys(finished: tuple[Path, str]) -> None:
     metrics = json.loads((finished[0] / "metrics.json").read_text())
-    assert {"blocks", "model", "target"} <= metrics["sparsity"].keys()
+    sparsity = {"blocks", "model", "target", "expected_at_freeze", "undecided_at_freeze"}
+    assert sparsity <= metrics["sparsity"].keys()
     assert {"dense", "pruned"} <= metrics["parameters"].keys()
     assert metrics["removal"]["max_abs_logit_diff"] < 1e-4
     assert {"dense", "dense_lora", "pruned", "random", "uniform"} == metrics["eval"].keys()

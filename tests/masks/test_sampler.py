@@ -15,10 +15,10 @@ from atp.masks.generator import FreeLogits, Generator, TransformerGenerator
 from atp.masks.sampler import GumbelSigmoid, HardConcrete, Sampler
 from atp.space.space import PruningSpace
 
-SAMPLERS = [HardConcrete(offset=0.0), HardConcrete(), GumbelSigmoid()]
+SAMPLERS = [HardConcrete(offset=0.0), HardConcrete(), GumbelSigmoid(), HardConcrete(slope=0.8)]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=["hard_concrete_0", "hard_concrete", "gumbel_sigmoid"])
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=["hard_concrete_0", "hard_concrete", "gumbel_sigmoid", "slope"])
 @given(logit=st.floats(-8, 4))
 @settings(max_examples=20, deadline=None)
 def test_keep_probability_is_the_frequency(sampler: Sampler, logit: float) -> None:
@@ -61,6 +61,22 @@ def test_bad_sampler_settings() -> None:
         GumbelSigmoid(temperature=0)
     with pytest.raises(ValueError, match=r"must enclose \[0, 1\]"):
         HardConcrete(lower=0.1)
+
+
+def test_compressos_noise_free_gate() -> None:
+    """sigma(0.8 a / T) of kept units, and as many of the lowest shut as are expected to be (note, section 2.1)."""
+    sampler = HardConcrete(temperature=2 / 3, offset=0.0, slope=0.8)
+    logits_U = torch.tensor([4.6, 1.0, -4.6, -3.0, 0.2])
+    torch.testing.assert_close(sampler.gate(logits_U), torch.sigmoid(1.2 * logits_U))
+    expected_zeros = round(float((1.0 - sampler.keep_probability(logits_U)).sum()))
+    gates_U = sampler.deterministic(logits_U)
+    assert expected_zeros == 2 and (gates_U == 0).tolist() == [False, False, True, True, False]
+    torch.testing.assert_close(gates_U[gates_U > 0], sampler.gate(logits_U)[gates_U > 0])
+    median = HardConcrete(temperature=2 / 3, offset=0.0)
+    assert float(median.deterministic(logits_U)[0]) == 1.0
+    assert torch.equal(median.gate(logits_U), median.deterministic(logits_U))
+    with pytest.raises(ValueError, match=r"sampler\.slope is -1"):
+        HardConcrete(slope=-1)
 
 
 def space() -> PruningSpace:

@@ -66,7 +66,26 @@ def test_wanda_and_fluctuation_read_the_real_positions() -> None:
     found = masked.space.split(importance("wanda", masked, BATCHES))["layers.1.channels"]
     torch.testing.assert_close(found, weight.abs().mean(0) * x.norm(dim=0), rtol=1e-4, atol=1e-5)
     found = masked.space.split(importance("fluctuation", masked, BATCHES))["layers.1.channels"]
-    torch.testing.assert_close(found, weight.square().mean(0) * x.var(0, unbiased=False), rtol=1e-3, atol=1e-5)
+    metric = weight.square().sum(0) * x.var(0, unbiased=False)
+    torch.testing.assert_close(found, metric / metric.std(), rtol=1e-3, atol=1e-5)
+
+
+def test_fluctuation_standardises_dimensions_before_heads_take_their_mean() -> None:
+    """FLAP's code: squared for attention, standardised over all inputs of the projection, then averaged over a head."""
+    masked = masked_model()
+    seen: list[torch.Tensor] = []
+    hook = masked.linear("model.layers.0.self_attn.o_proj").register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+    with torch.no_grad():
+        for batch in BATCHES:
+            masked(**batch)
+    hook.remove()
+    x = torch.cat([h[b["attention_mask"].bool()] for h, b in zip(seen, BATCHES, strict=True)]).double()
+    weight = masked.base_weight("model.layers.0.self_attn.o_proj").detach().double()
+    metric = (weight.square().sum(0) * x.var(0, unbiased=False)).square()
+    standard = (metric - metric.mean()) / metric.std()
+    found_U = rank("centred", masked.space, importance("fluctuation", masked, BATCHES))
+    by_hand = standard.view(3, -1).mean(1)  # three KV heads, each with the dimensions of its query heads
+    torch.testing.assert_close(masked.space.split(found_U)["layers.0.heads"].double(), by_hand, rtol=1e-3, atol=1e-5)
 
 
 def test_lora_gradient_equals_its_formula() -> None:

@@ -185,6 +185,20 @@ def test_a_resumed_run_keeps_the_later_value_and_survives_a_cut_line(tmp_path):
     assert math.isnan(losses[2])
 
 
+@pytest.mark.parametrize(("expected", "is_told"), [(0.14, True), (0.49, False), (0.61, True)])
+def test_page_says_how_far_the_masks_had_come(tmp_path, expected, is_told):
+    metrics = make_metrics()
+    metrics["sparsity"] |= {"expected_at_freeze": expected, "undecided_at_freeze": 0.93}
+    page = write_report(make_run(tmp_path / "run", metrics)).read_text("utf-8")
+    assert f"expected at the freeze {100 * expected:.1f}%, 93.0% of the units undecided" in page
+    assert ("Masks away from their target" in page) is is_told
+
+
+def test_page_of_a_run_that_did_not_record_it_says_nothing(tmp_path):
+    page = write_report(make_run(tmp_path / "run")).read_text("utf-8")
+    assert "at the freeze" not in page and "away from their target" not in page
+
+
 def test_table_holds_the_figures_of_every_model():
     text = printed(make_metrics())
     assert line_of(text, "decoder-block parameters").split()[-5:] == ["2.49", "M", "1.24", "M", "-50.0%"]

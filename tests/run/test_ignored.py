@@ -17,7 +17,7 @@ def told(caplog: pytest.LogCaptureFixture, *overrides: str, level: int = logging
     caplog.clear()
     with caplog.at_level(logging.INFO):
         module = parts.pruning_module(made, parts.load_base(made.model))
-        parts.tell_ignored(made, module, list(overrides))
+        parts.tell_settings(made, module, list(overrides))
     return [record.getMessage() for record in caplog.records if record.levelno == level and "is ignored" in record.msg]
 
 
@@ -68,6 +68,35 @@ def test_a_named_setting_without_effect_is_told(
 ) -> None:
     (warning,) = told(caplog, *overrides)
     assert warning.startswith(f"{overrides[-1]} is ignored: ") and reason in warning
+
+
+def test_a_run_says_what_its_masks_learn_at(caplog: pytest.LogCaptureFixture) -> None:
+    def said(*overrides: str) -> list[str]:
+        made = config(*overrides)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            parts.tell_settings(made, parts.pruning_module(made, parts.load_base(made.model)), list(overrides))
+        return [record.getMessage() for record in caplog.records if record.getMessage().startswith("masks learn")]
+
+    rates = "generator_lr 0.00375; lasso 0.3, 100 from step 200"
+    assert said("prune=atp") == [f"masks learn until step 200 of 400: {rates}"]
+    assert said("prune=l0") == ["masks learn until step 160 of 400: generator_lr 0.2; multiplier_lr 3"]
+    assert not said("prune=taylor")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rate"),
+    [
+        (["prune=atp"], 0.00375),  # 0.001 over 1,500 steps, in 400
+        (["prune=atp_joint", "trainer.max_steps=1000"], 0.0015),
+        (["prune=atp", "trainer.max_steps=20"], 0.01),  # at most tenfold
+        (["prune=atp", "trainer.max_steps=5000"], 0.001),
+        (["prune=atp", "prune.generator_lr=0.005"], 0.005),  # the user's own stands
+        (["prune=atp_paper"], 0.001),
+    ],
+)
+def test_a_preset_scales_a_published_rate_to_the_run(overrides: list[str], rate: float) -> None:
+    assert config(*overrides).prune.generator_lr == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("preset", names("prune"))

@@ -14,7 +14,7 @@ from atp.run.parts.data import (
     load_splits,
     normalisation,
 )
-from atp.run.parts.ignored import tell_ignored
+from atp.run.parts.ignored import tell_settings
 from atp.run.parts.prompting import export_generation, load_prompt
 from atp.run.parts.quantization import check_quantization
 from atp.run.parts.training import (
@@ -56,7 +56,7 @@ __all__ = [
     "normalisation",
     "pruning_module",
     "pruning_space",
-    "tell_ignored",
+    "tell_settings",
     "tuning_module",
     "two_stage",
 ]

@@ -1,4 +1,4 @@
-"""Settings of the ``prune`` group that a run does not use, told before it trains.
+"""What a run makes of its ``prune`` group, told before it trains: settings without effect, and the rates of the masks.
 
 The builders' last look at a configuration. Presets set more than every variant of them needs, so only what the user
 named is worth a warning; that the live model is not cut, which is a matter of time and memory, is told in any case.
@@ -15,14 +15,16 @@ from atp.train.joint import PruningModule
 log = logging.getLogger(__name__)
 
 
-def tell_ignored(config: TrainConfig, module: PruningModule, overrides: Sequence[str]) -> None:
-    """Warn of settings that the user named and this run ignores.
+def tell_settings(config: TrainConfig, module: PruningModule, overrides: Sequence[str]) -> None:
+    """Say what masks learn at in this run; warn of settings that the user named and this run ignores.
 
     Args:
         config: The typed configuration.
         module: What was made of it.
         overrides: The command line's overrides.
     """
+    if rates := _rates(config, module):
+        log.info(rates)
     named = {name.lstrip("+"): value for name, _, value in (override.partition("=") for override in overrides)}
     if module.uncut and config.prune.compact:
         log.log(
@@ -33,6 +35,20 @@ def tell_ignored(config: TrainConfig, module: PruningModule, overrides: Sequence
     for name, why in ignored(config, module):
         if f"prune.{name}" in named:
             log.warning("prune.%s=%s is ignored: %s", name, named[f"prune.{name}"], why)
+
+
+def _rates(config: TrainConfig, module: PruningModule) -> str:
+    """What masks learn at, which presets may make depend on the run's length; empty for scores that are fixed."""
+    prune, steps = config.prune, config.trainer.max_steps
+    if not any(parameter.requires_grad for parameter in module.generator.parameters()):
+        return ""
+    rates = [f"generator_lr {prune.generator_lr:g}"]
+    rates += [f"multiplier_lr {prune.multiplier_lr:g}"] if module.budget.multipliers() else []
+    lasso = prune.lasso
+    if lasso.weight or lasso.final_weight:
+        last = f", {lasso.final_weight:g} from step {round(lasso.final_from * steps)}" if lasso.final_weight else ""
+        rates.append(f"lasso {lasso.weight:g}{last}")
+    return f"masks learn until step {module.schedule.freeze_step} of {steps}: {'; '.join(rates)}"
 
 
 def ignored(config: TrainConfig, module: PruningModule) -> Iterator[tuple[str, str]]:
