@@ -47,6 +47,15 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor
     return states
 
 
+def decode(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Run the model over a batch for those who watch its layers: no logits, no loss."""
+    inner = language_model(model)
+    if isinstance(inner, PreTrainedModel):
+        _decode(inner, batch, False)
+    else:
+        model(**{name: value for name, value in batch.items() if name != "labels"})
+
+
 def _decode(inner: nn.Module, batch: Mapping[str, Tensor], with_states: bool) -> Any:
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
     if with_states:

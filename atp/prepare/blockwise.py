@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from atp.cut.removal import kept_indices, remove
 from atp.errors import UserError
 from atp.masks.lora import MaskedModel, language_model
+from atp.masks.loss import decode
 from atp.masks.merging import merged_tensors
-from atp.prepare.least_squares import BatchSource, Moments, cut_inputs, fit_kept, repair_outputs
+from atp.prepare.least_squares import BatchSource, Moments, OutputFits, cut_inputs, fit_kept, repair_outputs
 from atp.space.space import LayerSpace
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,13 @@ class Repair:
         return [site.module for site in masked.space.sites if site.on == "input"]
 
 
-def repair(masked: MaskedModel, masks_U: Tensor, batches: BatchSource, settings: Repair | None = None) -> list[str]:
+def repair(
+    masked: MaskedModel,
+    masks_U: Tensor,
+    batches: BatchSource,
+    settings: Repair | None = None,
+    fits: OutputFits | None = None,
+) -> list[str]:
     """Change base weights, in place, so that the masked model does what the whole one did.
 
     Adapters count as part of their projections and stay as they are. Weights of removed units keep their values; masks
@@ -79,6 +86,8 @@ def repair(masked: MaskedModel, masks_U: Tensor, batches: BatchSource, settings:
         masks_U: Masks to repair for, 0 or 1, shape [U].
         batches: Gives the calibration batches, on the model's device, each time it is called.
         settings: How; the least-squares fit alone unless given.
+        fits: Of output projections, made of these batches, where they are there already and the model has not changed
+            since; used by the least-squares fit alone.
 
     Returns:
         Names of the changed base weights, as in the masked model's state dict.
@@ -88,7 +97,7 @@ def repair(masked: MaskedModel, masks_U: Tensor, batches: BatchSource, settings:
     """
     settings = settings or Repair()
     if not settings.epochs:
-        return repair_outputs(masked, masks_U, batches, ridge=settings.ridge)
+        return repair_outputs(masked, masks_U, batches, ridge=settings.ridge, fits=fits)
     training = masked.training
     masked.eval()
     try:
@@ -233,7 +242,7 @@ class _Inputs:
             for batch in batches:
                 self._options.append([])
                 self._first = True
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+                decode(model, batch)
 
     def _note(self, _: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> None:
         if self._first:

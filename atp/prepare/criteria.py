@@ -10,21 +10,18 @@ Shape suffixes: U units, B batch, T tokens, O and I rows and columns of a weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atp.errors import UserError
 from atp.masks.lora import MaskedModel
-from atp.masks.loss import causal_loss
 from atp.prepare.importance import fisher_importance, standardise
+from atp.prepare.passes import Batches, InputObserver, Observer, WeightGradients, observe
 from atp.space.space import PruningSpace, Side
-
-Batches = Sequence[Mapping[str, Tensor]]
 
 
 def importance(name: str, masked: MaskedModel, batches: Iterable[Mapping[str, Tensor]], seed: int = 0) -> Tensor:
@@ -47,12 +44,25 @@ def importance(name: str, masked: MaskedModel, batches: Iterable[Mapping[str, Te
 
 
 def importances(
-    names: Sequence[str], masked: MaskedModel, batches: Iterable[Mapping[str, Tensor]], seed: int = 0
+    names: Sequence[str],
+    masked: MaskedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    seed: int = 0,
+    observers: Sequence[Observer] = (),
 ) -> dict[str, Tensor]:
-    """:func:`importance` by each of the names; a criterion that several of them hold is measured once."""
-    found, alone = list(batches), dict[str, Tensor]()
-    for one in dict.fromkeys(one for name in names for one in name.split("+")):
-        alone[one] = _importance(one, masked, found, seed)
+    """:func:`importance` by each of the names, all read off the same passes over the batches.
+
+    Args:
+        names: As in :func:`importance`; a criterion that several of them hold is measured once.
+        masked: As there.
+        batches: As there.
+        seed: As there.
+        observers: Others who want to see the passes, of which there is then at least one over all batches.
+    """
+    found = list(batches)
+    alone = _measured(
+        list(dict.fromkeys(one for name in names for one in name.split("+"))), masked, found, seed, observers
+    )
 
     def joined(name: str) -> Tensor:
         parts = [standardise(masked.space, alone[one]).cpu() for one in name.split("+")]
@@ -61,22 +71,36 @@ def importances(
     return {name: joined(name) if "+" in name else alone[name] for name in names}
 
 
-def _importance(name: str, masked: MaskedModel, found: Batches, seed: int) -> Tensor:
-    if name not in CRITERIA:
-        raise UserError(f"prune.warm_start.criterion is {name!r}; known: {', '.join(CRITERIA)}")
-    if name == "random":
-        return torch.rand(masked.space.num_units, generator=torch.Generator().manual_seed(seed))
-    if name == "magnitude":
-        return magnitude(masked)
-    if not found:
-        raise UserError(
-            f"prune.warm_start.criterion {name} is measured on training batches and got none; "
-            "set prune.warm_start.batches to at least 1"
-        )
-    importance_U = CRITERIA[name](masked, found)
-    if not torch.isfinite(importance_U).all():
-        raise UserError(f"prune.warm_start.criterion {name} is not finite; check the data, try model.dtype=float32")
-    return importance_U
+def _measured(
+    criteria: Sequence[str], masked: MaskedModel, found: Batches, seed: int, observers: Sequence[Observer]
+) -> dict[str, Tensor]:
+    """Importance by each single criterion."""
+    for name in criteria:
+        if name not in CRITERIA:
+            raise UserError(f"prune.warm_start.criterion is {name!r}; known: {', '.join(CRITERIA)}")
+        if name not in ("random", "magnitude") and not found:
+            raise UserError(
+                f"prune.warm_start.criterion {name} is measured on training batches and got none; "
+                "set prune.warm_start.batches to at least 1"
+            )
+    moments = InputMoments(masked) if {"wanda", "fluctuation"} & {*criteria} else None
+    gradients = WeightGradients(masked, _cut_modules(masked.space), len(found)) if "taylor" in criteria else None
+    watching = [*observers, *([moments] if moments else [])]
+    if watching or gradients:
+        observe(masked, found, watching, gradients)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "fisher": lambda: fisher_importance(masked, found),
+        "taylor": lambda: _taylor(masked, gradients),
+        "wanda": lambda: _wanda(masked, moments),
+        "fluctuation": lambda: _fluctuation(masked, moments),
+        "magnitude": lambda: magnitude(masked),
+        "random": lambda: torch.rand(masked.space.num_units, generator=torch.Generator().manual_seed(seed)),
+    }
+    measured = {name: ways[name]() for name in criteria}
+    for name, importance_U in measured.items():
+        if not torch.isfinite(importance_U).all():
+            raise UserError(f"prune.warm_start.criterion {name} is not finite; check the data, try model.dtype=float32")
+    return measured
 
 
 def rank(name: str, space: PruningSpace, importance_U: Tensor) -> Tensor:
@@ -118,42 +142,32 @@ def magnitude(masked: MaskedModel) -> Tensor:
     return (sums.total() / numbers.total()).sqrt().float()
 
 
-def taylor(masked: MaskedModel, batches: Batches) -> Tensor:
+def _taylor(masked: MaskedModel, gradients: WeightGradients | None) -> Tensor:
     """First-order Taylor importance: sum of ``|w dL/dw|`` over the weights of each unit.
 
     LLM-Pruner's element-wise first-order rule with group sum (Ma et al. 2023, arXiv 2305.11627, section 3.2), which
     Tailored-LLaMA uses unchanged. The gradient is the mean over the batches.
     """
-    weights = {module: masked.base_weight(module) for module, _, _ in _sides(masked.space)}
-    gradients = {module: torch.zeros_like(weight, dtype=torch.float32) for module, weight in weights.items()}
-    with _gates_open(masked):
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        try:
-            for batch in batches:
-                found = torch.autograd.grad(causal_loss(masked, batch), list(weights.values()))
-                for total, gradient in zip(gradients.values(), found, strict=True):
-                    total += gradient.float() / len(batches)
-        finally:
-            for weight in weights.values():
-                weight.requires_grad_(False)
+    assert gradients is not None
     tally = _Tally(masked.space)
     for module, rows, columns in _sides(masked.space):
-        tally.add((weights[module].detach().float() * gradients[module]).abs().double(), rows, columns)
+        weight_OI = gradients.weights[module].detach().float()
+        tally.add((weight_OI * gradients.mean[module]).abs().double(), rows, columns)
     return tally.total().float()
 
 
-def wanda(masked: MaskedModel, batches: Batches) -> Tensor:
+def _wanda(masked: MaskedModel, moments: InputMoments | None) -> Tensor:
     """Wanda in its structured form: ``|W| ||x||`` of the weights where masks act, summed over each unit.
 
     The score ``|W_oi| ||x_i||_2`` of Sun et al. 2023 (arXiv 2306.11695, section 3), averaged over rows and summed over
     a unit's columns of the output projections, as the Wanda-sp baseline of FLAP does.
     """
-    norms = {module: moments.square_sum.sqrt() for module, moments in _moments(masked, batches).items()}
+    assert moments is not None
+    norms = {module: found.square_sum.sqrt() for module, found in moments.of.items()}
     return _at_sites(masked, lambda weight_OI, module: weight_OI.abs() * norms[module])
 
 
-def fluctuation(masked: MaskedModel, batches: Batches) -> Tensor:
+def _fluctuation(masked: MaskedModel, moments: InputMoments | None) -> Tensor:
     """FLAP's weighted fluctuation: variance of an input times the squared norm of its weights, mean over a unit.
 
     The weighted input feature variance of An et al. 2023 (arXiv 2312.11983); as in its code squared where it is of
@@ -161,10 +175,10 @@ def fluctuation(masked: MaskedModel, batches: Batches) -> Tensor:
     ``centred`` this is its standardisation: of single dimensions, of which a head then takes the mean. FLAP's bias
     compensation is left to the repair of the cut, which fits more than the mean.
     """
-    moments = _moments(masked, batches)
+    assert moments is not None
     sums, numbers = _Tally(masked.space), _Tally(masked.space)
-    for site in (site for site in masked.space.sites if site.module in moments):
-        weighted_OI = masked.base_weight(site.module).detach().double().square() * moments[site.module].variance()
+    for site in (site for site in masked.space.sites if site.module in moments.of):
+        weighted_OI = masked.base_weight(site.module).detach().double().square() * moments.of[site.module].variance()
         entries = weighted_OI.sum(0 if site.on == "input" else 1)
         if any(factor.axis.kind not in ("channels", "hidden") for factor in site.side.factors):
             entries = entries.square()
@@ -198,15 +212,8 @@ def lora_gradient(masked: MaskedModel) -> Tensor:
     return total.total().float()
 
 
-CRITERIA: dict[str, Callable[..., Tensor]] = {
-    "fisher": fisher_importance,
-    "taylor": taylor,
-    "wanda": wanda,
-    "fluctuation": fluctuation,
-    "magnitude": magnitude,
-    "random": torch.rand,
-}
-"""Criteria by name."""
+CRITERIA = ("fisher", "taylor", "wanda", "fluctuation", "magnitude", "random")
+"""Names of criteria."""
 
 
 @dataclass
@@ -217,48 +224,27 @@ class _Moments:
     total: Tensor | float = 0.0
     square_sum: Any = 0.0
 
-    def add(self, x_BTI: Tensor, mask_BT: Tensor) -> None:
-        x = x_BTI[mask_BT].double()
-        self.count += len(x)
-        self.total = self.total + x.sum(0)
-        self.square_sum = self.square_sum + x.square().sum(0)
-
     def variance(self) -> Tensor:
         return (self.square_sum / self.count - torch.as_tensor(self.total / self.count).square()).clamp(min=0.0)
 
 
-@torch.no_grad()
-def _moments(masked: MaskedModel, batches: Batches) -> dict[str, _Moments]:
-    """Moments of the inputs of every site's module over the real positions of the batches."""
-    found = {module: _Moments() for module in _acted_on(masked.space)}
-    mask_BT = torch.ones(0, dtype=torch.bool)
+class InputMoments(InputObserver):
+    """Moments of the inputs of every linear that masks act on.
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, inputs: found[name].add(inputs[0], mask_BT)
+    Attributes:
+        of: The sums so far, by module.
+    """
 
-    hooks = [masked.linear(name).register_forward_pre_hook(watch(name)) for name in found]
-    try:
-        with _gates_open(masked):
-            for batch in batches:
-                mask_BT = batch["attention_mask"].bool()
-                masked(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    def __init__(self, masked: MaskedModel) -> None:
+        super().__init__(masked, _acted_on(masked.space))
+        self.of = {module: _Moments() for module in self._modules}
 
-
-@contextmanager
-def _gates_open(masked: MaskedModel) -> Iterator[None]:
-    """Run the base model inside the block: evaluation mode, all gates open, adapters off."""
-    training = masked.training
-    masked.eval()
-    masked.set_masks(None)
-    try:
-        with masked.base_only():
-            yield
-    finally:
-        masked.train(training)
+    def add(self, module: str, x: Tensor) -> None:
+        """Add a batch's inputs [tokens, I]."""
+        found, x = self.of[module], x.double()
+        found.count += len(x)
+        found.total = found.total + x.sum(0)
+        found.square_sum = found.square_sum + x.square().sum(0)
 
 
 class _Tally:
@@ -286,6 +272,10 @@ class _Tally:
 def _sides(space: PruningSpace) -> Iterable[tuple[str, Side, Side]]:
     """Modules with anything to cut, with their sides."""
     return [(w.module, w.rows, w.columns) for w in space.weights if w.rows.factors or w.columns.factors]
+
+
+def _cut_modules(space: PruningSpace) -> list[str]:
+    return [module for module, _, _ in _sides(space)]
 
 
 def _acted_on(space: PruningSpace) -> set[str]:

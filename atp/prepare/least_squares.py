@@ -15,19 +15,20 @@ Shape suffixes: B batch, T tokens, U units, D inputs of a projection, K kept inp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from atp.errors import UserError
 from atp.masks.lora import MaskedModel
+from atp.masks.loss import decode
+from atp.prepare.passes import InputObserver
 from atp.space.space import PruningSpace
 
 BatchSource = Callable[[], Iterable[Mapping[str, Tensor]]]
 
 _LARGEST_GRAM_BYTES = 2**31
+_SMALLEST_SHARED_RIDGE = 1e-6  # below it an inverse loses digits that solving a system of what stays keeps
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def repair_outputs(
     batches: BatchSource,
     *,
     ridge: float = 1e-3,
-    moments: Mapping[str, Tensor] | None = None,
+    fits: OutputFits | None = None,
 ) -> list[str]:
     """Refit the base weights of all output projections to the kept inputs, in place.
 
@@ -50,7 +51,7 @@ def repair_outputs(
         batches: Gives the calibration batches, on the model's device, each time it is called; large models read them
             more than once so that the moments of few layers are in memory at a time.
         ridge: Pull towards the present weights, relative to the inputs' mean square.
-        moments: From :func:`shared_moments`, where several cuts of one model are tried; otherwise taken here.
+        fits: Made of moments of these batches, where there are some; otherwise made here, with ``ridge``.
 
     Returns:
         Names of the refitted base weights, as in the masked model's state dict.
@@ -64,11 +65,11 @@ def repair_outputs(
     training = masked.training
     masked.eval()
     names = []
-    for some in _portions(cut):
-        found = _second_moments(masked, some, batches) if moments is None else {name: moments[name] for name in some}
-        for module, gram_DD in found.items():
+    for some in _portions(cut) if fits is None else [list(cut)]:
+        here = fits or OutputFits(_second_moments(masked, some, batches), ridge)
+        for module in some:
             weight, dense = masked.base_weight(module), masked.effective_weight(module)
-            fitted = fit_kept(dense, gram_DD, cut[module].to(gram_DD.device), ridge)
+            fitted = here.fit(module, dense, cut[module])
             kept_K = cut[module].nonzero().flatten().to(dense.device)
             change = fitted - dense[:, kept_K]
             weight.index_add_(1, kept_K, change.to(weight.dtype))
@@ -104,12 +105,62 @@ def fit_kept(weight: Tensor, gram_DD: Tensor, kept_D: Tensor, ridge: float) -> T
     return torch.linalg.solve(system, wanted).T.to(weight.dtype)
 
 
-def shared_moments(masked: MaskedModel, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
-    """Moments of the inputs of all output projections, [D, D] by module; None where they are too large to keep."""
+class OutputFits:
+    """Fits of output projections from the moments of their inputs, for one cut or for several.
+
+    For several, what does not depend on the cut is done once: with P = (C + ridge)^-1, removing the inputs R from a
+    projection W and refitting the others gives W'_K = W_K - W_R (P_RR)^-1 P_RK, whose systems are of the size of what
+    goes (block inverse; the same weights as :func:`fit_kept`'s to rounding in float64).
+
+    Args:
+        moments: Sums of x x^T, [D, D] by module; taken over, so not to be read any more if there are several cuts.
+        ridge: As in :func:`fit_kept`.
+        several: Whether more than one cut is to be fitted.
+    """
+
+    def __init__(self, moments: dict[str, Tensor], ridge: float, *, several: bool = False) -> None:
+        self._moments, self._ridge = moments, ridge
+        self._inverses: dict[str, Tensor] = {}
+        size = sum(8 * gram_DD.numel() for gram_DD in moments.values())
+        self._several = several and ridge >= _SMALLEST_SHARED_RIDGE and size <= _LARGEST_GRAM_BYTES
+
+    @torch.no_grad()
+    def fit(self, module: str, weight: Tensor, kept_D: Tensor) -> Tensor:
+        """Weights of the kept inputs, [out, K].
+
+        Args:
+            module: Name of the projection.
+            weight: Its dense weights, [out, D].
+            kept_D: True where an input stays; some stay, some go.
+        """
+        if not self._several:
+            gram_DD = self._moments[module]
+            return fit_kept(weight, gram_DD, kept_D.to(gram_DD.device), self._ridge)
+        if module not in self._inverses:
+            self._inverses[module] = _ridged_inverse(self._moments.pop(module), self._ridge)
+        inverse_DD = self._inverses[module]
+        kept_K = kept_D.nonzero().flatten().to(inverse_DD.device)
+        gone_R = (~kept_D).nonzero().flatten().to(inverse_DD.device)
+        rows_RD = inverse_DD[gone_R]
+        factor_RR = torch.linalg.cholesky(rows_RD[:, gone_R])
+        pushed_RO = torch.cholesky_solve(weight[:, gone_R].double().T, factor_RR)
+        return (weight[:, kept_K].double() - pushed_RO.T @ rows_RD[:, kept_K]).to(weight.dtype)
+
+
+def _ridged_inverse(gram_DD: Tensor, ridge: float) -> Tensor:
+    """Inverse of the moments with the ridge of :func:`fit_kept`, float64."""
+    system_DD = gram_DD.double()
+    mean = system_DD.diagonal().mean()
+    system_DD.diagonal().add_(ridge * mean.clamp(min=1e-12) + 1e-9 * mean)
+    return torch.cholesky_inverse(torch.linalg.cholesky(system_DD))
+
+
+def output_moments(masked: MaskedModel, limit: int | None = None) -> Moments | None:
+    """Return an observer of the inputs of all output projections; None where their moments are too large to keep."""
     sizes = {site.module: site.side.size for site in masked.space.sites if site.on == "input"}
     if sum(4 * size**2 for size in sizes.values()) > _LARGEST_GRAM_BYTES:
         return None
-    return _second_moments(masked, list(sizes), lambda: batches)
+    return Moments(masked, list(sizes), limit)
 
 
 def _portions(cut: Mapping[str, Tensor]) -> Iterable[list[str]]:
@@ -132,44 +183,35 @@ def _second_moments(masked: MaskedModel, modules: Sequence[str], batches: BatchS
     with Moments(masked, modules) as moments, masked.unmasked():
         for batch in batches():
             moments.watch(batch["attention_mask"].bool())
-            masked(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            decode(masked, batch)
     return moments.checked()
 
 
-class Moments:
+class Moments(InputObserver):
     """Sums of x x^T over the inputs of projections, taken while the model runs inside the ``with`` block.
 
     Args:
         masked: The model.
         modules: Names of the projections.
+        limit: Batches that are counted, the first ones; None for all.
     """
 
-    def __init__(self, masked: MaskedModel, modules: Sequence[str]) -> None:
-        self._masked, self._modules = masked, modules
+    def __init__(self, masked: MaskedModel, modules: Sequence[str], limit: int | None = None) -> None:
+        super().__init__(masked, modules, limit)
         self._by_module: dict[str, Tensor] = {}
-        self._real_BT = torch.empty(0)
-        self._hooks = ExitStack()
+        self._products: dict[int, Tensor] = {}
 
-    def __enter__(self) -> Self:
-        for module in self._modules:
-            hook = self._masked.linear(module).register_forward_pre_hook(self._adder(module))
-            self._hooks.callback(hook.remove)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hooks.close()
-
-    def watch(self, real_BT: Tensor) -> None:
-        """Count these tokens of the batch that comes next, True or False, [B, T]."""
-        self._real_BT = real_BT
-
-    def _adder(self, module: str) -> Callable[..., None]:
-        def add(_: object, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0][self._real_BT].float()
-            gram = x.T @ x
-            self._by_module[module] = self._by_module[module] + gram if module in self._by_module else gram
-
-        return add
+    def add(self, module: str, x: Tensor) -> None:
+        """Add a batch's inputs [tokens, D]; the product is formed in one matrix that all of a width share."""
+        x, width = x.float(), x.shape[-1]
+        if module not in self._by_module:
+            self._by_module[module] = x.T @ x
+            return
+        total = self._by_module[module]
+        product = self._products.get(width)
+        if product is None or product.device != total.device:
+            product = self._products[width] = torch.empty_like(total)
+        total.add_(torch.mm(x.T, x, out=product))
 
     def checked(self) -> dict[str, Tensor]:
         """The sums, [D, D] by module name.

@@ -1,7 +1,8 @@
 """Which scores masks start from: the candidate whose cut, once repaired, loses least.
 
-Sits between importance and the generator's warm start. Every candidate's scores select an architecture; its output
-projections are fitted by least squares, the loss on the calibration batches is taken, and the weights are put back.
+Sits between importance and the generator's warm start. Every candidate's scores select an architecture, and
+:mod:`atp.prepare.comparison` tells what its repaired cut loses. The moments that the repair needs are read off the
+passes that importance takes anyway, and are handed on for the repair of the cut that is chosen.
 The loss of the bare cut does not tell which architecture tunes best; that of the repaired cut nearly does on text that
 the base knows, and does not on a domain that is new to it (docs/methods.md). It knows masked models and
 scores, and nothing of how importance is measured.
@@ -13,22 +14,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from atp.errors import UserError
 from atp.masks.lora import MaskedModel
 from atp.masks.loss import causal_loss
+from atp.prepare.comparison import repaired_losses
 from atp.prepare.criteria import CRITERIA, RANKINGS, importances, rank
-from atp.prepare.least_squares import repair_outputs, shared_moments
+from atp.prepare.least_squares import OutputFits, output_moments
 from atp.space.space import PruningSpace
 
 log = logging.getLogger(__name__)
 
 COMPARED = 16
-"""Calibration batches on which candidates are compared."""
+"""Calibration batches on which candidates are compared, at most."""
 
 ATTENTION = ("heads", "query_heads", "qk_pairs", "value_dims")
 """Kinds that make up attention blocks."""
@@ -41,12 +43,20 @@ class Start:
     Attributes:
         name: Criterion, and what was added to attention.
         scores_U: The scores [U].
-        losses: Nats per token of every candidate's repaired cut, by name; empty for a single one.
+        losses: Nats per token of every candidate's repaired cut, by name, on as many batches as it was compared on;
+            empty for a single one.
+        batches: How many batches these are, by name.
+        fits: Of output projections, to repair the chosen cut by; None where no moments were taken or they are too large
+            to keep.
+        fits_of: Batches that they are made of, the first so many.
     """
 
     name: str
     scores_U: Tensor
-    losses: dict[str, float]
+    losses: dict[str, float] = field(default_factory=dict)
+    batches: dict[str, int] = field(default_factory=dict)
+    fits: OutputFits | None = None
+    fits_of: int = 0
 
 
 def starting_scores(
@@ -60,12 +70,14 @@ def starting_scores(
     attention: Sequence[float] = (0.0,),
     ridge: float = 1e-3,
     seed: int = 0,
+    moments: int = 0,
+    part: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> Start:
     """Return importance as starting logits; of several candidates, the one whose repaired cut has the lowest loss.
 
     Args:
-        masked: The model, not yet compact, on the device of the batches.
-        batches: Calibration batches; importance reads all, the comparison the first :data:`COMPARED`.
+        masked: The model, not yet compact, adapters at zero, on the device of the batches.
+        batches: Calibration batches; importance reads all, the comparison at most the first :data:`COMPARED`.
         select: From scores to masks, 0 or 1, [U].
         criteria: Names of importances, see :func:`atp.prepare.criteria.importance`; several are alternatives.
         ranking: How scores become comparable, see :func:`atp.prepare.criteria.rank`.
@@ -73,6 +85,9 @@ def starting_scores(
         attention: Alternatives of what is added to attention units.
         ridge: Of the repair.
         seed: Of random importance.
+        moments: Batches whose moments are taken for a repair to come; where there is something to compare, these are at
+            least :data:`COMPARED`.
+        part: Entered with "importance" and "choice" while they are at work.
 
     Raises:
         ValueError: An unknown criterion or ranking, no batch, or no alternative.
@@ -85,16 +100,21 @@ def starting_scores(
     if ranking not in RANKINGS:
         raise UserError(f"prune.warm_start.ranking is {ranking!r}; known: {', '.join(RANKINGS)}")
     candidates(masked.space, {}, attention)  # refuses what it would refuse after minutes of measuring
-    measured = importances(criteria, masked, batches, seed)
-    ranked = {name: gain * rank(ranking, masked.space, measured[name].cpu()) for name in criteria}
+    with part("importance"):
+        several = len(criteria) * len(attention) > 1
+        limit = min(max(moments, COMPARED if several else 0), len(batches))
+        grams = output_moments(masked, limit) if limit else None
+        measured = importances(criteria, masked, batches, seed, [grams] if grams else [])
+        ranked = {name: gain * rank(ranking, masked.space, measured[name].cpu()) for name in criteria}
+        fits = OutputFits(grams.checked(), ridge, several=several) if grams else None
     found = candidates(masked.space, ranked, attention)
     if len(found) == 1:
         ((name, scores_U),) = found.items()
-        return Start(name, scores_U, {})
-    losses = repaired_losses(masked, found, select, causal_loss, batches[:COMPARED], ridge=ridge)
-    best = min(losses, key=losses.__getitem__)
-    log.info("masks start from %s", best)
-    return Start(best, found[best], losses)
+        return Start(name, scores_U, fits=fits, fits_of=limit)
+    with part("choice"):
+        compared = repaired_losses(masked, found, select, causal_loss, batches[:COMPARED], ridge=ridge, fits=fits)
+    log.info("masks start from %s", compared.best)
+    return Start(compared.best, found[compared.best], compared.losses, compared.batches, fits, limit)
 
 
 def candidates(space: PruningSpace, scores: Mapping[str, Tensor], attention: Sequence[float]) -> dict[str, Tensor]:
@@ -124,62 +144,3 @@ def with_attention(space: PruningSpace, scores_U: Tensor, raised: float) -> Tens
         if axis.kind in ATTENTION:
             scores_U[axis.offset : axis.offset + axis.size] += raised
     return scores_U
-
-
-@torch.no_grad()
-def repaired_losses(
-    masked: MaskedModel,
-    candidates: Mapping[str, Tensor],
-    select: Callable[[Tensor], Tensor],
-    loss: Callable[[MaskedModel, Mapping[str, Tensor]], Tensor],
-    batches: Sequence[Mapping[str, Tensor]],
-    *,
-    ridge: float = 1e-3,
-) -> dict[str, float]:
-    """Loss of each candidate's cut after its output projections were fitted to it; the model is left as it was.
-
-    Args:
-        masked: The model, not yet compact.
-        candidates: Scores [U] by name.
-        select: From scores to masks, 0 or 1, [U].
-        loss: Mean loss of a batch, under the model's masks.
-        batches: Calibration batches on the model's device.
-        ridge: Of the fit.
-
-    Returns:
-        Nats per token by name of the candidate.
-
-    Raises:
-        ValueError: No batch.
-    """
-    if not batches:
-        raise UserError("prune.warm_start: no calibration batch to choose by; raise prune.warm_start.batches")
-    training, found, seen = masked.training, dict[str, float](), dict[bytes, float]()
-    masked.eval()
-    moments = shared_moments(masked, batches)
-    outputs = [site.module for site in masked.space.sites if site.on == "input"]
-    dense = {module: masked.base_weight(module).detach().cpu().clone() for module in outputs}
-    for name, scores_U in candidates.items():
-        masks_U = select(scores_U)
-        key = masks_U.cpu().bool().numpy().tobytes()
-        if key not in seen:
-            repair_outputs(masked, masks_U.to(scores_U.device), lambda: batches, ridge=ridge, moments=moments)
-            seen[key] = _masked_loss(masked, masks_U.to(scores_U.device), loss, batches)
-            for module, weight in dense.items():
-                masked.base_weight(module).copy_(weight)
-        found[name] = seen[key]
-        log.info("starting scores %s: %.4f nats after repair", name, found[name])
-    masked.train(training)
-    return found
-
-
-def _masked_loss(
-    masked: MaskedModel,
-    masks_U: Tensor,
-    loss: Callable[[MaskedModel, Mapping[str, Tensor]], Tensor],
-    batches: Sequence[Mapping[str, Tensor]],
-) -> float:
-    masked.set_masks(masks_U)
-    total = sum(float(loss(masked, batch)) for batch in batches) / len(batches)
-    masked.set_masks(None)
-    return total

@@ -33,6 +33,7 @@ def render(template: str, **content: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"svg": lambda chart: Markup(panel.inline_svg(chart)), "flat": _flat, "label": model_label}
+    environment.filters["shares"] = _shares
     environment.filters["without"] = lambda mapping, *names: {k: v for k, v in mapping.items() if k not in names}
     return environment.get_template(template).render(**content)
 
@@ -46,6 +47,12 @@ def _flat(mapping: Mapping[str, Any] | None, prefix: str = "") -> list[tuple[str
         elif value is not None:
             pairs.append((f"{prefix}{key}", _told(value)))
     return pairs
+
+
+def _shares(seconds: Mapping[str, float]) -> list[tuple[str, str]]:
+    """List seconds by part with their share of the sum."""
+    total = sum(seconds.values()) or 1.0
+    return [(part, f"{value:,.1f} ({value / total:.0%})") for part, value in seconds.items()]
 
 
 def _told(value: Any) -> Any:

@@ -30,7 +30,7 @@ _SCHEMA: dict[str, Any] = {
     "run": {
         **dict.fromkeys(("name", "command"), "string"),
         "versions": {"*": "any"},
-        "seconds": _NUMBERS,
+        **dict.fromkeys(("seconds", "parts"), _NUMBERS),
         "shared": {"*": "string"},
         "data": {"*": "any"},
     },

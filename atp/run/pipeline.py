@@ -43,6 +43,7 @@ from atp.run.directory import CONFIG, RunDirectory, provenance
 from atp.run.lock import hold
 from atp.run.results import assemble, final_figures, metric, write_card
 from atp.run.stages import Stages
+from atp.run.stopwatch import Stopwatch
 from atp.run.sweep import SharedResults, sweep_of
 
 log = logging.getLogger(__name__)
@@ -196,12 +197,14 @@ def _execute(stages: Stages, config: TrainConfig, directory: RunDirectory, origi
         work[name] = functools.partial(stages.tune_baseline, name)
     work |= {"samples": stages.write_samples, "cost": stages.measure}
     shared = _shared_results(config, directory, stages.plain_config)
+    before = stages.watch.take()
     results: dict[str, dict[str, Any]] = {}
     for number, (name, do) in enumerate(work.items(), 1):
         log.info("stage %d of %d: %s", number, len(work), name)
-        results[name] = _stage(name, do, config.seed, directory, shared)
+        results[name] = _stage(name, do, config.seed, directory, stages.watch, shared)
     metrics = assemble(
         results,
+        before=before,
         config=config,
         origin=origin,
         data={
@@ -244,16 +247,18 @@ def _stage(
     work: Callable[[], dict[str, Any]],
     seed: int,
     directory: RunDirectory,
+    watch: Stopwatch,
     shared: SharedResults | None = None,
 ) -> dict[str, Any]:
-    """Return a stage's result with its seconds; a resumed run reads it from its file."""
+    """Return a stage's result with its seconds, all and by part; a resumed run reads it from its file."""
 
     def timed() -> dict[str, Any]:
         seed_everything(seed, workers=True, verbose=False)
         started = time.perf_counter()
-        result = work()
-        gc.collect()
-        return {**result, "seconds": round(time.perf_counter() - started, 2)}
+        with watch.part(name):
+            result = work()
+            gc.collect()
+        return {**result, "seconds": round(time.perf_counter() - started, 2), "parts": watch.take()}
 
     if shared is None or name not in SharedResults.STAGES:
         return directory.stage(name, timed)

@@ -23,8 +23,10 @@ from atp.errors import UserError
 from atp.masks.generator import FixedScores
 from atp.masks.merging import base_tensors, merged_tensors
 from atp.prepare.blockwise import repair
+from atp.prepare.least_squares import OutputFits
 from atp.prepare.starts import Start, starting_scores
 from atp.run import parts
+from atp.run.stopwatch import Stopwatch
 from atp.train.joint import PruningModule
 
 log = logging.getLogger(__name__)
@@ -37,10 +39,14 @@ class Preparation:
         config: The typed configuration.
         data: The run's data.
         device: Where modules are prepared.
+        watch: Told which part of a run is under way: importance, choice, reconstruction.
     """
 
-    def __init__(self, config: TrainConfig, data: PruningDataModule, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, data: PruningDataModule, device: torch.device, watch: Stopwatch | None = None
+    ) -> None:
         self.config, self.data, self.device = config, data, device
+        self.watch = watch or Stopwatch()
 
     def batches(self, count: int) -> Iterator[dict[str, Tensor]]:
         """The first calibration batches, on the device; no more than the training data holds."""
@@ -64,23 +70,32 @@ class Preparation:
                 raise UserError("prune.warm_start.batches is 0, but fixed scores come from importance; set it above 0")
             return None
         module.generator.check_warm_start()
-        self.data.setup("fit")
+        with self.watch.part("data"):
+            self.data.setup("fit")
+            batches = list(self.batches(settings.batches))
+        repair = self.config.prune.repair
         start = starting_scores(
             module.masked.to(self.device),
-            list(self.batches(settings.batches)),
+            batches,
             module.selected,
             criteria=settings.criterion,
             ranking=settings.ranking,
             gain=settings.gain,
             attention=settings.attention,
-            ridge=self.config.prune.repair.ridge,
+            ridge=repair.ridge,
             seed=self.config.seed,
+            moments=repair.batches if repair.epochs == 0 and repair.batches <= len(batches) else 0,
+            part=self.watch.part,
         )
         module.generator.warm_start(start.scores_U)
         return start
 
-    def repair_start(self, module: PruningModule) -> None:
+    def repair_start(self, module: PruningModule, start: Start | None = None) -> None:
         """Repair the cut that the starting scores select.
+
+        Args:
+            module: The module, warm-started.
+            start: What it was started with, whose fits need not be made again.
 
         Raises:
             ValueError: No starting scores to select by.
@@ -92,17 +107,23 @@ class Preparation:
             )
         log.info("repair: fitting what the starting scores select to the dense layers")
         module.masked.to(self.device)
-        module.repair_start()
+        module.repair_start(self._known_fits(start))
 
-    def cut(self, module: PruningModule, base_config: PreTrainedConfig) -> PreTrainedModel:
+    def cut(self, module: PruningModule, base_config: PreTrainedConfig, start: Start | None = None) -> PreTrainedModel:
         """The smaller model that a module's scores select, repaired as the run's own is."""
         module.freeze_masks()
         masks_U = module.final_masks_U.cpu()
         prune = self.config.prune
         if prune.repair.batches > 0:
-            masked = module.masked.to(self.device)
-            repair(masked, module.final_masks_U.to(self.device), self.calibration, parts.make_repair(prune))
+            masked, masks = module.masked.to(self.device), module.final_masks_U.to(self.device)
+            with self.watch.part("reconstruction"):
+                repair(masked, masks, self.calibration, parts.make_repair(prune), self._known_fits(start))
         return remove(merged_tensors(module.masked.peft_model), base_config, module.space, masks_U)
+
+    def _known_fits(self, start: Start | None) -> OutputFits | None:
+        """The fits of a start that are made of just the batches that the cut is repaired on."""
+        fits_here = start is not None and start.fits_of == self.config.prune.repair.batches
+        return start.fits if start is not None and fits_here else None
 
 
 def to_device(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:

@@ -26,6 +26,7 @@ MODELS = ("dense", "dense_lora", "pruned", *BASELINES)
 def assemble(
     results: Mapping[str, dict[str, Any]],
     *,
+    before: Mapping[str, float] | None = None,
     config: TrainConfig,
     origin: Mapping[str, Any],
     data: Mapping[str, Any],
@@ -40,6 +41,7 @@ def assemble(
 
     Args:
         results: Results of the stages by name.
+        before: Seconds by part before the first stage.
         config: The run's configuration.
         origin: Command, git commit, versions, start.
         data: Name of the data and counts per split.
@@ -54,7 +56,12 @@ def assemble(
     values = {name: results[name]["values"] for name in MODELS if name in results}
     metrics: dict[str, Any] = {
         "format": FORMAT,
-        "run": {**_run(results, config, device), "data": dict(data), **origin},
+        "run": {
+            **_run(results, config, device),
+            "parts": _seconds_by_part(results, before or {}),
+            "data": dict(data),
+            **origin,
+        },
         "sparsity": {
             "target": config.prune.sparsity,
             "blocks": export["sparsity"],
@@ -105,6 +112,25 @@ def _run(results: Mapping[str, dict[str, Any]], config: TrainConfig, device: str
         "seconds": {name: result["seconds"] for name, result in results.items() if "shared_from" not in result},
         "shared": {name: result["shared_from"] for name, result in results.items() if "shared_from" in result},
     }
+
+
+def _seconds_by_part(results: Mapping[str, dict[str, Any]], before: Mapping[str, float]) -> dict[str, float]:
+    """Where the time went: load, data and evaluation over all stages; what tuned beside the run by its name.
+
+    Rests of a stage that belong to no part of its own go by the stage's name.
+    """
+    found: dict[str, float] = dict.fromkeys(
+        ("load", "data", "importance", "choice", "reconstruction", "training", "dense_lora", "cut", "export"), 0.0
+    )
+    rests = {"fit": "training", "dense": "evaluation", "pruned": "evaluation"}
+    for stage, seconds in [("", before), *((name, result.get("parts", {})) for name, result in results.items())]:
+        if "shared_from" in results.get(stage, {}):
+            continue
+        for part, value in seconds.items():
+            beside = stage in ("dense_lora", *BASELINES) and part not in ("load", "data", "evaluation")
+            name = stage if beside else rests.get(part, part)
+            found[name] = found.get(name, 0.0) + value
+    return {name: round(value, 2) for name, value in found.items() if value}
 
 
 def _quality(results: Mapping[str, dict[str, Any]], values: Mapping[str, dict[str, float]]) -> dict[str, Any]:

@@ -42,11 +42,13 @@ from atp.masks.merging import base_tensors, merge_in_place, merged_tensors
 from atp.model.adapter import Adapter
 from atp.model.families import is_stock
 from atp.model.layers import block_parameters
+from atp.prepare.starts import Start
 from atp.run import parts
 from atp.run.agreement import compare_exports, compare_stages
 from atp.run.assessment import PROMPTS_COUNTED, Assessor
 from atp.run.directory import RunDirectory, RunInterrupted, saved_overrides
 from atp.run.preparation import Preparation, read_cut, to_device, write_cut
+from atp.run.stopwatch import Stopwatch
 from atp.run.trained import cut_figures, load_trained, write_masks
 from atp.train.aware import AwareModule
 from atp.train.checkpoints import RunCheckpoint
@@ -82,10 +84,13 @@ class Stages:
         parts.check_quantization(config)
         parts.check_start(config.prune)
         log.info("run directory: %s", directory.path)
+        self.watch = Stopwatch()
         self.export_dtype = parts.export_dtype(config)
-        self.tokenizer = parts.load_tokenizer(config.model)
+        with self.watch.part("load"):
+            self.tokenizer = parts.load_tokenizer(config.model)
         self.prompt = parts.load_prompt(config, self.tokenizer)
-        plain = parts.load_splits(config.data, config.seed, self.tokenizer)
+        with self.watch.part("data"):
+            plain = parts.load_splits(config.data, config.seed, self.tokenizer)
         if plain.skipped:
             write_bad_rows(directory.path / SKIPPED_FILE, plain.skipped)
         self.prompt_cost = self.prompt.cost(plain.test[:PROMPTS_COUNTED], self.tokenizer, config.data.max_length)
@@ -96,7 +101,7 @@ class Stages:
         parts.check_tokenizer(config.model, self.tokenizer, dense, self.splits.train)
         self.base_config, self.generation_config = dense.config, dense.generation_config
         self.data = parts.data_module(config, self.splits, self.tokenizer, dense.config.max_position_embeddings)
-        self.preparation = Preparation(config, self.data, self.device)
+        self.preparation = Preparation(config, self.data, self.device, self.watch)
         self.space = parts.pruning_space(config.prune, dense)
         self.dense_parameters = count_parameters(dense)
         asked = ("push_to_hub", "public", "dtype", "max_shard_size", *self._formats())
@@ -139,18 +144,20 @@ class Stages:
     def fit_jointly(self) -> dict[str, Any]:
         """Train masks and adapters together; leaves ``checkpoints/joint.ckpt``."""
         _ = self.loggers  # opened first: a refusal then costs nothing
-        base = parts.load_base(self.config.model, quantized=True, device=self.device)
+        with self.watch.part("load"):
+            base = parts.load_base(self.config.model, quantized=True, device=self.device)
         module = parts.pruning_module(self.config, base)
         parts.tell_settings(self.config, module, saved_overrides(self.directory.path))
         repairs = self.config.prune.repair.batches > 0
         if repairs:
-            module.calibration = self.preparation.calibration
+            module.calibration, module.part = self.preparation.calibration, self.watch.part
         before = self.directory.path / "preparation.json"
         if not self.directory.checkpoint("joint").is_file():
             with peak_memory(self.device) as peak:
-                self._warm_start(module)
+                start = self._warm_start(module)
                 if repairs and self.config.prune.repair.at == "start":
-                    self.preparation.repair_start(module)
+                    self.preparation.repair_start(module, start)
+                del start  # with moments that no step needs
             write_json(before, {"peak_mib": peak.mib})
         if isinstance(module, AwareModule):
             module.calibration_batch = self.data.calibration_batch
@@ -159,12 +166,13 @@ class Stages:
         prepared = json.loads(before.read_text(encoding="utf-8"))["peak_mib"] if before.is_file() else 0.0
         return {"train_peak_mib": max(prepared, peak.mib), "steps_peak_mib": peak.mib, "train_peak_kind": peak.kind}
 
-    def _warm_start(self, module: PruningModule) -> None:
+    def _warm_start(self, module: PruningModule) -> Start | None:
         """Let the generator begin with the importance of the dense model's units."""
         start = self.preparation.warm_start(module, self.config.prune.warm_start)
         if start and start.losses:
-            plain = {"format": 1, "chosen": start.name, "repaired_loss": start.losses}
-            write_json(self.directory.path / "start.json", plain)
+            plain = {"chosen": start.name, "repaired_loss": start.losses, "batches": start.batches}
+            write_json(self.directory.path / "start.json", {"format": 1, **plain})
+        return start
 
     def remove_and_export(self) -> dict[str, Any]:
         """Cut the pruned units for good, write ``pruned/``, and compare masked, removed and reloaded model."""
@@ -172,11 +180,13 @@ class Stages:
         write_masks(self.directory.path / "masks.json", self.space, masks_U, module.final_scores_U.cpu())
         log.info("removal: cutting %d of %d units", int((masks_U < 0.5).sum()), self.space.num_units)
         masked = module.masked.to(self.device).eval()
-        removed, stored, adapter = self._cut(module, masks_U)
+        with self.watch.part("cut"):
+            removed, stored, adapter = self._cut(module, masks_U)
         batches = self._check_batches()
         path = self.directory.path / "pruned"
-        self._export(stored, adapter, path, overwrite=True)
-        write_formats(path, **self._formats())
+        with self.watch.part("export"):
+            self._export(stored, adapter, path, overwrite=True)
+            write_formats(path, **self._formats())
         merged, dtype = adapter is None, self.export_dtype
         return {
             **compare_stages(masked, removed, self.pruned(), batches, stored=dtype, rounded=merged),
@@ -292,14 +302,15 @@ class Stages:
         module = parts.pruning_module(config, self.dense())
         if kept.is_file():
             return read_cut(kept, module, self.base_config)
-        self.preparation.warm_start(module, config.prune.warm_start)
-        cut = self.preparation.cut(module, self.base_config)
+        start = self.preparation.warm_start(module, config.prune.warm_start)
+        cut = self.preparation.cut(module, self.base_config, start)
         write_cut(kept, cut, module)
         return cut
 
     def evaluate_model(self, model: PreTrainedModel) -> dict[str, Any]:
         """Quality on the test records, on further tasks, and on what is not the target domain."""
-        return self.assessor.quality(model)
+        with self.watch.part("evaluation"):
+            return self.assessor.quality(model)
 
     def write_samples(self) -> dict[str, Any]:
         """Continue a few test prompts with dense and pruned model; leaves ``samples.json``."""
@@ -317,12 +328,14 @@ class Stages:
 
     def dense(self) -> PreTrainedModel:
         """The base model, loaded afresh."""
-        return parts.load_base(self.config.model)
+        with self.watch.part("load"):
+            return parts.load_base(self.config.model)
 
     def pruned(self) -> PreTrainedModel:
         """The exported model, loaded back from the run directory; in the base's working type unless told otherwise."""
         dtype = None if self.config.export.dtype else parts.DTYPES[self.config.model.dtype]
-        return load_exported(self.directory.path / "pruned", dtype=dtype, device=self.device)
+        with self.watch.part("load"):
+            return load_exported(self.directory.path / "pruned", dtype=dtype, device=self.device)
 
     def _fit(self, name: str, module: TuningModule) -> None:
         """Train to the end, from the checkpoint if there is one."""
@@ -336,7 +349,8 @@ class Stages:
             loggers += self.loggers
         trainer = parts.make_trainer(config, callbacks, loggers, self.data.num_batches, self.directory.path)
         resume = checkpoint_path if checkpoint_path.is_file() else None
-        trainer.fit(module, datamodule=self.data, ckpt_path=resume, weights_only=True)
+        with self.watch.part("training"):
+            trainer.fit(module, datamodule=self.data, ckpt_path=resume, weights_only=True)
         merge_csv(logs, self.directory.path / "metrics" / ("train.csv" if name == "joint" else f"{name}.csv"))
         if checkpoint.interrupted:
             raise RunInterrupted(

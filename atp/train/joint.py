@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from atp.masks.sampler import Sampler
 from atp.prepare import blockwise
 from atp.prepare.blockwise import Repair
 from atp.prepare.criteria import lora_gradient
+from atp.prepare.least_squares import OutputFits
 from atp.train import decisions
 from atp.train.cuttable import why_not_early, why_uncut
 from atp.train.tuning import Batch, TuningModule
@@ -67,6 +68,7 @@ class PruningModule(TuningModule):
         **tuning: Arguments of :class:`TuningModule`.
 
     Attributes:
+        part: Entered with "reconstruction" while the cut is repaired, for whoever takes the time.
         uncut: Why the live model cannot be cut at the freeze, whatever ``compaction`` says; empty where it can.
     """
 
@@ -111,6 +113,7 @@ class PruningModule(TuningModule):
             raise UserError(f"prune.repair.at is {repair_at!r}; known: {', '.join(REPAIR_AT)}")
         self.repair, self.repair_at = repair or Repair(), repair_at
         self.calibration: Callable[[], Iterable[Batch]] | None = None
+        self.part: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
         self._repaired: list[str] = []
         self.shape, self.min_units, self.round_to = shape, min_units, round_to
         self.gates = None if gates == "binary" else Gates(self.space.num_units, gates)
@@ -154,19 +157,23 @@ class PruningModule(TuningModule):
             with unwrapped(self.trainer.strategy):
                 self._cut_early(self.progressive.decided(self.selected(self.logits())), self.trainer.optimizers)
 
-    def repair_start(self) -> None:
+    def repair_start(self, fits: OutputFits | None = None) -> None:
         """Repair the cut that the starting scores select, before anything trains.
 
         At the freeze adapters have already learnt what a refit would repair, and it counts twice; before the first step
         nothing has been learnt. Masks may still move away from this selection.
-        """
-        self._repair(self.selected(self.logits()))
 
-    def _repair(self, masks_U: Tensor) -> None:
+        Args:
+            fits: Where they are there already, see :func:`atp.prepare.blockwise.repair`.
+        """
+        self._repair(self.selected(self.logits()), fits)
+
+    def _repair(self, masks_U: Tensor, fits: OutputFits | None = None) -> None:
         assert self.calibration is not None
         if self.distill:
             self.masked.keep_dense(self.repair.modules(self.masked))
-        self._repaired = blockwise.repair(self.masked, masks_U, self.calibration, self.repair)
+        with self.part("reconstruction"):
+            self._repaired = blockwise.repair(self.masked, masks_U, self.calibration, self.repair, fits)
 
     def _cut_early(self, live_U: Tensor, optimizers: Iterable[Optimizer] = ()) -> None:
         """Cut the live model to ``live_U`` [U]; masks go on being learnt for what is left."""

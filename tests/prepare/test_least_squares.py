@@ -14,7 +14,7 @@ from atp.cut.removal import max_logit_difference, remove
 from atp.cut.selection import select
 from atp.masks.lora import MaskedModel, add_lora
 from atp.masks.merging import merged_tensors
-from atp.prepare.least_squares import fit_kept, repair_outputs
+from atp.prepare.least_squares import OutputFits, fit_kept, repair_outputs
 from atp.space.space import PruningSpace
 
 
@@ -46,6 +46,16 @@ def test_a_copied_input_is_taken_over_exactly(seed: int, kept: int, copies: int)
     keep = torch.arange(kept + copies) < kept
     fitted = fit_kept(weight, inputs.T @ inputs, keep, ridge=0.0)
     assert torch.allclose(x @ fitted.T, inputs @ weight.T, atol=1e-3)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 7), st.sampled_from([1e-5, 1e-3, 0.1]))
+def test_one_factorisation_fits_every_cut(seed: int, kept: int, ridge: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(32, 8, generator=generator), torch.randn(3, 8, generator=generator)
+    fits = OutputFits({"a": x.T @ x}, ridge, several=True)
+    for _ in range(2):
+        keep = torch.randperm(8, generator=generator) < kept
+        torch.testing.assert_close(fits.fit("a", weight, keep), fit_kept(weight, x.T @ x, keep, ridge))
 
 
 def test_a_large_ridge_changes_nothing() -> None:

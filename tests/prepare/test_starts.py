@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,11 @@ from atp.commands.train import compose_config
 from atp.cut.selection import select
 from atp.masks.lora import MaskedModel, add_lora
 from atp.masks.loss import causal_loss
-from atp.prepare.starts import candidates, repaired_losses, starting_scores, with_attention
+from atp.prepare.comparison import repaired_losses, rounds
+from atp.prepare.criteria import importance, importances
+from atp.prepare.least_squares import OutputFits, output_moments, repair_outputs
+from atp.prepare.passes import observe
+from atp.prepare.starts import candidates, starting_scores, with_attention
 from atp.run.pipeline import run
 from atp.space.space import PruningSpace
 
@@ -47,8 +52,6 @@ def test_raised_attention_keeps_no_fewer_heads_and_no_more_channels(raised: floa
 
 
 def test_the_model_is_left_as_it_was_and_losses_are_those_of_the_repaired_cut() -> None:
-    from atp.prepare.least_squares import repair_outputs
-
     masked, data = masked_model(), batches()
     before = {name: value.clone() for name, value in masked.state_dict().items()}
     scores = {name: torch.rand(masked.space.num_units) for name in ("a", "b")}
@@ -57,7 +60,7 @@ def test_the_model_is_left_as_it_was_and_losses_are_those_of_the_repaired_cut() 
     def selected(scores_U: torch.Tensor) -> torch.Tensor:
         return select(masked.space, scores_U, 0.25)
 
-    losses = repaired_losses(masked, scores, selected, causal_loss, data)
+    losses = repaired_losses(masked, scores, selected, causal_loss, data, halving=False).losses
     assert all(torch.equal(value, masked.state_dict()[name]) for name, value in before.items())
     assert losses["a"] == losses["c"] != losses["b"]
     repair_outputs(masked, selected(scores["b"]), lambda: data)
@@ -79,8 +82,99 @@ def test_units_that_matter_are_preferred() -> None:
         view[10:] = -1.0 if "channels" in name else 5.0
     wrong_U = torch.where(useful_U < 2, -useful_U, useful_U)
     scores = candidates(masked.space, {"useful": useful_U, "wrong": wrong_U}, [0.0])
-    losses = repaired_losses(masked, scores, lambda scores_U: select(masked.space, scores_U, 0.1), distance, batches())
+    found = repaired_losses(masked, scores, lambda scores_U: select(masked.space, scores_U, 0.1), distance, batches())
+    losses = found.losses
+    assert found.best == "useful, attention +0"
     assert losses["useful, attention +0"] < 0.1 * losses["wrong, attention +0"]
+
+
+@pytest.mark.parametrize("halving", [True, False])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_smaller_model_by_shared_moments_loses_what_the_masked_model_loses(halving: bool, adapted: bool) -> None:
+    masked, data = masked_model(), batches()
+    if adapted:
+        for name, parameter in masked.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    scores = {str(seed): torch.rand(masked.space.num_units) for seed in range(5)}
+    moments = output_moments(masked)
+    assert moments is not None
+    with moments, torch.no_grad():
+        for batch in data:
+            moments.watch(batch["attention_mask"].bool())
+            masked(**batch)
+
+    def selected(scores_U: torch.Tensor) -> torch.Tensor:
+        return select(masked.space, scores_U, 0.25)
+
+    options: Any = {"halving": halving}
+    masked_found = repaired_losses(masked, scores, selected, causal_loss, data, **options)
+    before = {name: value.clone() for name, value in masked.state_dict().items()}
+    small_found = repaired_losses(
+        masked, scores, selected, causal_loss, data, fits=OutputFits(moments.checked(), 1e-3, several=True), **options
+    )
+    assert all(torch.equal(value, masked.state_dict()[name]) for name, value in before.items())
+    assert small_found.best == masked_found.best and small_found.batches == masked_found.batches
+    assert small_found.losses == pytest.approx(masked_found.losses, rel=1e-5)
+    assert small_found.batches[small_found.best] == len(data)
+    assert (min(small_found.batches.values()) < len(data)) == halving
+
+
+def test_memory_that_is_short_costs_time_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    masked, data = masked_model(), batches()
+    scores = {str(seed): torch.rand(masked.space.num_units) for seed in range(5)}
+    moments = output_moments(masked)
+    assert moments is not None
+    observe(masked, data, [moments])
+
+    def found() -> dict[str, float]:
+        chosen = repaired_losses(
+            masked,
+            scores,
+            lambda scores_U: select(masked.space, scores_U, 0.25),
+            causal_loss,
+            data,
+            fits=OutputFits(dict(moments.checked()), 1e-3, several=True),
+        )
+        return chosen.losses
+
+    plenty = found()
+    monkeypatch.setattr("atp.prepare.comparison._LARGEST_FITS_BYTES", 0)
+    assert found() == plenty, "weights that are fitted again are other weights"
+    monkeypatch.setattr("atp.prepare.comparison._LARGEST_CUT_BYTES", 0)
+    assert found() == pytest.approx(plenty, rel=1e-5)
+    monkeypatch.setattr("atp.prepare.least_squares._LARGEST_GRAM_BYTES", 0)
+    assert output_moments(masked) is None
+
+
+def test_one_pass_tells_what_separate_passes_tell() -> None:
+    masked, data = masked_model(), batches()
+    names = ["taylor", "wanda", "fluctuation", "taylor+wanda"]
+    shared, limited = output_moments(masked), output_moments(masked, 2)
+    assert shared is not None and limited is not None
+    together = importances(names, masked, data, observers=[shared, limited])
+    for name in names:
+        assert torch.equal(together[name], importance(name, masked, data))
+    for alone, counted, number in ((output_moments(masked), shared, 3), (output_moments(masked), limited, 2)):
+        assert alone is not None
+        observe(masked, data[:number], [alone])
+        assert all(torch.equal(value, alone.checked()[name]) for name, value in counted.checked().items())
+    once, again = masked_model(), masked_model()
+    masks_U = select(masked.space, together["taylor"], 0.25)
+    repair_outputs(once, masks_U, lambda: data)
+    repair_outputs(again, masks_U, lambda: data, fits=OutputFits(shared.checked(), 1e-3))
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in once.state_dict().items())
+
+
+@given(st.integers(1, 40), st.integers(1, 64))
+def test_rounds_halve_candidates_and_double_batches(number: int, count: int) -> None:
+    found = rounds(number, count)
+    assert found[-1] == count and found == sorted(set(found)) and found[0] >= 1
+    assert all(later <= 2 * earlier for earlier, later in itertools.pairwise(found))
+    left = number
+    for _ in found[:-1]:
+        left = -(-left // 2)
+    assert left <= 2 or count < number
 
 
 def distance(model: MaskedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

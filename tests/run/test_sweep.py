@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from atp.atomic import write_json
 from atp.commands.train import compose_config
 from atp.config.schema import folder_name
-from atp.run.results import _run
+from atp.run.results import _run, _seconds_by_part
+from atp.run.stopwatch import Stopwatch
 from atp.run.sweep import (
     SharedResults,
     clear_mark,
@@ -111,6 +112,33 @@ def test_seconds_of_a_shared_stage_are_not_this_runs() -> None:
     }
     told = _run(results, config, "cpu")  # type: ignore[arg-type]
     assert told["seconds"] == {"fit": 5.0} and told["shared"] == {"dense": "shared/dense_1.json"}
+
+
+def test_time_is_told_by_part_and_without_what_another_run_did() -> None:
+    results = {
+        "fit": {"parts": {"load": 1.0, "importance": 3.0, "training": 9.0, "fit": 0.5}},
+        "dense": {"parts": {"load": 1.0, "evaluation": 50.0}, "shared_from": "shared/dense_1.json"},
+        "pruned": {"parts": {"load": 0.5, "evaluation": 2.0, "pruned": 0.25}},
+        "dense_lora": {"parts": {"training": 7.0, "evaluation": 2.0, "dense_lora": 1.0}},
+        "wanda": {"parts": {"importance": 1.0, "reconstruction": 1.0, "training": 7.0}},
+        "cost": {"parts": {"load": 0.5, "cost": 4.0}},
+    }
+    told = _seconds_by_part(results, {"load": 2.0, "data": 5.0})
+    assert told["load"] == 4.0 and told["data"] == 5.0 and told["importance"] == 3.0
+    assert told["training"] == 9.5 and told["evaluation"] == 4.25 and told["cost"] == 4.0
+    assert told["dense_lora"] == 8.0 and told["wanda"] == 9.0 and "reconstruction" not in told
+
+
+def test_a_second_counts_in_the_innermost_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 2.0, 5.0, 6.0, 10.0, 10.0, 10.0])
+    monkeypatch.setattr("atp.run.stopwatch.time.perf_counter", lambda: next(clock))
+    watch = Stopwatch()
+    with watch.part("training"):
+        with watch.part("reconstruction"):
+            pass
+        with pytest.raises(RuntimeError), watch.part("training"):
+            raise RuntimeError
+    assert watch.take() == {"training": 7.0, "reconstruction": 3.0}
 
 
 def test_jobs_are_told_with_their_reasons(tmp_path: Path) -> None:
