@@ -1,26 +1,37 @@
-"""Tiny random models of every shape that matters; nothing here touches the network."""
+"""Tiny random models of every shape that matters, and what keeps tests that run side by side apart.
+
+pytest-xdist starts two or more workers (``addopts`` in pyproject.toml); each has caches of its own, one thread, and
+temporary folders of its own. ``pytest -n 0`` runs everything in one process. Nothing here touches the network.
+"""
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
+import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers, which reads it once, as it is imported
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
 from atp.model.families import ALWAYS, FAMILIES
 
-os.environ.setdefault("WANDB_MODE", "offline")
-_caches = tempfile.TemporaryDirectory(prefix="atp-test-cache-")  # gone with the interpreter
-os.environ["ATP_CACHE"] = _caches.name
+if TYPE_CHECKING:  # the process that only hands tests to the workers starts without them
+    import torch
+    from transformers import PreTrainedModel
 
-torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
+_caches = tempfile.mkdtemp(prefix="atp-test-cache-")  # this process's own
+atexit.register(shutil.rmtree, _caches, ignore_errors=True)
+os.environ |= {
+    "ATP_CACHE": _caches,
+    "HF_MODULES_CACHE": f"{_caches}/modules",  # before transformers, which reads it once, as HF_HUB_OFFLINE
+    "TORCHINDUCTOR_CACHE_DIR": f"{_caches}/inductor",
+    "OMP_NUM_THREADS": "1",  # before torch; the models here are so small that threads only wait for each other
+}
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
 
 ATTENTION = {"mha": 6, "gqa": 3, "mqa": 1}
 
@@ -36,6 +47,9 @@ def tiny_model(
     vocabulary: int = 64,
 ) -> PreTrainedModel:
     """A random model: hidden 48, 6 query heads of 8, 20 channels, vocabulary 64, context 64."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     torch.manual_seed(seed)
     biases = {name: biased for name in set(FAMILIES[family].biases.values()) - {ALWAYS}}
     config = AutoConfig.for_model(
@@ -79,6 +93,8 @@ SHAPES = [
 
 def tiny_batch(rows: int = 3, tokens: int = 17, seed: int = 1, vocabulary: int = 64) -> dict[str, torch.Tensor]:
     """A right-padded batch with labels."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, vocabulary, (rows, tokens), generator=generator)
     attention_mask = torch.ones_like(ids)

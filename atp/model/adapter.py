@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from atp.errors import UserError
+from atp.model.odd_places import ADAPTER_CONFIG, ADAPTER_FOLDER
 
-ADAPTER_FOLDER, ADAPTER_CONFIG = "adapter", "adapter_config.json"
 _PREFIX = "base_model.model."
 _WEIGHTS_FILE = "adapter_model.safetensors"
 _NOT_PLAIN = (

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from atp.errors import UserError
-from atp.model.adapter import ADAPTER_CONFIG, ADAPTER_FOLDER
 
+ADAPTER_FOLDER, ADAPTER_CONFIG = "adapter", "adapter_config.json"
 LFS_POINTER = b"version https://git-lfs"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _CONVERT = (

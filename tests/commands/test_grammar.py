@@ -149,3 +149,13 @@ for name in {names}:
 print("torch" in sys.modules, "matplotlib" in sys.modules)
 """
     assert run("-c", script).stdout.endswith("False False\n")
+
+
+def test_a_place_without_a_model_is_told_before_torch_is_imported() -> None:
+    script = """
+import sys
+from atp.commands import export, generate
+codes = export.main(["nowhere", "--to", "gguf"]), generate.main(["nowhere", "--prompt", "a"])
+print(codes, "torch" in sys.modules)
+"""
+    assert run("-c", script).stdout == "(2, 2) False\n"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import forked
 from test_report import make_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,11 +31,15 @@ FAST = [
 ]
 
 
-def train(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run train.py as a user does."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+def train(*arguments: str, cwd: Path, check: bool = True, fork: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run train.py as a user does, without fork to the letter."""
+    command = [str(ROOT / "train.py"), *arguments]
+    if fork:
+        done = forked(*command, cwd=cwd)
+    else:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *command]
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -44,7 +49,7 @@ def train(*arguments: str, cwd: Path, check: bool = True) -> subprocess.Complete
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """One finished run and what it printed."""
     folder = tmp_path_factory.mktemp("run")
-    done = train(*FAST, "run_dir=one", cwd=folder)
+    done = train(*FAST, "run_dir=one", cwd=folder, fork=False)
     return folder / "one", done.stdout
 
 
@@ -255,8 +260,8 @@ def test_a_run_writes_and_verifies_the_formats_it_is_asked_for(tmp_path: Path) -
 @pytest.mark.slow
 def test_a_finished_run_is_taken_apart_into_base_and_adapter_later(finished: tuple[Path, str], tmp_path: Path) -> None:
     shutil.copytree(finished[0], tmp_path / "one")
-    command = [sys.executable, "-m", "atp.export", "one", "--to", "adapter"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    command = ["atp.export", "one", "--to", "adapter"]
+    done = forked(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "largest logit difference from one/pruned" in done.stdout
     adapter, merged = load_exported(tmp_path / "one" / "unmerged"), load_exported(tmp_path / "one" / "pruned")
@@ -264,10 +269,10 @@ def test_a_finished_run_is_taken_apart_into_base_and_adapter_later(finished: tup
     ids = torch.arange(100)[None]
     with torch.no_grad():
         torch.testing.assert_close(adapter(ids).logits, merged(ids).logits, atol=1e-4, rtol=0)
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    again = forked(*command, cwd=tmp_path)
     assert again.returncode == 2 and "not empty" in again.stderr and "--overwrite" in again.stderr
     (tmp_path / "one" / "checkpoints" / "joint.ckpt").unlink()
-    gone = subprocess.run([*command, "--overwrite"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    gone = forked(*command, "--overwrite", cwd=tmp_path)
     assert gone.returncode == 2 and "joint.ckpt" in gone.stderr
 
 

@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,20 +130,34 @@ def make_repaired_module(method: str, **options: Any) -> PruningModule:
     return module
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[dict[str, torch.Tensor], bool]]:
+    """What a run ends with that nothing stops, and whether it is compact; each is trained once."""
+
+    @functools.cache
+    def end(make: Any, method: str) -> tuple[dict[str, torch.Tensor], bool]:
+        whole = make(method)
+        fit(whole, tmp_path_factory.mktemp("whole") / "whole.ckpt")
+        return trained_state(whole), bool(whole.is_compact)
+
+    return end
+
+
 @pytest.mark.parametrize("make", [make_module, make_repaired_module], ids=["masked", "compact"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stop", [1, 4, 5, 6, 8], ids=["warm-up", "pruning", "before-freeze", "at-freeze", "frozen"])
-def test_resume_equals_uninterrupted_to_the_last_bit(make: Any, method: str, stop: int, tmp_path: Path) -> None:
-    whole = make(method)
-    fit(whole, tmp_path / "whole.ckpt")
-    assert bool(whole.is_compact) is (make is make_repaired_module)
+def test_resume_equals_uninterrupted_to_the_last_bit(
+    make: Any, method: str, stop: int, uninterrupted: Callable[..., Any], tmp_path: Path
+) -> None:
+    whole, is_compact = uninterrupted(make, method)
+    assert is_compact is (make is make_repaired_module)
     interrupted = make(method)
     assert fit(interrupted, tmp_path / "part.ckpt", StopAt(stop)).interrupted
     assert interrupted.global_step == stop + 1
     resumed = make(method, seed=99)  # other initial values: everything that matters must come from the file
     fit(resumed, tmp_path / "part.ckpt", resume=True)
     assert resumed.global_step == STEPS
-    assert_same(trained_state(whole), trained_state(resumed))
+    assert_same(whole, trained_state(resumed))
 
 
 class Losses(Callback):
