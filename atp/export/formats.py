@@ -187,7 +187,7 @@ def _write_gguf(directory: Path, output: Path | None, asked: Asked) -> list[Writ
             file.path,
             file.size_bytes,
             f"{(file.size_bytes - file.tensor_bytes) / 2**20:.2f} of them vocabulary and names; "
-            f"{file.architecture}, {file.type}",
+            f"{file.architecture}, {file.type}: {file.mix}",
         )
         for file in files
     ]

@@ -50,6 +50,7 @@ class GgufFile:
         type: Type of the matrices.
         size_bytes: Size of the file.
         tensor_bytes: What the tensors take of it; the rest is vocabulary and names.
+        mix: How many of its matrices have which type.
         notes: What the user should know of it.
     """
 
@@ -58,6 +59,7 @@ class GgufFile:
     type: str
     size_bytes: int
     tensor_bytes: int
+    mix: str
     notes: tuple[str, ...]
 
 
@@ -124,8 +126,10 @@ def export_gguf(
                 _quantise(stored, layout, vocabulary, kind, stage)
             else:
                 _write(stored, layout, vocabulary, kind, stage)
-        tensor_bytes = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
-        written.append(GgufFile(path, layout.architecture, kind, path.stat().st_size, tensor_bytes, layout.notes))
+        tensors = gguf.GGUFReader(path).tensors
+        tensor_bytes = sum(int(tensor.n_bytes) for tensor in tensors)
+        mix = k_quants.described([tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1])
+        written.append(GgufFile(path, layout.architecture, kind, path.stat().st_size, tensor_bytes, mix, layout.notes))
     for note in dict.fromkeys(note for file in written for note in file.notes):
         logger.warning("%s", note)
     return written

@@ -8,6 +8,7 @@ of tensors; :mod:`atp.export.gguf.file` writes them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,7 +146,5 @@ def quantised(values: np.ndarray, stored_type: Any) -> np.ndarray:
 
 
 def described(types: Sequence[str]) -> str:
-    """The types of a file's matrices and how many have each, the most frequent first."""
-    matrices = [name for name in types if name != "F32"]
-    counts = {name: matrices.count(name) for name in dict.fromkeys(matrices)}
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+    """How many matrices have which type, from the types of all of them; the most frequent first."""
+    return ", ".join(f"{count} {name}" for name, count in Counter(types).most_common())
