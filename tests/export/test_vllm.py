@@ -300,19 +300,20 @@ def vllm() -> Vllm:
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "options"),
+    ("shape", "remote_code", "adapter"),
     [
-        ("uniform", {}),
-        ("per-layer", {}),
-        ("per-layer", {"remote_code": True}),
-        ("per-layer", {"adapter": True}),
-        ("no-attention", {}),
+        pytest.param("uniform", False, False, id="uniform"),
+        pytest.param("per-layer", False, False, id="per-layer"),
+        pytest.param("per-layer", True, False, id="per-layer-without-atp"),
+        pytest.param("per-layer", False, True, id="per-layer-with-an-adapter"),
+        pytest.param("no-ffn", False, False, id="no-ffn"),
+        pytest.param("no-attention", False, False, id="no-attention"),
     ],
-    ids=["uniform", "per-layer", "per-layer-remote-code", "adapter", "no-attention"],
 )
-def test_a_server_answers_as_transformers_does(vllm: Vllm, tmp_path: Path, shape: str, options: dict) -> None:
-    remote_code = options.pop("remote_code", False)
-    directory = exported(tmp_path, shape, **options)
+def test_a_server_answers_as_transformers_does(
+    vllm: Vllm, tmp_path: Path, shape: str, remote_code: bool, adapter: bool
+) -> None:
+    directory = exported(tmp_path, shape, adapter=adapter)
     with Server(vllm, directory, tmp_path / "work", remote_code=remote_code) as server:
         found = compare(server, prompts=4, prompt_tokens=12, new_tokens=24)
     assert found["same_tokens"], found
