@@ -64,11 +64,7 @@ def _measured(vllm: Vllm, options: argparse.Namespace, work: Path) -> dict[str, 
         for index, directory in enumerate(options.directories):
             server = Server(vllm, directory.resolve(), work / str(index), options.remote_code, options.dtype, longest)
             server.threads = options.threads
-            servers.append(server)
-            open_servers.callback(server.stop)
-            server.start()
-        for server in servers:
-            server.wait()
+            servers.append(open_servers.enter_context(server))
         for server in servers:
             row = compare(server, prompts=options.prompts, prompt_tokens=32, new_tokens=min(32, options.new_tokens))
             result["answers"].append(row)

