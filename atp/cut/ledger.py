@@ -49,6 +49,7 @@ class LayerLedger:
         self.counts = layer.dense
         self.order: dict[str, list[int]] = {}
         self.scores = {kind: scores[axis.name] for kind, axis in layer.axes.items() if axis.layer != WHOLE_MODEL}
+        self._plain = {kind: values.tolist() for kind, values in self.scores.items()}
         self.steps = {kind: step if kind in _ROUNDED else 1 for kind in self.scores}
         self.least = {kind: _floor(least[kind], self.steps[kind], self.count(kind)) for kind in self.scores}
         for kind in self.scores:
@@ -81,7 +82,10 @@ class LayerLedger:
         if kind == "query_heads":
             kept = self.kept("heads")
             return float(self.query_scores[kept, cut].mean())
-        return _next_score(self.scores[kind], self.order[kind], self.count(kind), self.steps[kind], self.least[kind])
+        count, step = self.count(kind), self.steps[kind]
+        if step == 1:  # nearly always, and asked for every unit
+            return float(self._plain[kind][self.order[kind][len(self.order[kind]) - count]])
+        return _next_score(self.scores[kind], self.order[kind], count, step, self.least[kind])
 
     def kept(self, kind: str) -> list[int]:
         """Kept units of a kind, by position in their axis."""
@@ -119,6 +123,7 @@ class ModelLedger:
         self.hidden_order = torch.argsort(self.hidden_scores, stable=True).tolist()
         self.hidden = len(self.hidden_order)
         self.hidden_least = _floor(least["hidden"], round_to, self.hidden)
+        self._sizes: dict[tuple[int, Counts], float] = {}
 
     def size(self, layer: LayerLedger, counts: Counts, cost: CostModel | None = None) -> float:
         """Cost of a layer that keeps so much, by the budget's measure unless another is given."""
@@ -147,7 +152,13 @@ class ModelLedger:
             )
         layer = self.layers[index]
         after = layer.after(kind)
-        return 0.0 if after is None else self.size(layer, layer.counts) - self.size(layer, after)
+        return 0.0 if after is None else self._size(index, layer.counts) - self._size(index, after)
+
+    def _size(self, index: int, counts: Counts) -> float:
+        """:meth:`size` of a layer, remembered: every count is asked for several times."""
+        if (index, counts) not in self._sizes:
+            self._sizes[index, counts] = self.size(self.layers[index], counts)
+        return self._sizes[index, counts]
 
     def score(self, index: int, kind: str) -> float:
         """Score of what the next cut removes."""

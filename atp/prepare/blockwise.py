@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,8 +137,9 @@ class _Blockwise:
                 self._dense_layer(index, layer, whole, left)
             first, last = self._train(index, layer, whole, left)
             self._write_back(layer)
-            with torch.no_grad():
-                left.advance(index, self.small.get_submodule(layer.prefix))
+            if index + 1 < len(prefixes):
+                with torch.no_grad():
+                    left.advance(index, self.small.get_submodule(layer.prefix))
             log.info("repair: layer %d of %d, error %.3f -> %.3f", index + 1, len(prefixes), first, last)
         return self.names
 
@@ -228,6 +229,9 @@ class _Blockwise:
 class _Inputs:
     """What enters each layer of a model, batch by batch; hidden states wait in main memory.
 
+    Only the first batch runs through the layers to find out how they are called. For the others they pass their input
+    on: what they compute is computed by :meth:`advance`.
+
     Attributes:
         hidden: Input of the layer that comes next, [B, T, D] for each batch.
     """
@@ -236,10 +240,15 @@ class _Inputs:
         self.batches = batches
         self.hidden: list[Tensor] = []
         self._options: list[list[dict[str, Any]]] = []
+        self._as_tuple = False
         with ExitStack() as hooks, torch.no_grad():
             for layer in layers:
                 hooks.callback(layer.register_forward_pre_hook(self._note, with_kwargs=True).remove)
-            for batch in batches:
+            hooks.callback(layers[0].register_forward_hook(self._note_kind).remove)
+            for number, batch in enumerate(batches):
+                if number == 1:
+                    for layer in layers:
+                        hooks.enter_context(_passing_on(layer, as_tuple=self._as_tuple))
                 self._options.append([])
                 self._first = True
                 decode(model, batch)
@@ -249,6 +258,9 @@ class _Inputs:
             self.hidden.append((inputs[0] if inputs else options["hidden_states"]).cpu())
             self._first = False
         self._options[-1].append({name: value for name, value in options.items() if name != "hidden_states"})
+
+    def _note_kind(self, _: nn.Module, inputs: object, output: object) -> None:
+        self._as_tuple = isinstance(output, tuple)
 
     def call(self, index: int, batch: int, layer: nn.Module, dtype: torch.dtype) -> Tensor:
         """Output of layer ``index`` for a batch, all floating inputs in ``dtype``."""
@@ -270,6 +282,24 @@ class _Inputs:
             if watch:
                 watch(batch["attention_mask"].bool())
             self.hidden[number] = self.call(index, number, layer, self.hidden[number].dtype).cpu()
+
+
+@contextmanager
+def _passing_on(layer: Any, *, as_tuple: bool) -> Iterator[None]:
+    """Let a decoder layer return what it is given, inside the block."""
+
+    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
+        return (hidden_states,) if as_tuple else hidden_states
+
+    own = vars(layer).get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

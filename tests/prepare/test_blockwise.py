@@ -13,7 +13,7 @@ from atp.cut.removal import kept_indices, max_logit_difference, remove
 from atp.cut.selection import select
 from atp.masks.lora import MaskedModel, add_lora
 from atp.masks.merging import merged_tensors
-from atp.prepare.blockwise import Repair, repair
+from atp.prepare.blockwise import Repair, _Inputs, repair
 from atp.space.space import PruningSpace
 
 SPACES = [
@@ -43,6 +43,29 @@ def batches() -> Iterator[dict[str, torch.Tensor]]:
         mask = torch.ones_like(ids)
         mask[0, -3:] = 0
         yield {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_inputs_that_are_kept_are_those_of_the_whole_pass(family: str) -> None:
+    """What the layers are given one by one is what they get when the model runs, for every batch."""
+    model, data = tiny_model(family, "gqa"), list(batches())
+    prefixes = [layer.prefix for layer in PruningSpace.from_model(model).layers]
+    layers = [model.get_submodule(prefix) for prefix in prefixes]
+    inputs = _Inputs(model, layers, data)
+    for index, layer in enumerate(layers):
+        with torch.no_grad():
+            inputs.advance(index, layer)
+        for batch, kept in zip(data, inputs.hidden, strict=True):
+            assert torch.equal(kept, hidden_after(model, layer, batch))
+
+
+def hidden_after(model: torch.nn.Module, layer: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    seen: list[torch.Tensor] = []
+    hook = layer.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    with torch.no_grad():
+        model(**batch)
+    hook.remove()
+    return seen[0]
 
 
 def distance(masked: MaskedModel, masks_U: torch.Tensor, dense: list[torch.Tensor]) -> float:
