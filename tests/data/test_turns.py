@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from atp.data.encoding import IGNORED, Encoder
+from atp.data.encoding.cache import cache_key
 from atp.data.encoding.tokenizer import control_tokens, load_tokenizer
 from atp.data.encoding.turn import Turn, end_token, is_instruct, template_of, turn_of
 from atp.data.prompt import CHAT_NAME, Prompt, prompt_of
@@ -149,6 +151,13 @@ def test_too_long_a_prompt_keeps_both_ends_of_the_template(tokenizers: dict[str,
     ]
     assert len(given) + len(learnt) == 96 and encoder.truncated["prompts"] == 1
     assert given[:3] == whole[:3] and given[-4:] == whole[-4:] and learnt[-1] == end_token(tokenizer)
+
+
+def test_the_end_of_an_answer_is_part_of_what_is_kept(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    encoder = Encoder(tokenizers["chatml"], 64)
+    for record in (CompletionRecord("Q", " a"), ChoiceRecord("Q", (" a", " b"), 0)):
+        keys = {cache_key([replace(record, end=end)], encoder, "auto") for end in ("", "<|im_end|>", "</s>")}
+        assert len(keys) == 3
 
 
 def test_answers_that_differ_in_blanks_alone_are_left(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
