@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help train test check base clean
+.PHONY: help train test slow check base clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -18,6 +18,9 @@ train: $(VENV)/.ready  ## prune and tune the embedded model to its legal domain
 
 test: $(VENV)/.ready  ## run the tests
 	$(RUN) -m pytest
+
+slow: $(VENV)/.ready  ## run the tests that take long
+	$(RUN) -m pytest -m slow
 
 check: $(VENV)/.ready  ## lint, format, types
 	$(RUN) -m ruff check .
