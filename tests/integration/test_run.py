@@ -221,7 +221,8 @@ def test_interrupt_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> 
 
 def test_a_sweep_shares_goes_on_and_lists_failures(tmp_path: Path) -> None:
     """Two jobs that work and one that cannot; started again, only that is tried; one reference for all."""
-    command = ["-m", "experiment=smoke", "prune.sparsity=0.3,1.5,0.6", "trainer.max_steps=3", "evaluate.speed=false"]
+    command = ["-m", "experiment=smoke", "prune=l0", "prune.sparsity=0.3,1.5,0.6", "trainer.max_steps=3"]
+    command += ["evaluate.speed=false", "evaluate.samples=0", "evaluate.max_generate=2", "evaluate.forgetting=[]"]
     first = train(*command, "threads=1", cwd=tmp_path, check=False)
     assert first.returncode == 1
     ending = first.stdout[first.stdout.index("sweep runs/sweeps/smoke") :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -61,15 +62,22 @@ def test_baseline_and_preset_of_one_name_are_one_method(name: str) -> None:
     assert (first.criterion, first.ranking) == (second.criterion, second.ranking)
 
 
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, Any]:
+    """Records by the settings they come from, which several experiments share."""
+    return {}
+
+
 @pytest.mark.parametrize("experiment", names("experiment"))
-def test_every_experiment_builds(experiment: str) -> None:
+def test_every_experiment_builds(experiment: str, loaded: dict[str, Any]) -> None:
     """The whole preset where it needs no hub; otherwise everything but its model and data, which say so clearly."""
     made = config(f"experiment={experiment}")
     if made.trainer.accelerator != "gpu":
         parts.make_trainer(made, [], [], made.trainer.max_steps)
     if made.model.path == "embedded":
         base = parts.load_base(made.model)
-        splits = parts.load_splits(made.data, made.seed)
+        key = repr((made.data, made.seed))
+        splits = loaded[key] = loaded.get(key) or parts.load_splits(made.data, made.seed)
         data = parts.data_module(made, splits, parts.load_tokenizer(made.model), base.config.max_position_embeddings)
         data.setup("fit")
         assert len(data.train_dataloader()) == made.trainer.max_steps * made.trainer.accumulate_grad_batches

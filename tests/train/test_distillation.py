@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,23 +132,34 @@ def test_the_teacher_stays_the_dense_base_through_repair_training_and_cut(epochs
     assert not [name for name in module.state_dict() if "teacher" in name]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, int], dict[str, torch.Tensor]]:
+    """What a run ends with that nothing stops; each is trained once."""
+
+    @functools.cache
+    def end(compaction: bool, epochs: int) -> dict[str, torch.Tensor]:
+        whole = make_taught(compaction, epochs)
+        whole.repair_start()
+        fit(whole, tmp_path_factory.mktemp("whole") / "whole.ckpt")
+        return trained_state(whole)
+
+    return end
+
+
 @pytest.mark.parametrize("compaction", [True, False], ids=["compact", "masked"])
 @pytest.mark.parametrize("stop", [1, 4, 8], ids=["warm-up", "pruning", "frozen"])
 @pytest.mark.parametrize("epochs", [0, 1], ids=["fitted", "blockwise"])
 def test_a_taught_and_repaired_run_resumes_to_the_last_bit(
-    compaction: bool, stop: int, epochs: int, tmp_path: Path
+    compaction: bool, stop: int, epochs: int, uninterrupted: Callable[..., Any], tmp_path: Path
 ) -> None:
     from test_module import StopAt
 
-    whole = make_taught(compaction, epochs)
-    whole.repair_start()
-    fit(whole, tmp_path / "whole.ckpt")
     interrupted = make_taught(compaction, epochs)
     interrupted.repair_start()
     assert fit(interrupted, tmp_path / "part.ckpt", StopAt(stop)).interrupted
     resumed = make_taught(compaction, epochs)
     fit(resumed, tmp_path / "part.ckpt", resume=True)
-    assert_same(trained_state(whole), trained_state(resumed))
+    assert_same(uninterrupted(compaction, epochs), trained_state(resumed))
 
 
 def test_repaired_weights_without_adapters_stay_in_the_checkpoints_of_a_resumed_run() -> None:
