@@ -140,6 +140,8 @@ class AwareModule(PruningModule):
             limit = gradient_clip_val if group["name"] in _ADAPTERS else gradient_clip_val and GENERATOR_CLIP
             _clip([p.grad for p in group["params"] if p.grad is not None], limit, gradient_clip_algorithm)
         gathered, self._lasso_gradients = self._lasso_gradients, {}
+        if gathered and self.is_logged_step:
+            self.log_figures({"grad_norm/lasso": nn.utils.get_total_norm(list(gathered.values()))})
         limit = gradient_clip_val and gradient_clip_val * self.lasso_factor(self.global_step)
         _clip(gathered.values(), limit, gradient_clip_algorithm)
         for parameter, gradient in gathered.items():

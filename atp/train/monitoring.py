@@ -41,7 +41,8 @@ class TrainingHealth(Callback):
     """Gradient norms before clipping and learning rates per parameter group, and memory held.
 
     Logged as ``grad_norm/<group>``, ``lr/<group>``, ``memory/process_mib`` and on a GPU ``memory/cuda_mib`` and
-    ``memory/cuda_peak_mib``. Groups are those of the optimiser: ``lora``, ``generator``, ``multipliers``.
+    ``memory/cuda_peak_mib``. Groups are those of the optimiser: ``lora``, ``generator``, ``multipliers``; a module that
+    clips gradients apart notes further ones itself (``grad_norm/lasso``).
     """
 
     def __init__(self) -> None:

@@ -162,7 +162,9 @@ def test_a_large_lasso_takes_no_room_from_what_the_adapters_learn() -> None:
         assert factors is not None
         factors[1].data.normal_(0.0, 0.2)
     plain = clipped(module, 1.0)["lora"]
+    module.is_logged_step = True
     both = clipped(module, 1.0, torch.zeros(module.space.num_units))["lora"]
+    assert float(module.figures["grad_norm/lasso"]) > 100.0
     lasso = both - plain
     assert float(lasso.norm()) == pytest.approx(100.0, rel=1e-3)  # clipped to one, then its factor
     untouched = lasso == 0  # A of inputs and B of outputs of the residual stream, of which the lasso has none
