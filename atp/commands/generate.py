@@ -212,7 +212,8 @@ def _stream_hf(path: Path, prompt: str, chat: bool, frame: Frame, **sampling: An
     except OSError as error:
         raise UserError(f"{path} holds no tokenizer that can be read; copy the base model's files there") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = load_model(str(path)).to(device) if path.is_file() else load_exported(path, device=device)
+    model: Any = load_model(str(path)) if path.is_file() else load_exported(path, device=device)
+    model = model.to(device)
     check_ids(tokenizer, model.config.vocab_size, path)
     stops = {tokenizer.eos_token_id, *stop_ids(model.generation_config)}
     if chat or frame:

@@ -139,7 +139,7 @@ class Prompt:
         if self.chat is None or tokenizer is None:
             return replace(record, prompt=self.render(record.prompt, record.task))
         asked = self._in_template(record.prompt, record.task, tokenizer)
-        framed = {"prompt": asked.prompt, "frame": asked.frame, "end": asked.turn.end}
+        framed: dict[str, Any] = {"prompt": asked.prompt, "frame": asked.frame, "end": asked.turn.end}
         if isinstance(record, ChoiceRecord):
             return replace(record, choices=tuple(asked.answers(record.choices)), **framed)
         return replace(record, completion=asked.answers([record.completion])[0], **framed)

@@ -36,9 +36,10 @@ def stored_stops(source: str | Path, revision: str | None = None) -> list[int]:
     Raises:
         OSError: There is no config.
     """
-    settings, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision)
+    which: dict[str, Any] = {"revision": revision}
+    settings, _ = PreTrainedConfig.get_config_dict(str(source), **which)
     try:
-        own: Any = GenerationConfig.from_pretrained(str(source), revision=revision)
+        own: Any = GenerationConfig.from_pretrained(str(source), **which)
     except OSError:  # most have none
         own = None
     return stop_ids(own, settings)

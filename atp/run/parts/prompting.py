@@ -9,6 +9,7 @@ import copy
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -93,7 +94,7 @@ def _chat_template(config: TrainConfig, prompt: Prompt, tokenizer: PreTrainedTok
 
 def export_generation(
     own: GenerationConfig | None, prompt: Prompt, splits: Splits, tokenizer: PreTrainedTokenizerBase
-) -> GenerationConfig | None:
+) -> Any:
     """The base's generation config; where turns were learnt, it also stops at what ends them.
 
     Args:
