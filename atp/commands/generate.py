@@ -267,11 +267,9 @@ def _stream_gguf(path: Path, prompt: str, chat: bool, frame: Frame, **sampling: 
     from atp.data.encoding.text import stretches
     from atp.export.llama_cpp.server import LlamaCppServer
 
-    server = LlamaCppServer(path, private=True)
+    server = LlamaCppServer(path, private=True, chat=chat)
     try:
         if chat:
-            if not server.has_chat_template:
-                raise UserError(f"{path} holds no chat template; leave --chat out")
             yield from server.chat([{"role": "user", "content": prompt}], **sampling)
             return
         ids = []

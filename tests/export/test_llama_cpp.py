@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -116,7 +117,7 @@ def test_a_served_file_answers_openais_requests_until_it_is_stopped(model_dir, c
     place = model_dir if ending == signal.SIGINT else chatty
     process, (file, told, line) = start(str(place))
     try:
-        address = told.split()[2].removesuffix("/v1")
+        (address,) = re.findall(r"served at (\S+)/v1,", told)
         assert file == str(chatty if place == chatty else model_dir / "gguf" / "model-f32.gguf")
         assert address.startswith("http://127.0.0.1:") and line.startswith(f"curl {address}/v1/")
         asked = {"max_tokens": 8, "temperature": 0}
@@ -222,8 +223,8 @@ def test_the_c_interface_says_what_llama_cpp_says_of_a_file(model_dir, tmp_path,
 def test_a_file_without_vocabulary_is_not_given_texts(model_dir, tmp_path, capsys):
     """llama.cpp's server would end the whole process at the first text."""
     (written,) = export_gguf(model_dir, tmp_path, types=["q8_0"], tokenizer=False)
-    for code in (generate([str(written.path), "--prompt", "a"]), serve([str(written.path), "port=0"])):
-        assert code == 2
+    for command, words in ((generate, ["--prompt", "a"]), (serve, ["port=0"])):
+        assert command([str(written.path), *words]) == 2
         assert "without vocabulary (--no-tokenizer)" in capsys.readouterr().err
 
 
@@ -263,6 +264,13 @@ def without_build(monkeypatch):
     monkeypatch.setattr("atp.export.gguf.file._BUILD", Package("not_installed_anywhere"))
 
 
+@pytest.fixture
+def only_gguf(monkeypatch):
+    """Verification leaves the Hugging Face directory out, which spares a process that imports transformers."""
+    unread = replace(FORMATS["hf"].engine, package=Package("not_installed_anywhere"))
+    monkeypatch.setitem(FORMATS, "hf", replace(FORMATS["hf"], engine=unread))
+
+
 def faults(capsys, model_dir: Path) -> list[str]:
     """What each user of llama.cpp says where it cannot be used."""
     file = str(model_dir / "gguf" / "model-f32.gguf")
@@ -276,13 +284,13 @@ def faults(capsys, model_dir: Path) -> list[str]:
     return [*told, str(refused.value), checks["gguf f32"].note]
 
 
-def test_llama_cpp_that_is_absent_names_the_command(model_dir, capsys, monkeypatch, without_build):
+def test_llama_cpp_that_is_absent_names_the_command(model_dir, capsys, monkeypatch, without_build, only_gguf):
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     for message in faults(capsys, model_dir):
         assert "xllamacpp is not installed" in message and "pip install 'atp[llamacpp]'" in message
 
 
-def test_llama_cpp_that_is_too_old_names_the_version(model_dir, capsys, monkeypatch, without_build):
+def test_llama_cpp_that_is_too_old_names_the_version(model_dir, capsys, monkeypatch, without_build, only_gguf):
     monkeypatch.setattr(extras, "_version", lambda module: "2026.4.8672.1")
     for message in faults(capsys, model_dir):
         assert "xllamacpp 2026.4.8672.1 is installed" in message and f"'xllamacpp=={engine.VERSION}'" in message
@@ -296,7 +304,9 @@ def test_newer_versions_serve_but_their_structures_are_not_guessed(installed, mo
     assert LLAMA_CPP.fault == "", "a build for CUDA has the same structures"
 
 
-def test_a_processor_without_the_wheels_instructions_is_told(model_dir, capsys, monkeypatch, tmp_path, without_build):
+def test_a_processor_without_the_wheels_instructions_is_told(
+    model_dir, capsys, monkeypatch, tmp_path, without_build, only_gguf
+):
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nflags\t\t: fpu sse4_2 avx f16c bmi2\n")
     monkeypatch.setattr(extras, "_PROCESSOR", tmp_path / "cpuinfo")
     for message in faults(capsys, model_dir):
@@ -330,7 +340,7 @@ def test_the_engine_runs_by_its_path_in_a_process_without_atp(model_dir):
     assert done.stdout == "(3, 2048) False\n", done.stderr
 
 
-def test_an_engine_that_dies_is_a_mismatch_with_what_it_said(model_dir, tmp_path, monkeypatch):
+def test_an_engine_that_dies_is_a_mismatch_with_what_it_said(model_dir, tmp_path, monkeypatch, only_gguf):
     script = tmp_path / "dying.py"
     script.write_text(
         "import os, sys\n"

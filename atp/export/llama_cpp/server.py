@@ -24,6 +24,7 @@ from atp.export.llama_cpp.engine import why_not_loaded
 from atp.model.gguf.reading import GgufFile
 
 LOOPBACK = "127.0.0.1"
+_REACHED = {"0.0.0.0": LOOPBACK, "[::]": "[::1]"}  # where this machine finds a server that listens everywhere
 _WAIT_SECONDS = 60.0
 _QUIET = -1  # verbosity
 _PLAIN = {"top_k": 0, "min_p": 0.0, "typical_p": 1.0, "repeat_penalty": 1.0, "presence_penalty": 0.0}
@@ -41,6 +42,7 @@ class LlamaCppServer:
         slots: Requests that are computed at once; others wait.
         threads: Threads; by default as many as this process may use.
         private: Whether only this object may ask, not others on this machine.
+        chat: Whether the file must bring a chat template.
 
     Raises:
         UserError: xllamacpp is missing or too old, the file cannot be served, or the port is taken.
@@ -56,10 +58,13 @@ class LlamaCppServer:
         slots: int = 1,
         threads: int | None = None,
         private: bool = False,
+        chat: bool = False,
     ) -> None:
         xllamacpp: Any = LLAMA_CPP_SERVER.require()
         self._file = _checked(path)
-        self._key = secrets.token_hex() if private else ""
+        if chat and not self.has_chat_template:
+            raise UserError(f"{path} holds no chat template; leave --chat out")
+        self._key, self._host = secrets.token_hex() if private else "", host
         _check_port(host, port)
         settings = xllamacpp.CommonParams()
         settings.model.path = str(path)
@@ -74,6 +79,7 @@ class LlamaCppServer:
             self._server = xllamacpp.Server(settings)
         except RuntimeError as error:
             raise UserError(_why_not(path, context)) from error
+        self._ask("/slots")  # its loop answers, so it runs; closed any earlier, the server waits for itself for ever
 
     @property
     def address(self) -> str:
@@ -94,12 +100,7 @@ class LlamaCppServer:
             control: Whether names of control tokens in it mean the tokens.
         """
         asked = {"content": text, "add_special": first, "parse_special": control}
-        request = urllib.request.Request(f"{self.address}/tokenize", json.dumps(asked).encode())
-        request.add_header("Content-Type", "application/json")
-        request.add_header("Authorization", f"Bearer {self._key}")
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the environment names
-        with direct.open(request, timeout=_WAIT_SECONDS) as answer:
-            return list(json.load(answer)["tokens"])
+        return list(self._ask("/tokenize", asked)["tokens"])
 
     def complete(self, ids: Sequence[int], **sampling: Any) -> Iterator[str]:
         """Continues token ids piece by piece; ``sampling`` as for :meth:`chat`."""
@@ -124,6 +125,18 @@ class LlamaCppServer:
     def close(self) -> None:
         """Stop listening and free the model."""
         self._server = None
+
+    def _ask(self, path: str, asked: Mapping[str, Any] | None = None) -> Any:
+        """What the server answers at a path of its own."""
+        port = self.address.rpartition(":")[2]
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        body = None if asked is None else json.dumps(asked).encode()
+        request = urllib.request.Request(f"http://{_REACHED.get(host, host)}:{port}{path}", body)
+        request.add_header("Content-Type", "application/json")
+        request.add_header("Authorization", f"Bearer {self._key}")
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the environment names
+        with direct.open(request, timeout=_WAIT_SECONDS) as answer:
+            return json.load(answer)
 
     def _pieces(self, ask: Callable[..., Any], asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """What a call that reports to a function reports, as it comes; the call ends when nobody takes more."""
