@@ -107,7 +107,7 @@ class Server:
         work: Folder for the log and, where atp is not installed there, for the plugin's entry points.
         remote_code: Serve with `--trust-remote-code` and no plugin; otherwise with the plugin and no such flag.
         dtype: Type to compute in.
-        max_tokens: Longest sequence.
+        max_tokens: Longest sequence; None for what the model takes.
         threads: Threads of the engine.
         patience: Seconds to wait for it.
     """
@@ -117,7 +117,7 @@ class Server:
     work: Path
     remote_code: bool = False
     dtype: str = "float32"
-    max_tokens: int = 512
+    max_tokens: int | None = None
     threads: int = 1
     patience: float = 600.0
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
@@ -205,8 +205,9 @@ class Server:
         """The command that serves the directory."""
         command = [self.vllm.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.directory)]
         command += ["--served-model-name", "model", "--host", "127.0.0.1", "--port", str(self._port)]
-        command += ["--dtype", self.dtype, "--max-model-len", str(self.max_tokens), "--enforce-eager"]
-        command += ["--no-enable-prefix-caching", "--max-logprobs", "20", "--disable-log-stats"]
+        command += ["--dtype", self.dtype, "--enforce-eager", "--no-enable-prefix-caching", "--disable-log-stats"]
+        if self.max_tokens is not None:
+            command += ["--max-model-len", str(self.max_tokens)]
         if self.remote_code:
             command.append("--trust-remote-code")
         if has_adapter(self.directory):
@@ -230,10 +231,9 @@ class Server:
 
     def reason(self) -> str:
         """The first error in the log that is not a consequence of another; its last line where there is none."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        found = [
-            match for line in lines if (match := re.search(r"Value error, (.*?)(?: \[type=|$)|\b\w*Error: .*", line))
-        ]
+        log = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = [line for line in log if " WARNING " not in line and " INFO " not in line]
+        found = [match for line in lines if (match := _ERROR.search(line))]
         errors = [match[1] or match[0] for match in found]
         causes = [text for text in errors if not re.search(r"Engine core|root cause|validation error for", text)]
         return (causes or errors or [line for line in lines if line.strip()][-1:] or ["it wrote nothing"])[0]
