@@ -87,7 +87,8 @@ def draw(whole: Frame, title: str) -> str:
     least = SMALLEST * whole.samples
     height = (whole.depth(least) + 1) * ROW + 8
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="11">',
+        '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="11" '
+        f'viewBox="0 0 {WIDTH} {height}">',
         f"<title>{escape(title)}</title>",
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
         f'<text x="4" y="14" font-weight="bold">{escape(title)}</text>',
