@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import shlex
 import signal
 import sys
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program name; the process' own when None.
 
     Returns:
-        0 once it is stopped, or 2 after a user's mistake.
+        2 after a user's mistake; once it serves, the process ends with 0 when it is stopped.
     """
     return run_command(Options, _run, argv, name="serve")
 
@@ -76,9 +77,10 @@ def _run(options: Options) -> int:
     sys.stdout.write(f"{curl_line(server)}\n")
     sys.stdout.flush()
     _wait()
-    server.close()
     sys.stdout.write("stopped\n")
-    return 0
+    sys.stdout.flush()
+    # Closed in order, llama.cpp's server would wait half a minute for a request in progress and hold the interpreter.
+    os._exit(0)
 
 
 def _is_loopback(host: str) -> bool:

@@ -138,6 +138,19 @@ def test_a_served_file_answers_openais_requests_until_it_is_stopped(model_dir, c
     assert (process.returncode, rest, errors) == (0, "stopped\n", "")
 
 
+def test_a_request_in_progress_does_not_hold_a_server_that_is_stopped(model_dir):
+    process, (_, told, _) = start(str(model_dir), "context=4096")
+    (address,) = re.findall(r"served at (\S+)/v1,", told)
+    asked = {"prompt": "A BILL to", "max_tokens": 4000, "stream": True, "ignore_eos": True}
+    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(asked).encode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        assert answer.readline().startswith(b"data: ")
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=15) == ("stopped\n", "")
+    assert process.returncode == 0
+
+
 def test_a_private_server_answers_its_owner_only(model_dir):
     from atp.export.llama_cpp.server import LlamaCppServer
 
