@@ -38,7 +38,7 @@ def stored_stops(source: str | Path, revision: str | None = None) -> list[int]:
     """
     settings, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision)
     try:
-        own: Any = GenerationConfig.from_pretrained(str(source), revision=revision)
+        own: Any = GenerationConfig.from_pretrained(str(source), revision=revision or "main")
     except OSError:  # most have none
         own = None
     return stop_ids(own, settings)
