@@ -242,7 +242,7 @@ def test_a_sweep_shares_goes_on_and_lists_failures(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_writes_and_verifies_the_formats_it_is_asked_for(tmp_path: Path) -> None:
     """Pruned base with adapter, GGUF and ONNX; what each loads to is compared in a process of its own."""
-    pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'atp[gguf]'")
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'atp[llamacpp]'")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'atp[onnx]'")
     wanted = ["export=[hf,gguf,adapter,onnx]", "export.gguf=[f32]", "export.verify=true", "export.verify_tokens=256"]
     done = train("experiment=smoke", "threads=1", "evaluate.reference=false", *wanted, "run_dir=one", cwd=tmp_path)
@@ -250,9 +250,8 @@ def test_a_run_writes_and_verifies_the_formats_it_is_asked_for(tmp_path: Path) -
     metrics = json.loads((tmp_path / "one" / "metrics.json").read_text())
     checks = {check["format"]: check for check in metrics["export"]["formats"]}
     assert checks.keys() == {"adapter", "gguf f32", "onnx"} and metrics["export"]["adapter"]
-    for name in ("adapter", "onnx"):
+    for name in checks:
         assert checks[name]["ok"] and checks[name]["max_abs"] < 1e-3
-    assert checks["gguf f32"]["ok"] is not False  # None where llama.cpp is not installed
     assert metrics["removal"]["max_abs_logit_diff"] < 1e-4
     card = (tmp_path / "one" / "pruned" / "README.md").read_text()
     assert "gguf/model-f32.gguf" in card and "## Formats" in card

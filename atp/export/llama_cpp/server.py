@@ -27,6 +27,7 @@ LOOPBACK = "127.0.0.1"
 _REACHED = {"0.0.0.0": LOOPBACK, "[::]": "[::1]"}  # where this machine finds a server that listens everywhere
 _WAIT_SECONDS = 60.0
 _QUIET = -1  # verbosity
+_RANDOM_SEED = 2**32 - 1  # means a seed that differs each time
 _PLAIN = {"top_k": 0, "min_p": 0.0, "typical_p": 1.0, "repeat_penalty": 1.0, "presence_penalty": 0.0}
 """What llama.cpp would otherwise do to probabilities by default."""
 
@@ -216,5 +217,5 @@ def _request(sampling: Mapping[str, Any]) -> dict[str, Any]:
         "max_tokens": sampling["max_new_tokens"],
         "temperature": sampling["temperature"],
         "top_p": sampling["top_p"],
-        "seed": sampling["seed"],
+        "seed": sampling["seed"] % _RANDOM_SEED,
     }
