@@ -75,7 +75,8 @@ def repaired_losses(
         batches: Calibration batches on the model's device.
         ridge: Of the fit, where ``fits`` are not given.
         fits: Fit output projections to any cut; None: moments are taken for every candidate anew, over these batches.
-        halving: Drop the worse half of the candidates round by round; otherwise all are run over all batches.
+        halving: Drop the worse half of the candidates round by round, given ``fits``; otherwise all are run over all
+            batches, as without ``fits`` every round would cost another repair.
 
     Raises:
         ValueError: No batch.
@@ -93,7 +94,7 @@ def repaired_losses(
         if key not in cuts:
             cuts[key] = _Cut(masked, masks_U.to(scores_U.device), ridge, fits, batches)
     left = list(cuts)
-    for number in rounds(len(left), len(batches)) if halving else [len(batches)]:
+    for number in rounds(len(left), len(batches)) if halving and fits is not None else [len(batches)]:
         for key in left:
             room -= cuts[key].run(loss, batches[:number], room)
         left = sorted(left, key=lambda key: cuts[key].loss)[: max(-(-len(left) // 2), 1)]

@@ -121,6 +121,7 @@ class OutputFits:
     def __init__(self, moments: dict[str, Tensor], ridge: float, *, several: bool = False) -> None:
         self._moments, self._ridge = moments, ridge
         self._inverses: dict[str, Tensor] = {}
+        self._indefinite: set[str] = set()
         size = sum(8 * gram_DD.numel() for gram_DD in moments.values())
         self._several = several and ridge >= _SMALLEST_SHARED_RIDGE and size <= _LARGEST_GRAM_BYTES
 
@@ -133,26 +134,32 @@ class OutputFits:
             weight: Its dense weights, [out, D].
             kept_D: True where an input stays; some stay, some go.
         """
-        if not self._several:
+        inverse_DD = self._inverse(module) if self._several else None
+        if inverse_DD is None:
             gram_DD = self._moments[module]
             return fit_kept(weight, gram_DD, kept_D.to(gram_DD.device), self._ridge)
-        if module not in self._inverses:
-            self._inverses[module] = _ridged_inverse(self._moments.pop(module), self._ridge)
-        inverse_DD = self._inverses[module]
         kept_K = kept_D.nonzero().flatten().to(inverse_DD.device)
         gone_R = (~kept_D).nonzero().flatten().to(inverse_DD.device)
         rows_RD = inverse_DD[gone_R]
-        factor_RR = torch.linalg.cholesky(rows_RD[:, gone_R])
-        pushed_RO = torch.cholesky_solve(weight[:, gone_R].double().T, factor_RR)
+        pushed_RO = torch.linalg.solve(rows_RD[:, gone_R], weight[:, gone_R].double().T)
         return (weight[:, kept_K].double() - pushed_RO.T @ rows_RD[:, kept_K]).to(weight.dtype)
 
+    def _inverse(self, module: str) -> Tensor | None:
+        """Inverse of the moments with the ridge of :func:`fit_kept`, float64, in place of the moments.
 
-def _ridged_inverse(gram_DD: Tensor, ridge: float) -> Tensor:
-    """Inverse of the moments with the ridge of :func:`fit_kept`, float64."""
-    system_DD = gram_DD.double()
-    mean = system_DD.diagonal().mean()
-    system_DD.diagonal().add_(ridge * mean.clamp(min=1e-12) + 1e-9 * mean)
-    return torch.cholesky_inverse(torch.linalg.cholesky(system_DD))
+        None where rounding has left the moments, which are summed in float32, without a positive smallest eigenvalue.
+        """
+        if module not in self._inverses and module not in self._indefinite:
+            system_DD = self._moments[module].double()
+            mean = system_DD.diagonal().mean()
+            system_DD.diagonal().add_(self._ridge * mean.clamp(min=1e-12) + 1e-9 * mean)
+            factor_DD, failed = torch.linalg.cholesky_ex(system_DD)
+            if int(failed):
+                self._indefinite.add(module)
+            else:
+                self._inverses[module] = torch.cholesky_inverse(factor_DD)
+                del self._moments[module]
+        return self._inverses.get(module)
 
 
 def output_moments(masked: MaskedModel, limit: int | None = None) -> Moments | None:

@@ -99,7 +99,9 @@ def _run(
     if not (run_dir / "report.html").is_file():
         from atp.report.page import write_report  # with matplotlib, which nothing before this needs
 
+        started = time.perf_counter()
         write_report(run_dir)
+        log.info("report: written in %.1f s", time.perf_counter() - started)
     metrics = directory.read_metrics()
     console.print(comparison_table(metrics), *evidence_tables(metrics), sep="\n")
     console.print(

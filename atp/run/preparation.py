@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,6 @@ from atp.errors import UserError
 from atp.masks.generator import FixedScores
 from atp.masks.merging import base_tensors, merged_tensors
 from atp.prepare.blockwise import repair
-from atp.prepare.least_squares import OutputFits
 from atp.prepare.starts import Start, starting_scores
 from atp.run import parts
 from atp.run.stopwatch import Stopwatch
@@ -60,7 +60,8 @@ class Preparation:
         """Let the generator begin with the importance of the dense model's units.
 
         Returns:
-            What it begins with; None where settings ask for no importance.
+            What it begins with, and the fits where least squares on just their batches repairs the cut; None where
+            settings ask for no importance.
 
         Raises:
             ValueError: No batches for scores that come from importance alone.
@@ -88,7 +89,8 @@ class Preparation:
             part=self.watch.part,
         )
         module.generator.warm_start(start.scores_U)
-        return start
+        reused = repair.epochs == 0 and start.fits_of == repair.batches
+        return start if reused else replace(start, fits=None)  # large, and of no use to what follows
 
     def repair_start(self, module: PruningModule, start: Start | None = None) -> None:
         """Repair the cut that the starting scores select.
@@ -107,7 +109,7 @@ class Preparation:
             )
         log.info("repair: fitting what the starting scores select to the dense layers")
         module.masked.to(self.device)
-        module.repair_start(self._known_fits(start))
+        module.repair_start(start.fits if start else None)
 
     def cut(self, module: PruningModule, base_config: PreTrainedConfig, start: Start | None = None) -> PreTrainedModel:
         """The smaller model that a module's scores select, repaired as the run's own is."""
@@ -117,13 +119,8 @@ class Preparation:
         if prune.repair.batches > 0:
             masked, masks = module.masked.to(self.device), module.final_masks_U.to(self.device)
             with self.watch.part("reconstruction"):
-                repair(masked, masks, self.calibration, parts.make_repair(prune), self._known_fits(start))
+                repair(masked, masks, self.calibration, parts.make_repair(prune), start.fits if start else None)
         return remove(merged_tensors(module.masked.peft_model), base_config, module.space, masks_U)
-
-    def _known_fits(self, start: Start | None) -> OutputFits | None:
-        """The fits of a start that are made of just the batches that the cut is repaired on."""
-        fits_here = start is not None and start.fits_of == self.config.prune.repair.batches
-        return start.fits if start is not None and fits_here else None
 
 
 def to_device(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:

@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 
 from atp.atomic import write_json
 from atp.config.schema import TrainConfig
-from atp.cut.removal import remove, slice_adapter
 from atp.data.encoding.turn import template_of
 from atp.data.prompt import PROMPT_FILE
 from atp.data.reading.bad_rows import FILE as SKIPPED_FILE
@@ -36,9 +35,7 @@ from atp.export.formats import FORMATS
 from atp.export.hf.loading import load_exported
 from atp.export.hf.writing import export_hf
 from atp.export.verify.verification import as_plain
-from atp.masks.adapter import extract_adapter
-from atp.masks.gates import fold
-from atp.masks.merging import base_tensors, merge_in_place, merged_tensors
+from atp.masks.merging import merge_in_place
 from atp.model.adapter import Adapter
 from atp.model.families import is_stock
 from atp.model.layers import block_parameters
@@ -49,7 +46,7 @@ from atp.run.assessment import PROMPTS_COUNTED, Assessor
 from atp.run.directory import RunDirectory, RunInterrupted, saved_overrides
 from atp.run.preparation import Preparation, read_cut, to_device, write_cut
 from atp.run.stopwatch import Stopwatch
-from atp.run.trained import cut_figures, load_trained, write_masks
+from atp.run.trained import cut_figures, cut_trained, cut_unmerged, load_trained, write_masks
 from atp.train.aware import AwareModule
 from atp.train.checkpoints import RunCheckpoint
 from atp.train.joint import PruningModule
@@ -181,7 +178,8 @@ class Stages:
         log.info("removal: cutting %d of %d units", int((masks_U < 0.5).sum()), self.space.num_units)
         masked = module.masked.to(self.device).eval()
         with self.watch.part("cut"):
-            removed, stored, adapter = self._cut(module, masks_U)
+            merge = self.config.export.merge
+            removed, stored, adapter = cut_trained(module, self.base_config, self.device, merge=merge)
         batches = self._check_batches()
         path = self.directory.path / "pruned"
         with self.watch.part("export"):
@@ -199,22 +197,6 @@ class Stages:
             "parameters": count_parameters(removed),
         }
 
-    def _cut(self, module: PruningModule, masks_U: Tensor) -> tuple[PreTrainedModel, PreTrainedModel, Adapter | None]:
-        """The smaller model, the model to store, and the adapter to store beside it where it is not merged."""
-        masked = module.masked
-        with torch.no_grad():
-            masked.set_masks(module.frozen_masks())
-        tensors = merged_tensors(masked.peft_model)
-        if module.gates is not None:
-            tensors = fold(tensors, self.space, module.gates(), tied=self.base_config.tie_word_embeddings)
-        removed = remove(tensors, self.base_config, self.space, masks_U, device=self.device)
-        stored, adapter = removed, None
-        if not self.config.export.merge and module.gates is not None:
-            log.warning("export.merge=false is ignored: soft gates are folded into the merged weights")
-        elif not self.config.export.merge:
-            stored, adapter = self._unmerged(module, masks_U)
-        return removed, stored, adapter
-
     def export_unmerged(self, path: Path, *, overwrite: bool = False) -> tuple[float, str]:
         """Write the finished run's model once more, as pruned base with the adapter beside it.
 
@@ -226,10 +208,10 @@ class Stages:
         """
         if not self.directory.checkpoint("joint").is_file():
             raise UserError(f"{self.directory.path} holds no checkpoints/joint.ckpt, which has the adapter")
-        module, masks_U = self._trained()
+        module, _ = self._trained()
         if module.gates is not None:
             raise UserError("this run folded soft gates into the merged weights, so no adapter can be taken apart")
-        stored, adapter = self._unmerged(module, masks_U)
+        stored, adapter = cut_unmerged(module, self.base_config, self.device)
         self._export(stored, adapter, path, overwrite=overwrite)
         working = parts.DTYPES[self.config.model.dtype]
         written = load_exported(path, dtype=working, device=self.device)
@@ -240,12 +222,6 @@ class Stages:
         module = parts.pruning_module(self.config, self.dense())
         load_trained(module, self.directory.checkpoint("joint"))
         return module, module.final_masks_U.cpu()
-
-    def _unmerged(self, module: PruningModule, masks_U: Tensor) -> tuple[PreTrainedModel, Adapter]:
-        """The pruned base and the adapter cut to it."""
-        peft_model = module.masked.peft_model
-        adapter = slice_adapter(extract_adapter(peft_model), self.space, masks_U)
-        return remove(base_tensors(peft_model), self.base_config, self.space, masks_U, device=self.device), adapter
 
     def _export(self, stored: PreTrainedModel, adapter: Adapter | None, path: Path, *, overwrite: bool) -> None:
         """Write a Hugging Face directory with what every export of this run carries."""

@@ -1,8 +1,8 @@
-"""How far masks had come when they were fixed: the sparsity their probabilities expect, and the units still undecided.
+"""What masks come to in a step, and how far they had come when they were fixed: sparsity expected, units undecided.
 
-Sits at the freeze, beside :mod:`atp.train.joint`. The final architecture meets its target whatever the probabilities
-say, so a run whose masks never got there would look like one whose masks did; these two figures tell them apart. It
-knows probabilities, samplers and costs, and nothing of steps, runs or reports.
+Sits beside :mod:`atp.train.joint`, whose figures these are. The final architecture meets its target whatever the
+probabilities say, so a run whose masks never got there would look like one whose masks did; the last two tell them
+apart. It knows probabilities, samplers and costs, and nothing of steps, runs or reports.
 
 Shape suffixes: U units.
 """
@@ -44,6 +44,24 @@ def decisions(space: PruningSpace, sampler: Sampler, scores_U: Tensor) -> dict[s
     return {
         "expected": float(space.reduction(keep_U)),
         "undecided": float(((keep_U > low) & (keep_U < high)).double().mean()),
+    }
+
+
+def mask_figures(space: PruningSpace, kept_U: Tensor, sparsity: Tensor, target: float) -> dict[str, Tensor | float]:
+    """What a step's masks come to, by the names of its scalars.
+
+    Args:
+        space: The pruning space.
+        kept_U: 1 where a unit is there in this step, [U].
+        sparsity: Share of the budget's cost that masks, or their probabilities, remove.
+        target: The share to remove by now.
+    """
+    return {
+        "mask/sparsity": sparsity,
+        "mask/target_sparsity": target,
+        "mask/keep_ratio": 1.0 - sparsity,
+        "mask/heads_kept": space.kept_heads(kept_U),
+        "mask/channels_kept": space.kept_channels(kept_U),
     }
 
 

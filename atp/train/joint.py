@@ -275,12 +275,11 @@ class PruningModule(TuningModule):
             with self.masked.base_only():
                 yield self.masked
             return
-        (teacher,) = self._teacher
-        if teacher is None:
+        if self._teacher[0] is None:
             assert self.load_dense is not None
-            teacher = self.load_dense().to(self.device).eval().requires_grad_(False)
-            self._teacher = [teacher]
-        yield teacher
+            self._teacher = [self.load_dense().to(self.device).eval().requires_grad_(False)]
+        with super().teaching() as teacher:
+            yield teacher
 
     def on_after_backward(self) -> None:
         """Feed generators that score by the adapters' gradients."""
@@ -314,15 +313,9 @@ class PruningModule(TuningModule):
         if not self.is_logged_step:
             return
         kept_U = ((self.sampled_U if self.sampled_U is not None else self.current_masks()) > 0.5).float()
-        figures: dict[str, Tensor | float] = {
-            "mask/phase": float(list(Phase).index(self.phase)),
-            "mask/sparsity": sparsity,
-            "mask/target_sparsity": target,
-            "mask/keep_ratio": 1.0 - sparsity,
-            "mask/heads_kept": self.space.kept_heads(kept_U),
-            "mask/channels_kept": self.space.kept_channels(kept_U),
-        }
-        self.log_figures(figures | {f"mask/lambda_{i}": value for i, value in enumerate(self.budget.multipliers(), 1)})
+        figures = decisions.mask_figures(self.space, kept_U, sparsity, target)
+        phase = {"mask/phase": float(list(Phase).index(self.phase))}
+        self.log_figures(figures | phase | {f"mask/lambda_{i}": x for i, x in enumerate(self.budget.multipliers(), 1)})
 
     def on_validation_start(self) -> None:
         """Validate with noise-free masks."""

@@ -58,6 +58,13 @@ def test_one_factorisation_fits_every_cut(seed: int, kept: int, ridge: float) ->
         torch.testing.assert_close(fits.fit("a", weight, keep), fit_kept(weight, x.T @ x, keep, ridge))
 
 
+def test_moments_that_rounding_left_indefinite_are_fitted_one_by_one() -> None:
+    gram = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.1]))
+    weight, keep = torch.randn(2, 4), torch.tensor([True, True, False, True])
+    fits = OutputFits({"a": gram}, 1e-3, several=True)
+    torch.testing.assert_close(fits.fit("a", weight, keep), fit_kept(weight, gram, keep, 1e-3))
+
+
 def test_a_large_ridge_changes_nothing() -> None:
     x, weight = torch.randn(50, 6), torch.randn(2, 6)
     keep = torch.tensor([True, True, False, True, False, True])

@@ -90,7 +90,9 @@ def test_units_that_matter_are_preferred() -> None:
 
 @pytest.mark.parametrize("halving", [True, False])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_a_smaller_model_by_shared_moments_loses_what_the_masked_model_loses(halving: bool, adapted: bool) -> None:
+def test_a_smaller_model_by_shared_moments_loses_what_the_masked_model_loses(
+    halving: bool, adapted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     masked, data = masked_model(), batches()
     if adapted:
         for name, parameter in masked.named_parameters():
@@ -107,12 +109,13 @@ def test_a_smaller_model_by_shared_moments_loses_what_the_masked_model_loses(hal
     def selected(scores_U: torch.Tensor) -> torch.Tensor:
         return select(masked.space, scores_U, 0.25)
 
-    options: Any = {"halving": halving}
-    masked_found = repaired_losses(masked, scores, selected, causal_loss, data, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("atp.prepare.comparison._LARGEST_CUT_BYTES", 0)
+        fits = OutputFits(dict(moments.checked()), 1e-3)
+        masked_found = repaired_losses(masked, scores, selected, causal_loss, data, fits=fits, halving=halving)
     before = {name: value.clone() for name, value in masked.state_dict().items()}
-    small_found = repaired_losses(
-        masked, scores, selected, causal_loss, data, fits=OutputFits(moments.checked(), 1e-3, several=True), **options
-    )
+    shared = OutputFits(dict(moments.checked()), 1e-3, several=True)
+    small_found = repaired_losses(masked, scores, selected, causal_loss, data, fits=shared, halving=halving)
     assert all(torch.equal(value, masked.state_dict()[name]) for name, value in before.items())
     assert small_found.best == masked_found.best and small_found.batches == masked_found.batches
     assert small_found.losses == pytest.approx(masked_found.losses, rel=1e-5)
