@@ -23,6 +23,10 @@ os.environ["ATP_CACHE"] = _caches.name
 torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
 
 ATTENTION = {"mha": 6, "gqa": 3, "mqa": 1}
+QUIRKS: dict[str, dict[str, object]] = {
+    "smollm3": {"no_rope_layers": [1, 0, 1, 1, 0, 1]},
+}
+"""What makes a family's tiny model other than a Llama; lists have an entry for each layer."""
 
 
 def tiny_model(
@@ -53,6 +57,7 @@ def tiny_model(
         eos_token_id=2,
         pad_token_id=0,
         **biases,
+        **quirks(family, layers),
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():  # biases start at zero and norms at one, which would hide mistakes
@@ -62,6 +67,12 @@ def tiny_model(
             elif "embed" not in name and "lm_head" not in name:
                 parameter.mul_(4.0)
     return model
+
+
+def quirks(family: str, layers: int) -> dict[str, object]:
+    """A family's entry of :data:`QUIRKS` for so many layers."""
+    found = QUIRKS.get(family, {}).items()
+    return {name: value[:layers] if isinstance(value, list) else value for name, value in found}
 
 
 SHAPES = [

@@ -116,7 +116,8 @@ def slice_tensors(
         if kept_columns is not None:
             tensor = tensor.index_select(1, kept_columns.to(tensor.device))
         if name in scales:  # norms over fewer dimensions: see PruningSpace.norm_scales
-            offset = space.family.norm_offset if name in space.others else 0.0
+            is_norm = name in space.others and space.others[name][1].size == 1
+            offset = space.family.norm_offset if is_norm else 0.0
             tensor = ((tensor.double() + offset) * scales[name] - offset).to(tensor.dtype)
         yield name, tensor
 

@@ -9,6 +9,7 @@ transformers 5.23, llama.cpp's in its sources (see :mod:`atp.export.gguf.layout`
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,10 @@ ROLES = (*ATTENTION_ROLES, *FFN_ROLES)
 ALWAYS = "always"
 """In :attr:`Family.biases`: the bias is there whatever the config says."""
 
+SILU = ("silu", "swish")
+"""What configs call the activation of SwiGLU."""
+ADDING_PAGE, TEXT_PART_PAGE = "docs/how-to/add-a-family.md", "docs/how-to/bases.md"
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -35,11 +40,16 @@ class Norm:
         module: Its name in the layer.
         block: ``attention`` or ``mlp``: with which block it goes.
         over: What it normalises: ``stream`` (the residual stream), or ``query`` or ``key`` (each head of them).
+        after: Whether it comes after its block, on what the block adds to the stream.
+        across_heads: Whether a norm of queries or keys goes over all heads at once, so that a head that is cut changes
+            the others.
     """
 
     module: str
     block: str
     over: str = "stream"
+    after: bool = False
+    across_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,9 +86,20 @@ class Family:
         windows: Config field that says where attention slides: ``layer_types`` names the layers, ``sliding_window``
             alone means all of them.
         rotary: Which dimensions of a head rotate together: ``halves`` (i and i + H/2) or ``neighbours`` (2i, 2i + 1).
-        multipliers: Config fields that scale the residual stream, embeddings or logits. Where there are any, the
-            dimensions of the stream cannot be pruned.
-        activations: ``hidden_act`` values that are SiLU, for which the fused FFN pass is written.
+        unrotated: Config field that says of every layer whether its queries and keys are rotated.
+        logit_divisor: Config field that the output head's logits are divided by.
+        logit_cap: Config field of a soft cap on the logits: ``cap * tanh(logits / cap)``; none where it is unset.
+        score_cap: Config field of such a cap on attention scores, which the kernel ``sdpa`` does not compute.
+        embedding_root: Whether embeddings are multiplied by the root of the hidden size.
+        activation: Config field that names the FFN's activation.
+        activations: Its values that the family is known with.
+        gguf_fields: llama.cpp's metadata, below the architecture's name -> the config field that it is.
+        gguf_window_step: Where llama.cpp's architecture slides its attention: in all layers but every so many-th; 0
+            where it knows no window.
+        gguf_base: Whether a GGUF file of its architecture is read as a base.
+        refused: What the family cannot do -> why, in one sentence: a kind of unit, ``gguf`` for all of that format, or
+            ``gguf:<kind>`` for files of models that lost units of a kind.
+        requires: Config fields that must have one of these values, as the family computes nothing else here.
         linears: Module of each projection in a decoder layer, by role.
         attention: Module of the attention block in a decoder layer.
         mlp: Module of the FFN block in a decoder layer.
@@ -96,8 +117,18 @@ class Family:
     norm_offset: float = 0.0
     windows: str = "layer_types"
     rotary: str = "halves"
-    multipliers: tuple[str, ...] = ()
-    activations: tuple[str, ...] = ("silu", "swish")
+    unrotated: str = ""
+    logit_divisor: str = ""
+    logit_cap: str = ""
+    score_cap: str = ""
+    embedding_root: bool = False
+    activation: str = "hidden_act"
+    activations: tuple[str, ...] = SILU
+    gguf_fields: Mapping[str, str] = field(default_factory=dict)
+    gguf_window_step: int = 0
+    gguf_base: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
+    requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     linears: Mapping[str, str] = field(
         default_factory=lambda: {
             "query": "self_attn.q_proj",
@@ -140,6 +171,38 @@ class Family:
         beside = (norm.module for norm in self.norms if norm.block == block and not norm.module.startswith(inside))
         return (inside, *beside)
 
+    def activation_of(self, config: Any) -> str:
+        """Name of the activation that a config's FFN has."""
+        return str(getattr(config, self.activation, None))
+
+    def logit_changes(self, config: Any) -> tuple[float, float | None]:
+        """What the output head's logits are divided by, and the soft cap on them."""
+        cap = getattr(config, self.logit_cap, None) if self.logit_cap else None
+        return float(getattr(config, self.logit_divisor)) if self.logit_divisor else 1.0, cap
+
+    def caps_scores(self, config: Any) -> bool:
+        """Whether attention scores of a config are capped."""
+        return bool(self.score_cap) and getattr(config, self.score_cap, None) is not None
+
+    def window(self, config: Any) -> int | None:
+        """Tokens that attention reaches back in some layer or other; None where it reaches all."""
+        size = getattr(config, "sliding_window", None)
+        slides = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or self.slides_everywhere(config)
+        return int(size) if slides and size is not None else None
+
+    def check(self, config: Any) -> None:
+        """Refuse a config that asks of the family what is not computed here.
+
+        Raises:
+            UserError: The field and its value.
+        """
+        for name, values in self.requires.items():
+            if getattr(config, name, None) not in values:
+                raise UserError(
+                    f"the config sets {name}={getattr(config, name)!r}, which is not supported for {self.model_type}: "
+                    f"it may be {' or '.join(map(str, values))}"
+                )
+
     def slides_everywhere(self, config: Any) -> bool:
         """Whether every layer of a config attends over a sliding window."""
         return self.windows == "sliding_window" and getattr(config, "sliding_window", None) is not None
@@ -150,6 +213,7 @@ class Family:
         return f"{self.embeddings}.weight", f"{self.final_norm}.weight", f"{self.head}.weight"
 
 
+_ALL_BIASES = dict.fromkeys(ATTENTION_ROLES, "attention_bias") | dict.fromkeys(FFN_ROLES, "mlp_bias")
 _HEAD_NORMS = (Norm("self_attn.q_norm", "attention", "query"), Norm("self_attn.k_norm", "attention", "key"))
 # A Mistral without a window has Llama's tensors and computes the same, and takes any head count; LlamaConfig refuses
 # those that do not divide the hidden size since transformers 5.4. A Mistral config with layer_types is read as another
@@ -168,21 +232,38 @@ FAMILIES: dict[str, Family] = {
             "llama",
             stock=(StockClass("llama", heads_divide_hidden=True), _LLAMA_AS_MISTRAL),
             gguf=("llama", "deci"),
-            biases=dict.fromkeys(ATTENTION_ROLES, "attention_bias") | dict.fromkeys(FFN_ROLES, "mlp_bias"),
+            gguf_base=True,
+            biases=_ALL_BIASES,
         ),
-        Family("mistral", stock=(StockClass("mistral"),), gguf=("llama", "deci"), windows="sliding_window"),
+        Family(
+            "mistral",
+            stock=(StockClass("mistral"),),
+            gguf=("llama", "deci"),
+            gguf_base=True,
+            windows="sliding_window",
+        ),
         Family(
             "qwen2",
             stock=(StockClass("qwen2"),),
             gguf=("qwen2", "deci"),
+            gguf_base=True,
             biases=dict.fromkeys(("query", "key", "value"), ALWAYS),
         ),
         Family(
             "qwen3",
             stock=(StockClass("qwen3"),),
             gguf=("qwen3", "openelm"),
+            gguf_base=True,
+            refused={"gguf:qk_pairs": "llama.cpp normalises whole heads, which it cannot do without some rotary pairs"},
             biases=dict.fromkeys(ATTENTION_ROLES, "attention_bias"),
             norms=(Norm("input_layernorm", "attention"), *_HEAD_NORMS, Norm("post_attention_layernorm", "mlp")),
+        ),
+        Family(
+            "smollm3",
+            stock=(StockClass("smollm3"),),
+            gguf=("smollm3", "smollm3"),
+            biases=_ALL_BIASES,
+            unrotated="no_rope_layers",
         ),
     )
 }
@@ -200,12 +281,28 @@ def family_of(config: Any) -> Family:
     """
     model_type = getattr(config, "model_type", None)
     name = str(model_type).removeprefix(PER_LAYER_PREFIX)
-    if name not in FAMILIES:
-        raise UserError(
-            f"model_type={model_type!r} is not supported: ATP prunes {', '.join(FAMILIES)}. "
-            "Use a checkpoint of one of these families (Llama 1/2/3 and their derivatives are 'llama')."
+    if name in FAMILIES:
+        return FAMILIES[name]
+    if (inner := getattr(config, "text_config", None)) is not None:
+        raise UserError(_wrapper(model_type, getattr(inner, "model_type", None)))
+    near = difflib.get_close_matches(name, FAMILIES, n=1, cutoff=0.5)
+    nearest = f"; the nearest of them is {near[0]!r}" if near else ""
+    raise UserError(
+        f"model_type={model_type!r} is not supported: ATP prunes {', '.join(FAMILIES)}{nearest}. "
+        "Use a checkpoint of one of these families (Llama 1/2/3 and their derivatives are 'llama'), or add the family: "
+        f"{ADDING_PAGE}"
+    )
+
+
+def _wrapper(model_type: Any, inner: Any) -> str:
+    """What to say of a model whose language model is a part of it."""
+    told = f"model_type={model_type!r} is a model of more than text"
+    if inner in FAMILIES:
+        return (
+            f"{told}, of which only the text part ({inner!r}) can be pruned; save that by itself, as "
+            f"{TEXT_PART_PAGE} shows, and give its directory"
         )
-    return FAMILIES[name]
+    return f"{told}, and its text part ({inner!r}) is none of the families that ATP prunes: {', '.join(FAMILIES)}"
 
 
 def is_stock(config: Any) -> bool:

@@ -10,6 +10,7 @@ Shape suffixes: B batch, T tokens, D hidden.
 """
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,6 @@ from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
     apply_rotary_pos_emb,
-    eager_attention_forward,
 )
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
@@ -31,6 +31,8 @@ from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
+from transformers.models.smollm3.configuration_smollm3 import SmolLM3Config
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer, SmolLM3ForCausalLM
 
 ATTENTION, MLP = "attention", "mlp"
 
@@ -134,13 +136,21 @@ def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, layer_id
     layer: Any = layer_class(layer_config, layer_idx)
     # The forward pass reads the attention kernel from here: it must follow the model's setting, not a copy of it.
     layer.self_attn.config = config
+    leave_out(layer, skip, layer_idx)
+    return layer
+
+
+def leave_out(layer: Any, skip: Any, layer_idx: int) -> None:
+    """Takes the skipped halves out of a layer, and the norms before and after them."""
+    norms = {name for name, _ in layer.named_children() if "norm" in name}
+    beside_mlp = {name for name in norms if "feedforward" in name} or {"post_attention_layernorm"}
     if ATTENTION in skip:
         layer.self_attn = NoHeads(layer_idx)
-        layer.input_layernorm = nn.Identity()
     if MLP in skip:
         layer.mlp = NoChannels()
-        layer.post_attention_layernorm = nn.Identity()
-    return layer
+    for name in norms:
+        if (MLP if name in beside_mlp else ATTENTION) in skip:
+            setattr(layer, name, nn.Identity())
 
 
 class SlimAttention(nn.Module):
@@ -160,18 +170,25 @@ class SlimAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the block's output (B, T, D) and the attention weights, where the kernel gives them."""
         shape = hidden_states.shape[:-1]
-        queries = self.q_proj(hidden_states).view(*shape, -1, self.head_dim)
-        keys = self.k_proj(hidden_states).view(*shape, -1, self.head_dim)
-        if hasattr(self, "q_norm"):
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        norms = (self.q_norm, self.k_norm) if hasattr(self, "q_norm") else None
+        if norms and self.norms_all_heads:
+            queries, keys = norms[0](queries), norms[1](keys)
+        queries, keys = (states.view(*shape, -1, self.head_dim) for states in (queries, keys))
+        if norms and not self.norms_all_heads:
+            queries, keys = norms[0](queries), norms[1](keys)
+        queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
         values = self.v_proj(hidden_states).view(*shape, -1, self.value_dim).transpose(1, 2)
-        columns = torch.tensor(self.rotary_columns, device=hidden_states.device)
-        cos, sin = (table.index_select(-1, columns) for table in position_embeddings)
-        queries, keys = apply_rotary_pos_emb(queries.transpose(1, 2), keys.transpose(1, 2), cos, sin)
+        if getattr(self, "use_rope", True):
+            columns = torch.tensor(self.rotary_columns, device=hidden_states.device)
+            cos, sin = (table.index_select(-1, columns) for table in position_embeddings)
+            queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
-        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_kernel)
+        if (cap := getattr(self, "attn_logit_softcapping", None)) is not None:
+            kwargs["softcap"] = cap
         output, weights = kernel(
             self,
             queries,
@@ -191,11 +208,10 @@ def build_slim_layer(
 ) -> nn.Module:
     """Builds a layer whose heads keep only some of their dimensions; arguments as of `build_layer`."""
     rotary_dim = layer_config.head_dim
+    with torch.device("meta"):  # what the family makes of a whole head's size is the scale of scores still
+        scaling = layer_class(layer_config, layer_idx).self_attn.scaling
     pairs = getattr(layer_config, "rotary_pairs", None) or list(range(rotary_dim // 2))
     layer_config.head_dim = 2 * len(pairs)
-    mlp_skipped = MLP in getattr(layer_config, "skip", ())
-    if mlp_skipped:
-        layer_config.intermediate_size = 1
     layer: Any = layer_class(layer_config, layer_idx)
     attention = layer.self_attn
     value_dim = getattr(layer_config, "value_dim", None) or rotary_dim
@@ -206,10 +222,10 @@ def build_slim_layer(
     attention.config = config
     attention.value_dim, attention.rotary_dim, attention.rotary_pairs = value_dim, rotary_dim, tuple(pairs)
     attention.rotary_columns = [*pairs, *(pair + rotary_dim // 2 for pair in pairs)]
-    attention.scaling = rotary_dim**-0.5
-    if mlp_skipped:
-        layer.mlp = NoChannels()
-        layer.post_attention_layernorm = nn.Identity()
+    attention.scaling = scaling
+    attention.norms_all_heads = hasattr(attention, "q_norm") and attention.q_norm.weight.numel() != 2 * len(pairs)
+    attention.eager_kernel = sys.modules[layer_class.__module__].eager_attention_forward
+    leave_out(layer, set(getattr(layer_config, "skip", ())) & {MLP}, layer_idx)
     return layer
 
 
@@ -259,6 +275,12 @@ class AtpQwen3Config(PerLayerConfigMixin, Qwen3Config):
     model_type = "atp_qwen3"
 
 
+class AtpSmolLM3Config(PerLayerConfigMixin, SmolLM3Config):
+    """SmolLM3 config with widths per layer."""
+
+    model_type = "atp_smollm3"
+
+
 class AtpLlamaForCausalLM(PerLayerCausalLMMixin, LlamaForCausalLM):
     """Llama with widths per layer."""
 
@@ -287,11 +309,19 @@ class AtpQwen3ForCausalLM(PerLayerCausalLMMixin, Qwen3ForCausalLM):
     layer_class = Qwen3DecoderLayer
 
 
+class AtpSmolLM3ForCausalLM(PerLayerCausalLMMixin, SmolLM3ForCausalLM):
+    """SmolLM3 with widths per layer."""
+
+    config_class = AtpSmolLM3Config
+    layer_class = SmolLM3DecoderLayer
+
+
 MODEL_CLASSES: tuple[Any, ...] = (
     AtpLlamaForCausalLM,
     AtpMistralForCausalLM,
     AtpQwen2ForCausalLM,
     AtpQwen3ForCausalLM,
+    AtpSmolLM3ForCausalLM,
 )
 CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {
     model_class.config_class.model_type: model_class.config_class for model_class in MODEL_CLASSES

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_batch, tiny_model
+from conftest import tiny_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import atp
-from atp.cut.removal import config_after, max_logit_difference, remove, slice_tensors
+from atp.cut.removal import config_after, slice_tensors
 from atp.errors import UserError
 from atp.export.gguf.layout import gguf_architecture
-from atp.masks.lora import MaskedModel, add_lora
-from atp.masks.merging import merged_tensors
 from atp.model import modeling_atp
-from atp.model.families import ALWAYS, FAMILIES, ROLES, Family, StockClass, family_of
+from atp.model.families import ALWAYS, FAMILIES, ROLES, Family, family_of
 from atp.model.layers import attention_widths, decoder_layers, layer_parts
 from atp.space.space import PruningSpace
 
@@ -69,52 +66,6 @@ class TestRows:
         assert gguf_architecture(config, uniform=True) == family.gguf[0]
         config.tie_word_embeddings = True
         assert gguf_architecture(config, uniform=False) == family.gguf[1]
-
-
-@pytest.fixture
-def granite() -> Iterator[PreTrainedModel]:
-    """A family that is not in the table until this fixture adds its row."""
-    FAMILIES["granite"] = Family(
-        "granite",
-        stock=(StockClass("granite"),),
-        gguf=("granite", "granite"),
-        multipliers=("embedding_multiplier", "residual_multiplier", "logits_scaling"),
-    )
-    torch.manual_seed(0)
-    config = GraniteConfig(
-        vocab_size=64,
-        hidden_size=48,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        residual_multiplier=0.7,
-        embedding_multiplier=3.0,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    yield GraniteForCausalLM(config).eval()
-    del FAMILIES["granite"]
-
-
-def test_a_row_is_enough_for_a_family_of_the_usual_shape(granite: PreTrainedModel) -> None:
-    space = PruningSpace.from_model(granite)
-    masks_U = torch.ones(space.num_units)
-    for name, units in space.split(masks_U).items():
-        units[torch.randperm(len(units))[: len(units) // 3]] = 0.0
-        assert name
-    config = granite.config
-    masked = MaskedModel(add_lora(granite, r=2), space)
-    masked.set_masks(masks_U)
-    removed = remove(merged_tensors(masked.peft_model), config, space, masks_U)
-    assert type(removed) is GraniteForCausalLM and removed.config.residual_multiplier == 0.7
-    assert max_logit_difference(masked, removed, [tiny_batch()]) < 1e-5
-
-
-def test_multipliers_keep_the_residual_stream_whole(granite: PreTrainedModel) -> None:
-    with pytest.raises(UserError, match=r"'hidden'.*granite.*residual_multiplier"):
-        PruningSpace.from_model(granite, ("heads", "hidden"))
 
 
 def test_an_unknown_family_is_named() -> None:

@@ -16,6 +16,8 @@ what each architecture's loader accepts) was read in its sources and checked by 
 * All heads have one size, for keys and for values. Dimensions that were removed inside heads are written as zeros,
   which is exact, as the scale of the scores stays that of whole heads.
 * Rotary scaling is written as frequency factors where the architecture reads them, which holds every static kind.
+* What else a family needs (multipliers, caps, windows) is metadata that its row in the table names. ``smollm3`` leaves
+  every fourth layer unrotated, ``gemma2`` and ``gemma3`` slide in a fixed pattern, whatever a file says.
 """
 
 from __future__ import annotations
@@ -29,16 +31,19 @@ from transformers import PreTrainedConfig
 from atp.errors import UserError
 from atp.export.gguf.tensors import GgufTensor, layer_tensors
 from atp.model.families import FAMILIES, family_of
-from atp.model.gguf.names import EMBEDDINGS, FINAL_NORM, HEAD, NEIGHBOURS, ROTARY_FACTORS
+from atp.model.gguf.names import EMBEDDINGS, FACTORS, FINAL_NORM, HEAD, ROTARY_FACTORS
 from atp.model.widths import LayerWidths, layer_widths
 
-PER_LAYER = frozenset(family.gguf[1] for family in FAMILIES.values())
+PER_LAYER = frozenset(family.gguf[1] for family in FAMILIES.values() if family.gguf[1] != family.gguf[0])
 """llama.cpp's architectures whose layers may differ in width; the table of families names them."""
 FILLED_NOTE = (
-    "llama.cpp has no architecture for Qwen3 with widths per layer and an untied head or scaled rotary frequencies; "
-    "GGUF files hold it with zeros up to the widest layer. Prune with prune.shape=uniform for small ones"
+    "llama.cpp has no architecture that holds this family with widths per layer (Qwen3: with an untied head or scaled "
+    "rotary frequencies); GGUF files hold it with zeros up to the widest layer. Prune with prune.shape=uniform for "
+    "small ones"
 )
 _LONGEST_EXACT_CONTEXT = 1 << 30
+UNROTATED_STEP = 4
+"""Every which layer llama.cpp's smollm3 leaves unrotated."""
 _BYTES_PER_WEIGHT = 34 / 32  # q8_0; the fewer, the more filling up pays
 
 
@@ -77,9 +82,15 @@ def gguf_architecture(config: PreTrainedConfig, *, uniform: bool) -> str:
     """
     family = family_of(config)
     whole, per_layer = family.gguf
-    activation = getattr(config, "hidden_act", "silu")
+    if "gguf" in family.refused:
+        raise UserError(f"GGUF: {family.refused['gguf']}; leave export.gguf out")
+    activation = family.activation_of(config)
     if activation not in family.activations:
-        raise UserError(f"GGUF: hidden_act={activation!r} has no llama.cpp architecture here; only silu has")
+        raise UserError(
+            f"GGUF: {family.activation}={activation!r} has no llama.cpp architecture here; only "
+            f"{family.activations[0]} has"
+        )
+    _check_unrotated(config)
     if whole == "qwen3" and family.has_bias(config, "output"):
         raise UserError("GGUF: llama.cpp's Qwen3 has no bias in its output projection; export without attention_bias")
     fits = per_layer != "openelm" or _fits_openelm(config)
@@ -101,11 +112,10 @@ def check_layout(config: PreTrainedConfig, *, uniform: bool, axes: Sequence[str]
         ValueError: llama.cpp could not compute the pruned model; the message says why and what can be done.
     """
     architecture = gguf_architecture(config, uniform=uniform)
-    if "qk_pairs" in axes and architecture in ("qwen3", "openelm"):
-        raise UserError(
-            "GGUF: Qwen3 normalises whole heads, which llama.cpp cannot do without some rotary pairs; take qk_pairs "
-            f"out of prune.space={list(axes)}, or leave export.gguf out"
-        )
+    refused = family_of(config).refused
+    for kind in axes:
+        if reason := refused.get(f"gguf:{kind}"):
+            raise UserError(f"GGUF: {reason}; take {kind} out of prune.space={list(axes)}, or leave export.gguf out")
     _rotary(config, _roped(config, architecture), _one_head_dim(config, layer_widths(config)))
     return architecture
 
@@ -139,10 +149,7 @@ def gguf_layout(config: PreTrainedConfig, *, block: int = 1) -> GgufLayout:
     if architecture == "qwen2" and widths[0].num_attention_heads * head_dim != config.hidden_size:
         architecture = "llama"
     written, notes = _written(config, widths, architecture, head_dim, block)
-    if architecture in ("qwen3", "openelm") and any(layer.rotary_pairs is not None for layer in widths):
-        raise UserError(
-            "GGUF: Qwen3 normalises whole heads, so rotary pairs cannot be cut for llama.cpp; leave GGUF out"
-        )
+    _check_cuts(config, widths, written)
     factors, rope_fields = _rotary(config, architecture, head_dim)
     context, window_notes = _context(config)
     notes += window_notes
@@ -162,6 +169,7 @@ def gguf_layout(config: PreTrainedConfig, *, block: int = 1) -> GgufLayout:
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.dimension_count": head_dim,
         **rope_fields,
+        **_own_fields(config),
     }
     tensors = [GgufTensor(ROTARY_FACTORS, (len(factors),), filling=factors)] if factors else []
     for index, (kept, layer) in enumerate(zip(widths, written, strict=True)):
@@ -169,13 +177,41 @@ def gguf_layout(config: PreTrainedConfig, *, block: int = 1) -> GgufLayout:
     return GgufLayout(architecture, written, fields, (*_outer_tensors(config), *tensors), notes)
 
 
+def _own_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Metadata that the family's row names, where the config has it."""
+    fields = family_of(config).gguf_fields.items()
+    return {key: value for key, name in fields if (value := getattr(config, name, None)) is not None}
+
+
+def _check_unrotated(config: PreTrainedConfig) -> None:
+    """Refuses layers without rotary elsewhere than llama.cpp has them."""
+    field_name = family_of(config).unrotated
+    rotated = [bool(value) for value in getattr(config, field_name)] if field_name else []
+    if rotated != [bool((index + 1) % UNROTATED_STEP) for index in range(len(rotated))]:
+        raise UserError(
+            f"GGUF: llama.cpp rotates all layers but every {UNROTATED_STEP}th, the model's config has "
+            f"{field_name}={getattr(config, field_name)}; leave export.gguf out"
+        )
+
+
+def _check_cuts(config: PreTrainedConfig, widths: Sequence[LayerWidths], written: Sequence[LayerWidths]) -> None:
+    """Refuses a model that lost units that the family's row says llama.cpp cannot be without."""
+    refused = family_of(config).refused
+    if "gguf:qk_pairs" in refused and any(layer.rotary_pairs is not None for layer in widths):
+        raise UserError(f"GGUF: {refused['gguf:qk_pairs']}; leave GGUF out")
+    lost = any(layer.num_attention_heads * layer.head_dim != config.hidden_size for layer in (*widths, *written))
+    if "gguf:heads" in refused and lost:
+        raise UserError(f"GGUF: {refused['gguf:heads']}; leave GGUF out")
+
+
 def _outer_tensors(config: PreTrainedConfig) -> list[GgufTensor]:
     """Tensors outside the layers."""
     table = (config.vocab_size, config.hidden_size)
-    embeddings, final_norm, head = family_of(config).embedding_tensors
+    family = family_of(config)
+    embeddings, final_norm, head = family.embedding_tensors
     tensors = [
         GgufTensor(EMBEDDINGS, table, (embeddings,)),
-        GgufTensor(FINAL_NORM, table[1:], (final_norm,)),
+        GgufTensor(FINAL_NORM, table[1:], (final_norm,), added=family.norm_offset),
     ]
     if not config.tie_word_embeddings:
         tensors.append(GgufTensor(HEAD, table, (head,)))
@@ -257,11 +293,11 @@ def _rotary(config: PreTrainedConfig, architecture: str, head_dim: int) -> tuple
         return (), fields
     if kind == "linear":
         return (), {**fields, "rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn" and architecture not in NEIGHBOURS:
+    if kind == "yarn" and architecture not in FACTORS:
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         fields |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(rope["factor"])}
         return (), {**fields, "rope.scaling.original_context_length": int(original)}
-    if architecture not in NEIGHBOURS:
+    if architecture not in FACTORS:
         raise UserError(f"GGUF: llama.cpp's {architecture} takes no {kind!r} rotary scaling; leave GGUF out")
     fields |= {"rope.scaling.type": "none"} if kind == "yarn" else {}
     if rotary.attention_scaling != 1.0:
@@ -271,9 +307,7 @@ def _rotary(config: PreTrainedConfig, architecture: str, head_dim: int) -> tuple
 
 def _context(config: PreTrainedConfig) -> tuple[int, tuple[str, ...]]:
     """Longest context that llama.cpp computes as transformers does; these architectures know no sliding window."""
-    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    windowed |= family_of(config).slides_everywhere(config)
-    window = config.sliding_window if windowed else _LONGEST_EXACT_CONTEXT
+    window = family_of(config).window(config) or _LONGEST_EXACT_CONTEXT
     if window >= config.max_position_embeddings:
         return int(config.max_position_embeddings), ()
     return int(window), (

@@ -1,0 +1,70 @@
+"""What is not of the table, or not as the table has it: one line that names the way out, before anything runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_model
+from transformers import PreTrainedConfig
+
+from atp.commands.train import compose_config
+from atp.errors import UserError
+from atp.model.families import ADDING_PAGE, family_of
+from atp.model.loading import load_model
+from atp.run import parts
+
+ROOT = Path(__file__).parents[2]
+
+
+def saved(directory: Path, **changes: Any) -> Path:
+    tiny_model().save_pretrained(directory)
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return directory
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("smollm", "smollm3"), ("mixtral", "mistral"), ("qwen3_moe", "qwen3")])
+def test_an_unknown_model_type_names_the_nearest_family_and_the_page(tmp_path: Path, name: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"model_type='{name}'.*nearest of them is '{nearest}'.*{ADDING_PAGE}"):
+        load_model(str(saved(tmp_path, model_type=name)))
+    assert (ROOT / ADDING_PAGE).is_file()
+
+
+def test_a_model_with_code_of_its_own_is_refused_without_running_it(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("raise RuntimeError('is never run')")
+    directory = saved(tmp_path, model_type="own", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"})
+    with pytest.raises(UserError, match=r"needs Python code of its own \(auto_map in config.json\), which is not run"):
+        load_model(str(directory))
+
+
+def test_a_text_part_of_no_family_is_said_to_be_none() -> None:
+    config = PreTrainedConfig()
+    config.model_type, config.text_config = "other_vision", PreTrainedConfig()  # type: ignore[attr-defined]
+    config.text_config.model_type = "other_text"
+    with pytest.raises(UserError, match=r"text part \('other_text'\) is none of the families"):
+        family_of(config)
+
+
+def test_a_config_of_another_family_than_the_weights_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"do not fit its config.json: missing: .*q_norm"):
+        load_model(str(saved(tmp_path / "lacks", model_type="qwen3", architectures=["Qwen3ForCausalLM"])))
+    tiny_model("qwen3").save_pretrained(tmp_path / "has")
+    file = tmp_path / "has" / "config.json"
+    file.write_text(file.read_text().replace("qwen3", "llama").replace("Qwen3", "Llama"))
+    with pytest.raises(UserError, match=r"do not fit its config.json: unexpected: .*k_norm"):
+        load_model(str(tmp_path / "has"))
+
+
+def test_packing_beyond_a_window_is_refused_and_within_it_taken() -> None:
+    base = tiny_model("mistral").config
+    base.sliding_window = 16
+    made: Any = compose_config(["experiment=smoke", "data.packing=true", "data.max_length=32"])
+    with pytest.raises(
+        UserError, match=r"data.packing: the base's attention reaches back 16 tokens.*data.max_length=16"
+    ):
+        parts.check_packing(made, base)
+    made.data.max_length = 16
+    parts.check_packing(made, base)
