@@ -24,6 +24,12 @@ torch.set_num_threads(1)  # the models here are so small that threads only wait 
 
 ATTENTION = {"mha": 6, "gqa": 3, "mqa": 1}
 QUIRKS: dict[str, dict[str, object]] = {
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 1.7,
+    },
     "smollm3": {"no_rope_layers": [1, 0, 1, 1, 0, 1]},
 }
 """What makes a family's tiny model other than a Llama; lists have an entry for each layer."""

@@ -265,6 +265,19 @@ FAMILIES: dict[str, Family] = {
             biases=_ALL_BIASES,
             unrotated="no_rope_layers",
         ),
+        Family(
+            "granite",
+            stock=(StockClass("granite"),),
+            gguf=("granite", "granite"),
+            biases=_ALL_BIASES,
+            logit_divisor="logits_scaling",
+            gguf_fields={
+                "embedding_scale": "embedding_multiplier",
+                "residual_scale": "residual_multiplier",
+                "attention.scale": "attention_multiplier",
+                "logit_scale": "logits_scaling",
+            },
+        ),
     )
 }
 """The rows, by ``model_type``."""

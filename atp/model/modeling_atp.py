@@ -33,6 +33,8 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 from transformers.models.smollm3.configuration_smollm3 import SmolLM3Config
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer, SmolLM3ForCausalLM
+from transformers.models.granite.configuration_granite import GraniteConfig
+from transformers.models.granite.modeling_granite import GraniteDecoderLayer, GraniteForCausalLM
 
 ATTENTION, MLP = "attention", "mlp"
 
@@ -281,6 +283,12 @@ class AtpSmolLM3Config(PerLayerConfigMixin, SmolLM3Config):
     model_type = "atp_smollm3"
 
 
+class AtpGraniteConfig(PerLayerConfigMixin, GraniteConfig):
+    """Granite config with widths per layer."""
+
+    model_type = "atp_granite"
+
+
 class AtpLlamaForCausalLM(PerLayerCausalLMMixin, LlamaForCausalLM):
     """Llama with widths per layer."""
 
@@ -316,12 +324,20 @@ class AtpSmolLM3ForCausalLM(PerLayerCausalLMMixin, SmolLM3ForCausalLM):
     layer_class = SmolLM3DecoderLayer
 
 
+class AtpGraniteForCausalLM(PerLayerCausalLMMixin, GraniteForCausalLM):
+    """Granite with widths per layer."""
+
+    config_class = AtpGraniteConfig
+    layer_class = GraniteDecoderLayer
+
+
 MODEL_CLASSES: tuple[Any, ...] = (
     AtpLlamaForCausalLM,
     AtpMistralForCausalLM,
     AtpQwen2ForCausalLM,
     AtpQwen3ForCausalLM,
     AtpSmolLM3ForCausalLM,
+    AtpGraniteForCausalLM,
 )
 CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {
     model_class.config_class.model_type: model_class.config_class for model_class in MODEL_CLASSES
