@@ -24,6 +24,23 @@ torch.set_num_threads(1)  # the models here are so small that threads only wait 
 
 ATTENTION = {"mha": 6, "gqa": 3, "mqa": 1}
 QUIRKS: dict[str, dict[str, object]] = {
+    "gemma2": {
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 12,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 12,
+        "final_logit_softcapping": 3.0,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+        },
+    },
     "granite": {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.7,

@@ -105,6 +105,7 @@ def check_graph(config: PreTrainedConfig) -> None:
         ValueError: The frequencies are chosen anew by the length (longrope).
     """
     rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # sliding layers have none that depends on the length
     if rope.get("rope_type") == "longrope":
         raise UserError(
             "ONNX: rope_parameters of the model's config are of type 'longrope', which chooses among two sets of "

@@ -19,6 +19,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM
+from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM
+from transformers.models.granite.configuration_granite import GraniteConfig
+from transformers.models.granite.modeling_granite import GraniteDecoderLayer, GraniteForCausalLM
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -27,14 +33,14 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
+from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
+from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer, Olmo2ForCausalLM
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 from transformers.models.smollm3.configuration_smollm3 import SmolLM3Config
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer, SmolLM3ForCausalLM
-from transformers.models.granite.configuration_granite import GraniteConfig
-from transformers.models.granite.modeling_granite import GraniteDecoderLayer, GraniteForCausalLM
 
 ATTENTION, MLP = "attention", "mlp"
 
@@ -289,6 +295,24 @@ class AtpGraniteConfig(PerLayerConfigMixin, GraniteConfig):
     model_type = "atp_granite"
 
 
+class AtpOlmo2Config(PerLayerConfigMixin, Olmo2Config):
+    """OLMo 2 config with widths per layer."""
+
+    model_type = "atp_olmo2"
+
+
+class AtpGemma3TextConfig(PerLayerConfigMixin, Gemma3TextConfig):
+    """Gemma 3 config with widths per layer."""
+
+    model_type = "atp_gemma3_text"
+
+
+class AtpGemma2Config(PerLayerConfigMixin, Gemma2Config):
+    """Gemma 2 config with widths per layer."""
+
+    model_type = "atp_gemma2"
+
+
 class AtpLlamaForCausalLM(PerLayerCausalLMMixin, LlamaForCausalLM):
     """Llama with widths per layer."""
 
@@ -331,6 +355,27 @@ class AtpGraniteForCausalLM(PerLayerCausalLMMixin, GraniteForCausalLM):
     layer_class = GraniteDecoderLayer
 
 
+class AtpOlmo2ForCausalLM(PerLayerCausalLMMixin, Olmo2ForCausalLM):
+    """OLMo 2 with widths per layer."""
+
+    config_class = AtpOlmo2Config
+    layer_class = Olmo2DecoderLayer
+
+
+class AtpGemma3ForCausalLM(PerLayerCausalLMMixin, Gemma3ForCausalLM):
+    """Gemma 3 with widths per layer."""
+
+    config_class = AtpGemma3TextConfig
+    layer_class = Gemma3DecoderLayer
+
+
+class AtpGemma2ForCausalLM(PerLayerCausalLMMixin, Gemma2ForCausalLM):
+    """Gemma 2 with widths per layer."""
+
+    config_class = AtpGemma2Config
+    layer_class = Gemma2DecoderLayer
+
+
 MODEL_CLASSES: tuple[Any, ...] = (
     AtpLlamaForCausalLM,
     AtpMistralForCausalLM,
@@ -338,6 +383,9 @@ MODEL_CLASSES: tuple[Any, ...] = (
     AtpQwen3ForCausalLM,
     AtpSmolLM3ForCausalLM,
     AtpGraniteForCausalLM,
+    AtpOlmo2ForCausalLM,
+    AtpGemma3ForCausalLM,
+    AtpGemma2ForCausalLM,
 )
 CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {
     model_class.config_class.model_type: model_class.config_class for model_class in MODEL_CLASSES

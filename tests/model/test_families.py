@@ -42,7 +42,7 @@ class TestRows:
         assert {name for name in modules if "norm" in name} == {norm.module for norm in family.norms}
         for name in (family.embeddings, family.final_norm, family.head):
             assert model.get_submodule(name).weight.shape[-1] == 32
-        assert model.config.hidden_act in family.activations
+        assert family.activation_of(model.config) in family.activations
         assert attention_widths(layer.get_submodule(family.attention)) == (32, 32)
         assert attention_widths(layer.get_submodule(family.mlp)) is None
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import tiny_model
-from transformers import PreTrainedConfig
+from transformers import AutoModelForImageTextToText, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedConfig
 
 from atp.commands.train import compose_config
 from atp.errors import UserError
-from atp.model.families import ADDING_PAGE, family_of
+from atp.model.families import ADDING_PAGE, TEXT_PART_PAGE, family_of
 from atp.model.loading import load_model
 from atp.run import parts
 
@@ -38,6 +40,33 @@ def test_a_model_with_code_of_its_own_is_refused_without_running_it(tmp_path: Pa
     directory = saved(tmp_path, model_type="own", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"})
     with pytest.raises(UserError, match=r"needs Python code of its own \(auto_map in config.json\), which is not run"):
         load_model(str(directory))
+
+
+def vision_model(directory: Path) -> Gemma3ForConditionalGeneration:
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 64, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}
+    eyes = {**sizes, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
+    tokens = {"image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62, "mm_tokens_per_image": 4}
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=eyes, **tokens)).eval()
+    model.save_pretrained(directory)
+    return model
+
+
+def test_the_text_part_of_a_vision_model_is_refused_with_the_way_to_it(tmp_path: Path) -> None:
+    whole = vision_model(tmp_path / "whole")
+    with pytest.raises(UserError, match=f"'gemma3' is a model of more than text.*text part.*{TEXT_PART_PAGE}"):
+        load_model(str(tmp_path / "whole"))
+    lines = re.search(
+        r"```python\n(.*?)```", (ROOT / TEXT_PART_PAGE).read_text().split("## The text part")[1], re.DOTALL
+    )
+    assert lines and AutoModelForImageTextToText.__name__ in lines[1]
+    code = "\n".join(line for line in lines[1].splitlines() if "Tokenizer.from" not in line)
+    text = str(tmp_path / "text")
+    exec(code.replace('"DIRECTORY"', repr(str(tmp_path / "whole"))).replace('"TEXT_DIRECTORY"', repr(text)), {})
+    loaded, ids = load_model(text), torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, whole(ids).logits)
 
 
 def test_a_text_part_of_no_family_is_said_to_be_none() -> None:
@@ -68,3 +97,23 @@ def test_packing_beyond_a_window_is_refused_and_within_it_taken() -> None:
         parts.check_packing(made, base)
     made.data.max_length = 16
     parts.check_packing(made, base)
+
+
+def test_a_soft_cap_on_scores_is_computed_by_eager_attention(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_model("gemma2").save_pretrained(tmp_path)
+    with caplog.at_level("INFO"):
+        model = load_model(str(tmp_path), attn_implementation="sdpa")
+    assert model.config._attn_implementation == "eager" and "soft cap on scores" in caplog.text
+    made: Any = compose_config(["experiment=smoke", "data.packing=true"])
+    with pytest.raises(
+        UserError, match=r"data.packing needs the attention kernel sdpa.*gemma2.*attn_logit_softcapping"
+    ):
+        parts.check_packing(made, model.config)
+
+
+def test_attention_in_both_directions_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("gemma3_text")
+    model.config.use_bidirectional_attention = True
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"config.json: the config sets use_bidirectional_attention=True"):
+        load_model(str(tmp_path))

@@ -15,23 +15,24 @@ what each architecture's loader accepts) was read in its sources and checked by 
   queries and keys are permuted; the other architectures rotate halves.
 * All heads have one size, for keys and for values. Dimensions that were removed inside heads are written as zeros,
   which is exact, as the scale of the scores stays that of whole heads.
-* Rotary scaling is written as frequency factors where the architecture reads them, which holds every static kind.
-* What else a family needs (multipliers, caps, windows) is metadata that its row in the table names. ``smollm3`` leaves
-  every fourth layer unrotated, ``gemma2`` and ``gemma3`` slide in a fixed pattern, whatever a file says.
+* What else a family needs (multipliers, caps, windows) is metadata that its row in the table names.
+
+How positions are written, rotary and windows, is in :mod:`atp.export.gguf.positions`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedConfig
 
 from atp.errors import UserError
+from atp.export.gguf.positions import check_positions, check_score_scale, context_of, rope_of, rotary
 from atp.export.gguf.tensors import GgufTensor, layer_tensors
 from atp.model.families import FAMILIES, family_of
-from atp.model.gguf.names import EMBEDDINGS, FACTORS, FINAL_NORM, HEAD, ROTARY_FACTORS
+from atp.model.gguf.names import EMBEDDINGS, FINAL_NORM, HEAD, ROTARY_FACTORS
 from atp.model.widths import LayerWidths, layer_widths
 
 PER_LAYER = frozenset(family.gguf[1] for family in FAMILIES.values() if family.gguf[1] != family.gguf[0])
@@ -41,9 +42,6 @@ FILLED_NOTE = (
     "rotary frequencies); GGUF files hold it with zeros up to the widest layer. Prune with prune.shape=uniform for "
     "small ones"
 )
-_LONGEST_EXACT_CONTEXT = 1 << 30
-UNROTATED_STEP = 4
-"""Every which layer llama.cpp's smollm3 leaves unrotated."""
 _BYTES_PER_WEIGHT = 34 / 32  # q8_0; the fewer, the more filling up pays
 
 
@@ -90,7 +88,7 @@ def gguf_architecture(config: PreTrainedConfig, *, uniform: bool) -> str:
             f"GGUF: {family.activation}={activation!r} has no llama.cpp architecture here; only "
             f"{family.activations[0]} has"
         )
-    _check_unrotated(config)
+    check_positions(config)
     if whole == "qwen3" and family.has_bias(config, "output"):
         raise UserError("GGUF: llama.cpp's Qwen3 has no bias in its output projection; export without attention_bias")
     fits = per_layer != "openelm" or _fits_openelm(config)
@@ -116,19 +114,21 @@ def check_layout(config: PreTrainedConfig, *, uniform: bool, axes: Sequence[str]
     for kind in axes:
         if reason := refused.get(f"gguf:{kind}"):
             raise UserError(f"GGUF: {reason}; take {kind} out of prune.space={list(axes)}, or leave export.gguf out")
-    _rotary(config, _roped(config, architecture), _one_head_dim(config, layer_widths(config)))
+    head_dim = _one_head_dim(config, layer_widths(config))
+    rotary(config, _roped(config, architecture), head_dim)
+    check_score_scale(config, config.num_attention_heads, head_dim, axes)
     return architecture
 
 
 def _roped(config: PreTrainedConfig, architecture: str) -> str:
     """The architecture that reads this kind of rotary scaling: llama computes Qwen2 too and takes every static one."""
-    plain = _rope(config).get("rope_type", "default") in ("default", "linear", "yarn")
+    plain = rope_of(config).get("rope_type", "default") in ("default", "linear", "yarn")
     return "llama" if architecture == "qwen2" and not plain else architecture
 
 
 def _fits_openelm(config: PreTrainedConfig) -> bool:
     """Whether llama.cpp's openelm computes a Qwen3: it ties the output head and scales no rotary frequencies."""
-    return config.tie_word_embeddings and _rope(config).get("rope_type", "default") in ("default", "linear")
+    return config.tie_word_embeddings and rope_of(config).get("rope_type", "default") in ("default", "linear")
 
 
 def gguf_layout(config: PreTrainedConfig, *, block: int = 1) -> GgufLayout:
@@ -150,8 +150,9 @@ def gguf_layout(config: PreTrainedConfig, *, block: int = 1) -> GgufLayout:
         architecture = "llama"
     written, notes = _written(config, widths, architecture, head_dim, block)
     _check_cuts(config, widths, written)
-    factors, rope_fields = _rotary(config, architecture, head_dim)
-    context, window_notes = _context(config)
+    check_score_scale(config, written[0].num_attention_heads, head_dim)
+    factors, rope_fields = rotary(config, architecture, head_dim)
+    context, window_notes = context_of(config)
     notes += window_notes
     if any(layer.is_slim for layer in widths):
         notes += ("dimensions removed inside heads are zeros in this file, as llama.cpp knows one head size",)
@@ -183,17 +184,6 @@ def _own_fields(config: PreTrainedConfig) -> dict[str, Any]:
     return {key: value for key, name in fields if (value := getattr(config, name, None)) is not None}
 
 
-def _check_unrotated(config: PreTrainedConfig) -> None:
-    """Refuses layers without rotary elsewhere than llama.cpp has them."""
-    field_name = family_of(config).unrotated
-    rotated = [bool(value) for value in getattr(config, field_name)] if field_name else []
-    if rotated != [bool((index + 1) % UNROTATED_STEP) for index in range(len(rotated))]:
-        raise UserError(
-            f"GGUF: llama.cpp rotates all layers but every {UNROTATED_STEP}th, the model's config has "
-            f"{field_name}={getattr(config, field_name)}; leave export.gguf out"
-        )
-
-
 def _check_cuts(config: PreTrainedConfig, widths: Sequence[LayerWidths], written: Sequence[LayerWidths]) -> None:
     """Refuses a model that lost units that the family's row says llama.cpp cannot be without."""
     refused = family_of(config).refused
@@ -215,11 +205,9 @@ def _outer_tensors(config: PreTrainedConfig) -> list[GgufTensor]:
     ]
     if not config.tie_word_embeddings:
         tensors.append(GgufTensor(HEAD, table, (head,)))
+    elif family.gguf_own_head:
+        tensors.append(GgufTensor(HEAD, table, (embeddings,)))
     return tensors
-
-
-def _rope(config: PreTrainedConfig) -> dict[str, Any]:
-    return dict(getattr(config, "rope_parameters", None) or {})
 
 
 def _one_head_dim(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> int:
@@ -268,49 +256,3 @@ def _counts(written: Sequence[LayerWidths], *, as_lists: bool) -> list[Any]:
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     lists = [[getattr(layer, name) for layer in written] for name in names]
     return lists if as_lists else [values[0] for values in lists]
-
-
-def _rotary(config: PreTrainedConfig, architecture: str, head_dim: int) -> tuple[tuple[float, ...], dict[str, Any]]:
-    """Frequency factors (default over actual frequency, none where all are one) and the metadata of the rotary part."""
-    import torch
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    rope = _rope(config)
-    kind = rope.get("rope_type", "default")
-    if kind in ("dynamic", "longrope") or rope.get("partial_rotary_factor", 1.0) != 1.0 or "rope_theta" not in rope:
-        raise UserError(
-            f"GGUF: rope_parameters={rope} of the model's config change with the length or are partial, for which "
-            "files have no field; leave GGUF out (export.gguf)"
-        )
-    rotary: Any = LlamaRotaryEmbedding(cast(Any, config))
-    actual = rotary.inv_freq.double()
-    default = float(rope["rope_theta"]) ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    if actual.shape != default.shape:
-        raise UserError(f"GGUF: {2 * len(actual)} rotary dimensions in heads of {head_dim} are not supported")
-    ratios = default / actual
-    fields: dict[str, Any] = {"rope.freq_base": float(rope["rope_theta"])}
-    if kind == "default":
-        return (), fields
-    if kind == "linear":
-        return (), {**fields, "rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn" and architecture not in FACTORS:
-        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        fields |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(rope["factor"])}
-        return (), {**fields, "rope.scaling.original_context_length": int(original)}
-    if architecture not in FACTORS:
-        raise UserError(f"GGUF: llama.cpp's {architecture} takes no {kind!r} rotary scaling; leave GGUF out")
-    fields |= {"rope.scaling.type": "none"} if kind == "yarn" else {}
-    if rotary.attention_scaling != 1.0:
-        fields["rope.scaling.attn_factor"] = float(rotary.attention_scaling)
-    return tuple(float(ratio) for ratio in ratios), fields
-
-
-def _context(config: PreTrainedConfig) -> tuple[int, tuple[str, ...]]:
-    """Longest context that llama.cpp computes as transformers does; these architectures know no sliding window."""
-    window = family_of(config).window(config) or _LONGEST_EXACT_CONTEXT
-    if window >= config.max_position_embeddings:
-        return int(config.max_position_embeddings), ()
-    return int(window), (
-        f"llama.cpp computes no sliding window here: the context is limited to the window of {window} tokens, within "
-        "which both agree",
-    )
