@@ -93,6 +93,7 @@ FAMILIES: dict[str, Family] = {
             stock=(StockClass("qwen2"),),
             gguf=("qwen2", "deci"),
             gguf_base=True,
+            remarks=("llama.cpp's `qwen2` takes only heads that make up the hidden size; others go as `llama`.",),
             biases=dict.fromkeys(("query", "key", "value"), ALWAYS),
         ),
         Family(
@@ -100,6 +101,7 @@ FAMILIES: dict[str, Family] = {
             stock=(StockClass("qwen3"),),
             gguf=("qwen3", "openelm"),
             gguf_base=True,
+            remarks=("`openelm` holds tied heads only; with a head of their own models go as `qwen3`, with zeros.",),
             refused={"gguf:qk_pairs": "llama.cpp normalises whole heads, which it cannot do without some rotary pairs"},
             biases=dict.fromkeys(ATTENTION_ROLES, "attention_bias"),
             norms=(Norm("input_layernorm", "attention"), *_HEAD_NORMS, Norm("post_attention_layernorm", "mlp")),

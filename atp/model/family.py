@@ -99,6 +99,7 @@ class Family:
         gguf_base: Whether a GGUF file of its architecture is read as a base.
         refused: What the family cannot do -> why, in one sentence: a kind of unit, ``gguf`` for all of that format, or
             ``gguf:<kind>`` for files of models that lost units of a kind.
+        remarks: What else a user should know, in sentences.
         requires: Config fields that must have one of these values, as the family computes nothing else here.
         linears: Module of each projection in a decoder layer, by role.
         attention: Module of the attention block in a decoder layer.
@@ -131,6 +132,7 @@ class Family:
     gguf_own_head: bool = False
     gguf_base: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
     requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     linears: Mapping[str, str] = field(
         default_factory=lambda: {

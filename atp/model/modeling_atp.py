@@ -217,7 +217,7 @@ def build_slim_layer(
     """Builds a layer whose heads keep only some of their dimensions; arguments as of `build_layer`."""
     rotary_dim = layer_config.head_dim
     with torch.device("meta"):  # what the family makes of a whole head's size is the scale of scores still
-        scaling = layer_class(layer_config, layer_idx).self_attn.scaling
+        whole: Any = layer_class(layer_config, layer_idx)
     pairs = getattr(layer_config, "rotary_pairs", None) or list(range(rotary_dim // 2))
     layer_config.head_dim = 2 * len(pairs)
     layer: Any = layer_class(layer_config, layer_idx)
@@ -230,7 +230,7 @@ def build_slim_layer(
     attention.config = config
     attention.value_dim, attention.rotary_dim, attention.rotary_pairs = value_dim, rotary_dim, tuple(pairs)
     attention.rotary_columns = [*pairs, *(pair + rotary_dim // 2 for pair in pairs)]
-    attention.scaling = scaling
+    attention.scaling = whole.self_attn.scaling
     attention.norms_all_heads = hasattr(attention, "q_norm") and attention.q_norm.weight.numel() != 2 * len(pairs)
     attention.eager_kernel = sys.modules[layer_class.__module__].eager_attention_forward
     leave_out(layer, set(getattr(layer_config, "skip", ())) & {MLP}, layer_idx)

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_batch, tiny_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, SeedOssConfig, SeedOssForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.seed_oss.modeling_seed_oss import SeedOssDecoderLayer
 
 import atp
-from atp.cut.removal import config_after, slice_tensors
+from atp.cut.removal import config_after, max_logit_difference, remove, slice_tensors
 from atp.errors import UserError
 from atp.export.gguf.layout import gguf_architecture
+from atp.export.hf.loading import load_exported
+from atp.export.hf.writing import export_hf
+from atp.masks.lora import MaskedModel, add_lora
+from atp.masks.merging import merged_tensors
 from atp.model import modeling_atp
-from atp.model.families import ALWAYS, FAMILIES, ROLES, Family, family_of
+from atp.model.families import ADDING_PAGE, ALWAYS, FAMILIES, ROLES, Family, StockClass, family_of
 from atp.model.layers import attention_widths, decoder_layers, layer_parts
 from atp.space.space import PruningSpace
 
@@ -122,3 +131,48 @@ def test_only_the_model_room_knows_the_names() -> None:
         if name.startswith(("model/", *OTHERS_NAMES)) or name in STANDALONE | DEFAULTS | LLAMA_ONLY:
             continue
         assert not named_in_code(path), name
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[PreTrainedModel]:
+    """A model of a family that is in no table, once its row and its two classes are added as the page says."""
+    sizes = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 20, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "bos_token_id": 1, "eos_token_id": 2}
+    config = SeedOssConfig(**sizes, **heads, pad_token_id=0, attention_bias=True, attention_out_bias=False)
+    with pytest.raises(UserError, match="model_type='seed_oss' is not supported"):
+        family_of(config)
+    biases = {**dict.fromkeys(("query", "key", "value"), "attention_bias"), "output": "attention_out_bias"}
+    row = Family("seed_oss", stock=(StockClass("seed_oss"),), gguf=("seed_oss", "seed_oss"), biases=biases)
+    monkeypatch.setitem(FAMILIES, "seed_oss", row)
+
+    class AtpSeedOssConfig(modeling_atp.PerLayerConfigMixin, SeedOssConfig):
+        model_type = "atp_seed_oss"
+
+    class AtpSeedOssForCausalLM(modeling_atp.PerLayerCausalLMMixin, SeedOssForCausalLM):
+        config_class = AtpSeedOssConfig
+        layer_class = SeedOssDecoderLayer
+
+    monkeypatch.setattr(modeling_atp, "MODEL_CLASSES", (*modeling_atp.MODEL_CLASSES, AtpSeedOssForCausalLM))
+    monkeypatch.setitem(modeling_atp.CONFIG_CLASSES, "atp_seed_oss", AtpSeedOssConfig)
+    torch.manual_seed(0)
+    yield SeedOssForCausalLM(config).eval()
+    for mapping in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        mapping._extra_content.pop("atp_seed_oss", None)
+        mapping._extra_content.pop(AtpSeedOssConfig, None)
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_a_family_is_added_as_the_page_says(toy: PreTrainedModel, uniform: bool, tmp_path: Path) -> None:
+    steps = re.findall(r"^(\d+)\. ", (PACKAGE.parent / ADDING_PAGE).read_text(encoding="utf-8"), re.MULTILINE)
+    assert [int(step) for step in steps] == list(range(1, 11))
+    space = PruningSpace.from_model(toy, ("heads", "channels", "hidden"))
+    masks_U = torch.ones(space.num_units)
+    for axis in space.axes:
+        masks_U[axis.offset : axis.offset + axis.size // (3 if uniform or axis.layer < 1 else 2)] = 0.0
+    config = toy.config
+    masked = MaskedModel(add_lora(toy, r=2), space).eval()
+    masked.set_masks(masks_U)
+    removed = remove(merged_tensors(masked.peft_model), config, space, masks_U)
+    assert type(removed).__name__ == ("SeedOssForCausalLM" if uniform else "AtpSeedOssForCausalLM")
+    export_hf(removed, None, tmp_path / "model")
+    assert max_logit_difference(masked, load_exported(tmp_path / "model"), [tiny_batch()]) < 1e-5
