@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from atp.errors import UserError
 from atp.export.gguf.layout import PER_LAYER, check_layout
 from atp.export.onnx_graph import check_graph
-from atp.model.families import FAMILIES, Family
+from atp.model.families import FAMILIES, KNOWN_OTHERS, Family
 from atp.space.units import KINDS
 
 INSIDE_HEADS = ("qk_pairs", "value_dims")
@@ -90,7 +90,9 @@ def _how(family: Family, config: PreTrainedConfig, kind: str, column: str) -> st
 
 def page() -> str:
     """The page, in Markdown."""
-    return "\n".join([_INTRODUCTION, *(line for family in FAMILIES.values() for line in _section(family))]) + "\n"
+    sections = (line for family in FAMILIES.values() for line in _section(family))
+    others = (f"- `{name}`: {reason}." for name, reason in KNOWN_OTHERS.items())
+    return "\n".join([_INTRODUCTION, *sections, "## Asked for, and in no row\n", *others]) + "\n"
 
 
 def _section(family: Family) -> Iterator[str]:

@@ -39,7 +39,7 @@ __all__ = [
     "is_stock",
 ]
 
-ADDING_PAGE, TEXT_PART_PAGE = "docs/how-to/add-a-family.md", "docs/how-to/bases.md"
+ADDING_PAGE, BASES_PAGE = "docs/how-to/add-a-family.md", "docs/how-to/bases.md"
 
 _ALL_BIASES = dict.fromkeys(ATTENTION_ROLES, "attention_bias") | dict.fromkeys(FFN_ROLES, "mlp_bias")
 _HEAD_NORMS = (Norm("self_attn.q_norm", "attention", "query"), Norm("self_attn.k_norm", "attention", "key"))
@@ -178,6 +178,14 @@ FAMILIES: dict[str, Family] = {
 }
 """The rows, by ``model_type``."""
 
+KNOWN_OTHERS = {
+    "phi3": (
+        "it holds query, key and value in one matrix, and gate and up in another. Where its rotary positions are plain "
+        f"(Phi-4, Phi-3 with a context of 4k) it can be written as a Mistral: {BASES_PAGE}"
+    ),
+}
+"""Families that are asked for and have no row, with what can be done."""
+
 
 def family_of(config: Any) -> Family:
     """The row of a dense or pruned model's config.
@@ -192,6 +200,8 @@ def family_of(config: Any) -> Family:
     name = str(model_type).removeprefix(PER_LAYER_PREFIX)
     if name in FAMILIES:
         return FAMILIES[name]
+    if name in KNOWN_OTHERS:
+        raise UserError(f"model_type={model_type!r} is not supported: {KNOWN_OTHERS[name]}")
     if (inner := getattr(config, "text_config", None)) is not None:
         raise UserError(_wrapper(model_type, getattr(inner, "model_type", None)))
     near = difflib.get_close_matches(name, FAMILIES, n=1, cutoff=0.5)
@@ -209,7 +219,7 @@ def _wrapper(model_type: Any, inner: Any) -> str:
     if inner in FAMILIES:
         return (
             f"{told}, of which only the text part ({inner!r}) can be pruned; save that by itself, as "
-            f"{TEXT_PART_PAGE} shows, and give its directory"
+            f"{BASES_PAGE} shows, and give its directory"
         )
     return f"{told}, and its text part ({inner!r}) is none of the families that ATP prunes: {', '.join(FAMILIES)}"
 

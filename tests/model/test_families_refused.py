@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
-from transformers import AutoModelForImageTextToText, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedConfig
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Phi3Config, Phi3ForCausalLM, PreTrainedConfig
 
 from atp.commands.train import compose_config
 from atp.errors import UserError
-from atp.model.families import ADDING_PAGE, TEXT_PART_PAGE, family_of
+from atp.model.families import ADDING_PAGE, BASES_PAGE, family_of
 from atp.model.loading import load_model
 from atp.run import parts
 
@@ -54,19 +54,37 @@ def vision_model(directory: Path) -> Gemma3ForConditionalGeneration:
 
 
 def test_the_text_part_of_a_vision_model_is_refused_with_the_way_to_it(tmp_path: Path) -> None:
-    whole = vision_model(tmp_path / "whole")
-    with pytest.raises(UserError, match=f"'gemma3' is a model of more than text.*text part.*{TEXT_PART_PAGE}"):
-        load_model(str(tmp_path / "whole"))
-    lines = re.search(
-        r"```python\n(.*?)```", (ROOT / TEXT_PART_PAGE).read_text().split("## The text part")[1], re.DOTALL
-    )
-    assert lines and AutoModelForImageTextToText.__name__ in lines[1]
-    code = "\n".join(line for line in lines[1].splitlines() if "Tokenizer.from" not in line)
-    text = str(tmp_path / "text")
-    exec(code.replace('"DIRECTORY"', repr(str(tmp_path / "whole"))).replace('"TEXT_DIRECTORY"', repr(text)), {})
-    loaded, ids = load_model(text), torch.arange(3, 20)[None]
+    whole = vision_model(tmp_path / "DIRECTORY")
+    with pytest.raises(UserError, match=f"'gemma3' is a model of more than text.*text part.*{BASES_PAGE}"):
+        load_model(str(tmp_path / "DIRECTORY"))
+    loaded, ids = load_model(run_shown("The text part", tmp_path, "TEXT_DIRECTORY")), torch.arange(3, 20)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, whole(ids).logits)
+
+
+def run_shown(heading: str, folder: Path, made: str) -> str:
+    """Run the lines that the page shows below a heading in a folder, without the tokenizer's; what they write."""
+    shown = re.search(r"```python\n(.*?)```", (ROOT / BASES_PAGE).read_text().split(f"## {heading}")[1], re.DOTALL)
+    assert shown
+    code = "\n".join(line for line in shown[1].splitlines() if "Tokenizer.from" not in line)
+    exec(re.sub(r'"((?:\w+_)?DIRECTORY)"', lambda name: repr(str(folder / name[1])), code), {})
+    return str(folder / made)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_phi3_is_refused_with_the_way_to_a_mistral_that_computes_it(tmp_path: Path, window: int | None) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 20, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "sliding_window": window, "rope_theta": 500.0}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    whole = Phi3ForCausalLM(Phi3Config(**sizes, **heads, **tokens)).eval()
+    whole.save_pretrained(tmp_path / "DIRECTORY")
+    with pytest.raises(UserError, match=f"model_type='phi3' is not supported: .*written as a Mistral: {BASES_PAGE}"):
+        load_model(str(tmp_path / "DIRECTORY"))
+    loaded, ids = load_model(run_shown("Phi-3", tmp_path, "MISTRAL_DIRECTORY")), torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, whole(ids).logits)
+    assert loaded.config.sliding_window == window and loaded.config.rope_parameters["rope_theta"] == 500.0
 
 
 def test_a_text_part_of_no_family_is_said_to_be_none() -> None:
