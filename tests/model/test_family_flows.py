@@ -11,18 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_batch, tiny_model
+from conftest import ATTENTION, tiny_batch, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_evaluate import CPU, naive_nats
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from atp.cut.compaction import can_cut_live, cut_live
 from atp.cut.removal import max_logit_difference, remove, slice_adapter
 from atp.cut.selection import select
 from atp.data.encoding import Choices
+from atp.errors import UserError
 from atp.evaluate.scoring import choice_nats, evaluating
 from atp.export.hf.loading import load_exported
 from atp.export.hf.writing import export_hf
 from atp.masks.adapter import extract_adapter
+from atp.masks.gates import fold
 from atp.masks.lora import MaskedModel, add_lora
 from atp.masks.loss import causal_loss
 from atp.masks.merging import base_tensors, merged_tensors
@@ -31,6 +36,7 @@ from atp.prepare.blockwise import Repair, repair
 from atp.prepare.criteria import CRITERIA, importances
 from atp.prepare.starts import repaired_losses
 from atp.space.space import KINDS, PruningSpace
+from atp.train.cuttable import why_uncut
 
 LAYERS = 3
 BATCH = tiny_batch(tokens=23)
@@ -156,9 +162,9 @@ def test_every_importance_is_finite_and_a_repaired_cut_is_nearer_to_the_dense_mo
     assert losses["random"] > 0
     real_BT, dense = BATCH["attention_mask"].bool(), logits(masked)
     distances = []
-    for settings in (None, Repair(epochs=0), Repair(epochs=8, lr=0.02)):
-        if settings:
-            repair(masked, masks_U, lambda: [BATCH], settings)
+    for how in (None, Repair(epochs=0), Repair(epochs=8, lr=0.02)):
+        if how:
+            repair(masked, masks_U, lambda: [BATCH], how)
         masked.set_masks(masks_U)
         distances.append(float((logits(masked) - dense)[real_BT].square().mean()))
         masked.set_masks(None)
@@ -228,3 +234,50 @@ def test_widths_per_layer_load_through_the_file_beside_them(tmp_path: Path) -> N
     command = [sys.executable, "-c", _LOADED_ELSEWHERE, str(tmp_path / "all")]
     made = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"HF_HOME": str(tmp_path / "hf")})
     assert made.stdout.split() == sorted(FAMILIES), made.stderr[-2000:]
+
+
+@EVERY
+def test_the_live_model_is_cut_exactly_or_says_why_not(family: Family) -> None:
+    kinds = tuple(kind for kind in ("heads", "channels") if kind not in family.refused)
+    masked = masked_model(family, kinds)
+    masks_U = emptied(masked.space, random_masks(masked.space, 0.2))
+    if not can_cut_live(masked.space):
+        assert "over all heads at once" in why_uncut(masked.space, "binary", taught=False)
+        return
+    masked.set_masks(masks_U)
+    before = logits(masked)
+    cut_live(masked, masks_U)
+    torch.testing.assert_close(logits(masked), before, atol=1e-4, rtol=0)
+
+
+@EVERY
+def test_soft_gates_fold_into_the_weights(family: Family) -> None:
+    masked = masked_model(family, tied=True)
+    masks_U = random_masks(masked.space, 0.3)
+    gates_U = masks_U * (0.5 + torch.rand(masked.space.num_units, generator=torch.Generator().manual_seed(1)))
+    masked.set_masks(gates_U)
+    folded = fold(merged_tensors(masked.peft_model), masked.space, gates_U, tied=True)
+    small = remove(folded, base_config(masked), masked.space, masks_U)
+    assert max_logit_difference(masked, small, [BATCH]) < 1e-4
+
+
+@pytest.mark.slow
+@given(data=st.data())
+@settings(max_examples=120, deadline=None)
+def test_any_architecture_of_any_family_is_removed_exactly(data: st.DataObject) -> None:
+    """Attention of every kind, biases, tied or not, any budget, layers without attention or FFN."""
+    family = data.draw(st.sampled_from(list(FAMILIES.values())))
+    attention = data.draw(st.sampled_from(list(ATTENTION)))
+    tied, biased = data.draw(st.booleans()), data.draw(st.booleans())
+    kinds = data.draw(st.sets(st.sampled_from(kinds_of(family)), min_size=1))
+    seed, sparsity = data.draw(st.integers(0, 999)), data.draw(st.floats(0.02, 0.6))
+    model = tiny_model(family.model_type, attention, tied=tied, biased=biased, layers=LAYERS, seed=seed)
+    try:
+        space = PruningSpace.from_model(model, sorted(kinds))
+        scores_U = torch.randn(space.num_units, generator=torch.Generator().manual_seed(seed))
+        masks_U = select(space, scores_U, sparsity, min_units={"heads": 0, "channels": 0})
+    except UserError:  # no unit of these kinds, or a budget that they cannot meet
+        return
+    masked = MaskedModel(add_lora(model, r=2), space).eval()
+    masked.set_masks(masks_U)
+    assert max_logit_difference(masked, removed_model(masked, masks_U), [BATCH]) < 1e-4
