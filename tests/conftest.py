@@ -34,6 +34,46 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 ATTENTION = {"mha": 6, "gqa": 3, "mqa": 1}
+QUIRKS: dict[str, dict[str, object]] = {
+    "gemma2": {
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 12,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 12,
+        "final_logit_softcapping": 3.0,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+        },
+    },
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 1.7,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1, 1, 0, 1]},
+}
+"""What makes a family's tiny model other than a Llama; lists have an entry for each layer."""
+FOR_LLAMA_CPP: dict[str, dict[str, object]] = {
+    "smollm3": {"no_rope_layers": [1, 1, 1, 0, 1, 1]},
+    "gemma2": {"query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        "layer_types": [*["sliding_attention"] * 5, "full_attention"],
+        "query_pre_attn_scalar": 8,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        },
+    },
+}
+"""What llama.cpp fixes for a family, where its quirks are others."""
 
 
 def tiny_model(
@@ -45,6 +85,7 @@ def tiny_model(
     layers: int = 2,
     seed: int = 0,
     vocabulary: int = 64,
+    for_llama_cpp: bool = False,
 ) -> PreTrainedModel:
     """A random model: hidden 48, 6 query heads of 8, 20 channels, vocabulary 64, context 64."""
     import torch
@@ -67,6 +108,7 @@ def tiny_model(
         eos_token_id=2,
         pad_token_id=0,
         **biases,
+        **quirks(family, layers, for_llama_cpp),
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():  # biases start at zero and norms at one, which would hide mistakes
@@ -76,6 +118,12 @@ def tiny_model(
             elif "embed" not in name and "lm_head" not in name:
                 parameter.mul_(4.0)
     return model
+
+
+def quirks(family: str, layers: int, for_llama_cpp: bool = False) -> dict[str, object]:
+    """A family's entry of :data:`QUIRKS` for so many layers."""
+    found = QUIRKS.get(family, {}) | (FOR_LLAMA_CPP.get(family, {}) if for_llama_cpp else {})
+    return {name: value[:layers] if isinstance(value, list) else value for name, value in found.items()}
 
 
 SHAPES = [

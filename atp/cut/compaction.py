@@ -33,8 +33,11 @@ log = logging.getLogger(__name__)
 
 
 def can_cut_live(space: PruningSpace) -> bool:
-    """Whether the live model can be cut: head dimensions and the residual stream need other modules, not fewer rows."""
-    return {axis.kind for axis in space.axes} <= {"heads", "query_heads", "channels"}
+    """Whether the live model can be cut: head dimensions and the residual stream need other modules, not fewer rows.
+
+    Nor can heads that a norm goes over together, as it is no linear.
+    """
+    return {axis.kind for axis in space.axes} <= {"heads", "query_heads", "channels"} and not space.others
 
 
 def live_units(space: PruningSpace, masks_U: Tensor, before_U: Tensor | None = None) -> Tensor:

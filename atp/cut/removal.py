@@ -116,7 +116,8 @@ def slice_tensors(
         if kept_columns is not None:
             tensor = tensor.index_select(1, kept_columns.to(tensor.device))
         if name in scales:  # norms over fewer dimensions: see PruningSpace.norm_scales
-            offset = space.family.norm_offset if name in space.others else 0.0
+            is_norm = name in space.others and space.others[name][1].size == 1
+            offset = space.family.norm_offset if is_norm else 0.0
             tensor = ((tensor.double() + offset) * scales[name] - offset).to(tensor.dtype)
         yield name, tensor
 
@@ -146,6 +147,7 @@ def slice_adapter(adapter: Adapter, space: PruningSpace, masks_U: Tensor) -> Ada
     masks = space.split(_binary(masks_U))
     sides = {f"{weight.module}.weight": (weight.rows, weight.columns) for weight in space.weights} | space.others
     gone = _gone_prefixes(space, masks)
+    scales, _ = space.norm_scales(masks)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for module, (down_RI, up_OR) in adapter.factors.items():
         if gone and f"{module}.".startswith(gone):
@@ -154,6 +156,8 @@ def slice_adapter(adapter: Adapter, space: PruningSpace, masks_U: Tensor) -> Ada
             rows, columns = (kept_indices(side, masks) for side in sides[f"{module}.weight"])
             down_RI = down_RI if columns is None else down_RI.index_select(1, columns.to(down_RI.device))
             up_OR = up_OR if rows is None else up_OR.index_select(0, rows.to(up_OR.device))
+        if (factor := scales.get(f"{module}.weight")) is not None:  # as the weight that it adds to
+            up_OR = (up_OR.double() * factor).to(up_OR.dtype)
         factors[module] = (down_RI, up_OR)
     return Adapter(adapter.config, factors)
 

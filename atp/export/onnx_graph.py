@@ -51,9 +51,7 @@ class CachedGraph(nn.Module):
         self.attending = [i for i, layer in enumerate(layer_widths(model.config)) if layer.has_attention]
         self.cache = cache
         kinds = getattr(model.config, "layer_types", None) or ()
-        self.window = model.config.sliding_window if "sliding_attention" in kinds else None
-        if family_of(model.config).slides_everywhere(model.config):
-            self.window = model.config.sliding_window
+        self.window = family_of(model.config).window(model.config)
         self.kinds = set(kinds)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
@@ -107,6 +105,7 @@ def check_graph(config: PreTrainedConfig) -> None:
         ValueError: The frequencies are chosen anew by the length (longrope).
     """
     rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # sliding layers have none that depends on the length
     if rope.get("rope_type") == "longrope":
         raise UserError(
             "ONNX: rope_parameters of the model's config are of type 'longrope', which chooses among two sets of "

@@ -10,15 +10,16 @@ Where the masks of one decoder layer multiply (:class:`atp.space.units.Site`), e
        |        +- v_proj --[2]-----------+                                    |
        +-----------------------------------------------------------------------+
 
-    x -+- norm -+- gate_proj -- silu -+
+    x -+- norm -+- gate_proj -- act --+
        |        +- up_proj ----------(*)--[4]-- down_proj --[5]-- (+) -- x
        +-----------------------------------------------------------+
 
     [1] output of q_proj and k_proj  per rotary pair, the same in every head       qk_pairs
+                                     per head, where a norm goes over all heads    heads, query_heads
     [2] output of v_proj             per KV head x value dimension; replaces [3]   heads, value_dims
                                      where no query heads are pruned
     [3] input of o_proj              per KV head x query head x value dimension    + query_heads
-    [4] input of down_proj           per channel, a factor of the SwiGLU product   channels
+    [4] input of down_proj           per channel, a factor of the gated product    channels
     [5] output of o_proj, down_proj  per dimension of the residual stream          hidden
         and of the embedding
 

@@ -7,7 +7,7 @@ nothing of how they come about; merging adapters back is in :mod:`atp.masks.merg
 A site's mask multiplies the *input* of an output projection, before base weight and adapter alike, or the *output* of a
 projection or embedding, after both, so a zero removes the unit's part in both branches. What the other projections
 compute for a removed unit then has no path to the output. Of equivalent places the smallest tensor is taken (values
-rather than what attention makes of them), and in FFN blocks the mask is part of the SwiGLU product
+rather than what attention makes of them), and in FFN blocks the mask is part of the gated product
 (:mod:`atp.masks.fused`), so that a masked step keeps fewer activations than a plain one.
 
 Shape suffixes: U units, B batch, T tokens.
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atp.errors import UserError
-from atp.masks.fused import masked_swiglu
+from atp.masks.fused import FUSED, masked_gated
 from atp.model.families import FFN_ROLES, family_of
 from atp.space.space import PruningSpace, Side, Weight
 
@@ -160,19 +160,22 @@ class MaskedModel(nn.Module):
     def _fuse_blocks(self) -> set[Side]:
         """Give FFN blocks the fused masked forward pass; return the sides whose masks it applies."""
         family, fused = self.space.family, set[Side]()
-        if getattr(self.peft_model.config, "hidden_act", None) not in family.activations:
+        activation = family.activation_of(self.peft_model.config)
+        if activation not in FUSED:
             return fused
         gate, up, down = (family.linears[role].rpartition(".")[2] for role in FFN_ROLES)
         for name, side in self.space.gated_blocks().items():
             block: Any = self.peft_model.get_submodule(_PREFIX + name)
-            block.forward = functools.partial(self._forward_block, block, (gate, up, down), side)
+            block.forward = functools.partial(self._forward_block, block, (gate, up, down), side, activation)
             fused |= {side} if side else set()
         return fused
 
-    def _forward_block(self, block: Any, names: tuple[str, str, str], side: Side | None, hidden: Tensor) -> Tensor:
+    def _forward_block(
+        self, block: Any, names: tuple[str, str, str], side: Side | None, activation: str, hidden: Tensor
+    ) -> Tensor:
         mask = self._masks.get(side) if side else None
         gate, up, down = names
-        product = masked_swiglu(getattr(block, gate)(hidden), getattr(block, up)(hidden), mask)
+        product = masked_gated(getattr(block, gate)(hidden), getattr(block, up)(hidden), mask, activation)
         output: Tensor = getattr(block, down)(product)
         return output
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from atp.masks.fused import vocabulary_loss
 from atp.masks.lora import language_model
+from atp.model.families import family_of
 
 
 def causal_loss(model: nn.Module, batch: Mapping[str, Tensor], learnt: int | None = None) -> Tensor:
@@ -37,7 +38,8 @@ def loss_and_states(
         output: Any = model(**batch, **({"output_hidden_states": True} if with_states else {}))
         return output.loss, output.hidden_states[1:] if with_states else ()
     output = _decode(inner, batch, with_states)
-    loss = vocabulary_loss(output.last_hidden_state, head.weight, batch["labels"], learnt)
+    divisor, cap = family_of(inner.config).logit_changes(inner.config)
+    loss = vocabulary_loss(output.last_hidden_state, head.weight, batch["labels"], learnt, divisor=divisor, cap=cap)
     return loss, output.hidden_states[1:] if with_states else ()
 
 

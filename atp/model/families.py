@@ -2,154 +2,46 @@
 
 At the bottom of the model room. Widths, pruning space, masked model, removal, costs, exports and tests read the rows
 and ask no ``model_type`` of their own, so a new family is a row here (and its classes in the per-layer modeling file).
-Projections are spoken of by *role* everywhere else: ``query``, ``key``, ``value``, ``output``, ``gate``, ``up`` and
-``down``. The table imports nothing and knows nothing of masks, LoRA or files. Names and conventions were read in
-transformers 5.23, llama.cpp's in its sources (see :mod:`atp.export.gguf.layout`).
+What a row says is in :mod:`atp.model.family`. The table knows nothing of masks, LoRA or files. Names and conventions
+were read in transformers 5.23, llama.cpp's in its sources (see :mod:`atp.export.gguf.layout`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import difflib
 from typing import Any
 
 from atp.errors import UserError
+from atp.model.family import (
+    ALWAYS,
+    ATTENTION_ROLES,
+    FFN_ROLES,
+    PER_LAYER_PREFIX,
+    ROLES,
+    SILU,
+    Family,
+    Norm,
+    StockClass,
+)
 
-PER_LAYER_PREFIX = "atp_"
-"""What a family's ``model_type`` begins with in its form with widths per layer."""
+__all__ = [
+    "ALWAYS",
+    "ATTENTION_ROLES",
+    "FAMILIES",
+    "FFN_ROLES",
+    "PER_LAYER_PREFIX",
+    "ROLES",
+    "SILU",
+    "Family",
+    "Norm",
+    "StockClass",
+    "family_of",
+    "is_stock",
+]
 
-ATTENTION_ROLES = ("query", "key", "value", "output")
-FFN_ROLES = ("gate", "up", "down")
-ROLES = (*ATTENTION_ROLES, *FFN_ROLES)
-"""The linears of a decoder layer, in the order of the forward pass."""
+ADDING_PAGE, BASES_PAGE = "docs/how-to/add-a-family.md", "docs/how-to/bases.md"
 
-ALWAYS = "always"
-"""In :attr:`Family.biases`: the bias is there whatever the config says."""
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A root-mean-square norm of a decoder layer.
-
-    Attributes:
-        module: Its name in the layer.
-        block: ``attention`` or ``mlp``: with which block it goes.
-        over: What it normalises: ``stream`` (the residual stream), or ``query`` or ``key`` (each head of them).
-    """
-
-    module: str
-    block: str
-    over: str = "stream"
-
-
-@dataclass(frozen=True)
-class StockClass:
-    """A class of transformers that can hold a pruned model of one width for all layers.
-
-    Attributes:
-        model_type: Its ``model_type``.
-        heads_divide_hidden: Whether it takes only head counts that divide the hidden size.
-        unless: Config fields that must be off, as the class has no weights for them.
-        without: Config fields of the family that the class does not know.
-        fields: Config fields that it needs to compute the same.
-    """
-
-    model_type: str
-    heads_divide_hidden: bool = False
-    unless: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    fields: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Family:
-    """What one family is called and how it computes.
-
-    Attributes:
-        model_type: Its ``model_type`` in transformers.
-        stock: Stock classes for widths that are equal in all layers, the first that fits is taken.
-        gguf: llama.cpp's architecture for equal widths, and the one for widths per layer.
-        biases: Config field that gives a projection its bias, by role; :data:`ALWAYS` where no field does.
-        norms: Norms of a decoder layer.
-        norm_offset: What norms add to their weight before it multiplies (1 where the stored weight is the distance from
-            one).
-        windows: Config field that says where attention slides: ``layer_types`` names the layers, ``sliding_window``
-            alone means all of them.
-        rotary: Which dimensions of a head rotate together: ``halves`` (i and i + H/2) or ``neighbours`` (2i, 2i + 1).
-        multipliers: Config fields that scale the residual stream, embeddings or logits. Where there are any, the
-            dimensions of the stream cannot be pruned.
-        activations: ``hidden_act`` values that are SiLU, for which the fused FFN pass is written.
-        linears: Module of each projection in a decoder layer, by role.
-        attention: Module of the attention block in a decoder layer.
-        mlp: Module of the FFN block in a decoder layer.
-        layers: Module of the decoder layers.
-        embeddings: Module of the input embeddings.
-        final_norm: Module of the norm before the output head.
-        head: Module of the output head, which shares the embeddings' weight where ``tie_word_embeddings`` is set.
-    """
-
-    model_type: str
-    stock: tuple[StockClass, ...]
-    gguf: tuple[str, str]
-    biases: Mapping[str, str] = field(default_factory=dict)
-    norms: tuple[Norm, ...] = (Norm("input_layernorm", "attention"), Norm("post_attention_layernorm", "mlp"))
-    norm_offset: float = 0.0
-    windows: str = "layer_types"
-    rotary: str = "halves"
-    multipliers: tuple[str, ...] = ()
-    activations: tuple[str, ...] = ("silu", "swish")
-    linears: Mapping[str, str] = field(
-        default_factory=lambda: {
-            "query": "self_attn.q_proj",
-            "key": "self_attn.k_proj",
-            "value": "self_attn.v_proj",
-            "output": "self_attn.o_proj",
-            "gate": "mlp.gate_proj",
-            "up": "mlp.up_proj",
-            "down": "mlp.down_proj",
-        }
-    )
-    attention: str = "self_attn"
-    mlp: str = "mlp"
-    layers: str = "model.layers"
-    embeddings: str = "model.embed_tokens"
-    final_norm: str = "model.norm"
-    head: str = "lm_head"
-
-    @property
-    def per_layer_type(self) -> str:
-        """The ``model_type`` of its form with widths per layer."""
-        return PER_LAYER_PREFIX + self.model_type
-
-    def has_bias(self, config: Any, role: str) -> bool:
-        """Whether a config gives the projection of a role a bias."""
-        name = self.biases.get(role)
-        return name is not None and (name == ALWAYS or bool(getattr(config, name, False)))
-
-    def block_of(self, role: str) -> str:
-        """Module of the block that the projection of a role belongs to."""
-        return self.attention if role in ATTENTION_ROLES else self.mlp
-
-    def norm_over(self, over: str) -> Norm | None:
-        """The norm of ``query`` or ``key``, where the family has it."""
-        return next((norm for norm in self.norms if norm.over == over), None)
-
-    def block_modules(self, block: str) -> tuple[str, ...]:
-        """What goes with a block (``attention`` or ``mlp``) that has no unit left: the block and its norms' modules."""
-        inside = {"attention": self.attention, "mlp": self.mlp}[block]
-        beside = (norm.module for norm in self.norms if norm.block == block and not norm.module.startswith(inside))
-        return (inside, *beside)
-
-    def slides_everywhere(self, config: Any) -> bool:
-        """Whether every layer of a config attends over a sliding window."""
-        return self.windows == "sliding_window" and getattr(config, "sliding_window", None) is not None
-
-    @property
-    def embedding_tensors(self) -> tuple[str, str, str]:
-        """Tensors of the input embeddings, of the last norm and of the output head."""
-        return f"{self.embeddings}.weight", f"{self.final_norm}.weight", f"{self.head}.weight"
-
-
+_ALL_BIASES = dict.fromkeys(ATTENTION_ROLES, "attention_bias") | dict.fromkeys(FFN_ROLES, "mlp_bias")
 _HEAD_NORMS = (Norm("self_attn.q_norm", "attention", "query"), Norm("self_attn.k_norm", "attention", "key"))
 # A Mistral without a window has Llama's tensors and computes the same, and takes any head count; LlamaConfig refuses
 # those that do not divide the hidden size since transformers 5.4. A Mistral config with layer_types is read as another
@@ -161,6 +53,24 @@ _LLAMA_AS_MISTRAL = StockClass(
     fields={"sliding_window": None},
 )
 
+_WHOLE_QUERIES = "llama.cpp normalises OLMo 2's queries and keys over the heads of the whole model"
+
+_GEMMA_NORMS = (
+    Norm("input_layernorm", "attention"),
+    Norm("post_attention_layernorm", "attention", after=True),
+    Norm("pre_feedforward_layernorm", "mlp"),
+    Norm("post_feedforward_layernorm", "mlp", after=True),
+)
+_GEMMA: dict[str, Any] = {
+    "norm_offset": 1.0,
+    "logit_cap": "final_logit_softcapping",
+    "embedding_root": True,
+    "score_size": "query_pre_attn_scalar",
+    "activation": "hidden_activation",
+    "activations": ("gelu_pytorch_tanh",),
+    "requires": {"use_bidirectional_attention": (False, None)},
+}
+
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
@@ -168,25 +78,113 @@ FAMILIES: dict[str, Family] = {
             "llama",
             stock=(StockClass("llama", heads_divide_hidden=True), _LLAMA_AS_MISTRAL),
             gguf=("llama", "deci"),
-            biases=dict.fromkeys(ATTENTION_ROLES, "attention_bias") | dict.fromkeys(FFN_ROLES, "mlp_bias"),
+            gguf_base=True,
+            biases=_ALL_BIASES,
         ),
-        Family("mistral", stock=(StockClass("mistral"),), gguf=("llama", "deci"), windows="sliding_window"),
+        Family(
+            "mistral",
+            stock=(StockClass("mistral"),),
+            gguf=("llama", "deci"),
+            gguf_base=True,
+            windows="sliding_window",
+        ),
         Family(
             "qwen2",
             stock=(StockClass("qwen2"),),
             gguf=("qwen2", "deci"),
+            gguf_base=True,
+            remarks=("llama.cpp's `qwen2` takes only heads that make up the hidden size; others go as `llama`.",),
             biases=dict.fromkeys(("query", "key", "value"), ALWAYS),
         ),
         Family(
             "qwen3",
             stock=(StockClass("qwen3"),),
             gguf=("qwen3", "openelm"),
+            gguf_base=True,
+            remarks=("`openelm` holds tied heads only; with a head of their own models go as `qwen3`, with zeros.",),
+            refused={"gguf:qk_pairs": "llama.cpp normalises whole heads, which it cannot do without some rotary pairs"},
             biases=dict.fromkeys(ATTENTION_ROLES, "attention_bias"),
             norms=(Norm("input_layernorm", "attention"), *_HEAD_NORMS, Norm("post_attention_layernorm", "mlp")),
+        ),
+        Family(
+            "smollm3",
+            stock=(StockClass("smollm3"),),
+            gguf=("smollm3", "smollm3"),
+            biases=_ALL_BIASES,
+            unrotated="no_rope_layers",
+        ),
+        Family(
+            "granite",
+            stock=(StockClass("granite"),),
+            gguf=("granite", "granite"),
+            biases=_ALL_BIASES,
+            logit_divisor="logits_scaling",
+            gguf_fields={
+                "embedding_scale": "embedding_multiplier",
+                "residual_scale": "residual_multiplier",
+                "attention.scale": "attention_multiplier",
+                "logit_scale": "logits_scaling",
+            },
+        ),
+        Family(
+            "olmo2",
+            stock=(StockClass("olmo2"),),
+            gguf=("olmo2", "olmo2"),
+            gguf_own_head=True,
+            biases=dict.fromkeys(ATTENTION_ROLES, "attention_bias"),
+            norms=(
+                Norm("self_attn.q_norm", "attention", "query", across_heads=True),
+                Norm("self_attn.k_norm", "attention", "key", across_heads=True),
+                Norm("post_attention_layernorm", "attention", after=True),
+                Norm("post_feedforward_layernorm", "mlp", after=True),
+            ),
+            refused={
+                **dict.fromkeys(("gguf:heads", "gguf:query_heads", "gguf:qk_pairs"), _WHOLE_QUERIES),
+                "gguf:hidden": "llama.cpp takes OLMo 2's heads to be as wide together as the residual stream",
+            },
+        ),
+        Family(
+            "gemma3_text",
+            stock=(StockClass("gemma3_text", heads_divide_hidden=True),),
+            gguf=("gemma3", "gemma3"),
+            biases=dict.fromkeys(ATTENTION_ROLES, "attention_bias"),
+            norms=(*_GEMMA_NORMS, *_HEAD_NORMS),
+            gguf_fields={
+                "attention.sliding_window": "sliding_window",
+                "final_logit_softcapping": "final_logit_softcapping",
+            },
+            gguf_window_step=6,
+            gguf_wide_layers=62,
+            refused={"gguf:qk_pairs": "llama.cpp normalises whole heads, which it cannot do without some rotary pairs"},
+            **_GEMMA,
+        ),
+        Family(
+            "gemma2",
+            stock=(StockClass("gemma2", heads_divide_hidden=True),),
+            gguf=("gemma2", "gemma2"),
+            biases=dict.fromkeys(ATTENTION_ROLES, "attention_bias"),
+            norms=_GEMMA_NORMS,
+            score_cap="attn_logit_softcapping",
+            gguf_fields={
+                "attention.sliding_window": "sliding_window",
+                "attn_logit_softcapping": "attn_logit_softcapping",
+                "final_logit_softcapping": "final_logit_softcapping",
+            },
+            gguf_window_step=2,
+            gguf_wide_layers=46,
+            **_GEMMA,
         ),
     )
 }
 """The rows, by ``model_type``."""
+
+KNOWN_OTHERS = {
+    "phi3": (
+        "it holds query, key and value in one matrix, and gate and up in another. Where its rotary positions are plain "
+        f"(Phi-4, Phi-3 with a context of 4k) it can be written as a Mistral: {BASES_PAGE}"
+    ),
+}
+"""Families that are asked for and have no row, with what can be done."""
 
 
 def family_of(config: Any) -> Family:
@@ -200,12 +198,30 @@ def family_of(config: Any) -> Family:
     """
     model_type = getattr(config, "model_type", None)
     name = str(model_type).removeprefix(PER_LAYER_PREFIX)
-    if name not in FAMILIES:
-        raise UserError(
-            f"model_type={model_type!r} is not supported: ATP prunes {', '.join(FAMILIES)}. "
-            "Use a checkpoint of one of these families (Llama 1/2/3 and their derivatives are 'llama')."
+    if name in FAMILIES:
+        return FAMILIES[name]
+    if name in KNOWN_OTHERS:
+        raise UserError(f"model_type={model_type!r} is not supported: {KNOWN_OTHERS[name]}")
+    if (inner := getattr(config, "text_config", None)) is not None:
+        raise UserError(_wrapper(model_type, getattr(inner, "model_type", None)))
+    near = difflib.get_close_matches(name, FAMILIES, n=1, cutoff=0.5)
+    nearest = f"; the nearest of them is {near[0]!r}" if near else ""
+    raise UserError(
+        f"model_type={model_type!r} is not supported: ATP prunes {', '.join(FAMILIES)}{nearest}. "
+        "Use a checkpoint of one of these families (Llama 1/2/3 and their derivatives are 'llama'), or add the family: "
+        f"{ADDING_PAGE}"
+    )
+
+
+def _wrapper(model_type: Any, inner: Any) -> str:
+    """What to say of a model whose language model is a part of it."""
+    told = f"model_type={model_type!r} is a model of more than text"
+    if inner in FAMILIES:
+        return (
+            f"{told}, of which only the text part ({inner!r}) can be pruned; save that by itself, as "
+            f"{BASES_PAGE} shows, and give its directory"
         )
-    return FAMILIES[name]
+    return f"{told}, and its text part ({inner!r}) is none of the families that ATP prunes: {', '.join(FAMILIES)}"
 
 
 def is_stock(config: Any) -> bool:

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file, cached_files
 
 from atp.errors import UserError
 from atp.model.adapter import ADAPTER_CONFIG, ADAPTER_FOLDER, merge_beside
+from atp.model.families import family_of
 from atp.model.gguf.base import companions, gguf_of, load_gguf
 from atp.model.odd_places import model_home
 from atp.model.stored import StoredModel, tell_once
@@ -106,7 +107,7 @@ def load_model(
             "model.quantization out"
         )
     options: dict[str, Any] = {"config": stored.config, "dtype": dtype or stored.dtype, **(packed or {})}
-    options |= {"attn_implementation": attn_implementation, "output_loading_info": True}
+    options |= {"attn_implementation": _kernel(stored.config, attn_implementation), "output_loading_info": True}
     model, report = _from_plain(directory, options) if stored.is_plain else _from_tensors(stored, options)
     random = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if random or report.get("error_msgs"):
@@ -115,6 +116,14 @@ def load_model(
         tell_once(f"{directory}: the adapter beside the weights is merged into them")
     loaded_model: PreTrainedModel = model.eval()
     return loaded_model
+
+
+def _kernel(config: Any, wanted: str | None) -> str | None:
+    """The attention kernel: ``eager`` in place of one that has no cap on scores, where the model has one."""
+    if wanted != "sdpa" or not family_of(config).caps_scores(config):
+        return wanted
+    tell_once("attention: eager in place of sdpa, which does not compute the model's soft cap on scores")
+    return "eager"
 
 
 def _from_plain(directory: Path, options: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ Shape suffixes: B batch, T tokens, D hidden.
 """
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,20 +20,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaModel,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
-from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
-from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
-from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
+from transformers.models.granite import modeling_granite as granite
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.olmo2 import modeling_olmo2 as olmo2
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.smollm3 import modeling_smollm3 as smollm3
 
 ATTENTION, MLP = "attention", "mlp"
 
@@ -136,13 +132,21 @@ def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, layer_id
     layer: Any = layer_class(layer_config, layer_idx)
     # The forward pass reads the attention kernel from here: it must follow the model's setting, not a copy of it.
     layer.self_attn.config = config
+    leave_out(layer, skip, layer_idx)
+    return layer
+
+
+def leave_out(layer: Any, skip: Any, layer_idx: int) -> None:
+    """Takes the skipped halves out of a layer, and the norms before and after them."""
+    norms = {name for name, _ in layer.named_children() if "norm" in name}
+    beside_mlp = {name for name in norms if "feedforward" in name} or {"post_attention_layernorm"}
     if ATTENTION in skip:
         layer.self_attn = NoHeads(layer_idx)
-        layer.input_layernorm = nn.Identity()
     if MLP in skip:
         layer.mlp = NoChannels()
-        layer.post_attention_layernorm = nn.Identity()
-    return layer
+    for name in norms:
+        if (MLP if name in beside_mlp else ATTENTION) in skip:
+            setattr(layer, name, nn.Identity())
 
 
 class SlimAttention(nn.Module):
@@ -162,18 +166,25 @@ class SlimAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the block's output (B, T, D) and the attention weights, where the kernel gives them."""
         shape = hidden_states.shape[:-1]
-        queries = self.q_proj(hidden_states).view(*shape, -1, self.head_dim)
-        keys = self.k_proj(hidden_states).view(*shape, -1, self.head_dim)
-        if hasattr(self, "q_norm"):
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        norms = (self.q_norm, self.k_norm) if hasattr(self, "q_norm") else None
+        if norms and self.norms_all_heads:
+            queries, keys = norms[0](queries), norms[1](keys)
+        queries, keys = (states.view(*shape, -1, self.head_dim) for states in (queries, keys))
+        if norms and not self.norms_all_heads:
+            queries, keys = norms[0](queries), norms[1](keys)
+        queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
         values = self.v_proj(hidden_states).view(*shape, -1, self.value_dim).transpose(1, 2)
-        columns = torch.tensor(self.rotary_columns, device=hidden_states.device)
-        cos, sin = (table.index_select(-1, columns) for table in position_embeddings)
-        queries, keys = apply_rotary_pos_emb(queries.transpose(1, 2), keys.transpose(1, 2), cos, sin)
+        if getattr(self, "use_rope", True):
+            columns = torch.tensor(self.rotary_columns, device=hidden_states.device)
+            cos, sin = (table.index_select(-1, columns) for table in position_embeddings)
+            queries, keys = llama.apply_rotary_pos_emb(queries, keys, cos, sin)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
-        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_kernel)
+        if (cap := getattr(self, "attn_logit_softcapping", None)) is not None:
+            kwargs["softcap"] = cap
         output, weights = kernel(
             self,
             queries,
@@ -202,11 +213,10 @@ def build_slim_layer(
             "attention cannot compute; serve this model with transformers, ONNX Runtime or as GGUF in llama.cpp"
         )
     rotary_dim = layer_config.head_dim
+    with torch.device("meta"):  # what the family makes of a whole head's size is the scale of scores still
+        whole: Any = layer_class(layer_config, layer_idx)
     pairs = getattr(layer_config, "rotary_pairs", None) or list(range(rotary_dim // 2))
     layer_config.head_dim = 2 * len(pairs)
-    mlp_skipped = MLP in getattr(layer_config, "skip", ())
-    if mlp_skipped:
-        layer_config.intermediate_size = 1
     layer: Any = layer_class(layer_config, layer_idx)
     attention = layer.self_attn
     value_dim = getattr(layer_config, "value_dim", None) or rotary_dim
@@ -217,10 +227,10 @@ def build_slim_layer(
     attention.config = config
     attention.value_dim, attention.rotary_dim, attention.rotary_pairs = value_dim, rotary_dim, tuple(pairs)
     attention.rotary_columns = [*pairs, *(pair + rotary_dim // 2 for pair in pairs)]
-    attention.scaling = rotary_dim**-0.5
-    if mlp_skipped:
-        layer.mlp = NoChannels()
-        layer.post_attention_layernorm = nn.Identity()
+    attention.scaling = whole.self_attn.scaling
+    attention.norms_all_heads = hasattr(attention, "q_norm") and attention.q_norm.weight.numel() != 2 * len(pairs)
+    attention.eager_kernel = sys.modules[layer_class.__module__].eager_attention_forward
+    leave_out(layer, set(getattr(layer_config, "skip", ())) & {MLP}, layer_idx)
     return layer
 
 
@@ -246,93 +256,78 @@ class PerLayerMixin(nn.Module):
         self.post_init()
 
 
-class AtpLlamaConfig(PerLayerConfigMixin, LlamaConfig):
-    """Llama config with widths per layer."""
+def per_layer(config: Any, base: Any, causal: Any, layer: type[nn.Module]) -> tuple[Any, Any, Any]:
+    """Config, base model and causal language model of a family, with widths per layer.
 
-    model_type = "atp_llama"
+    Args:
+        config: The stock config class.
+        base: The stock model without its output head.
+        causal: The stock model with it.
+        layer: The stock decoder layer.
 
+    Returns:
+        The three classes, named as the stock ones with Atp before, of this module.
+    """
 
-class AtpMistralConfig(PerLayerConfigMixin, MistralConfig):
-    """Mistral config with widths per layer."""
+    def made(stock: Any, *mixins: type, **fields: Any) -> Any:
+        about = {"__module__": __name__, "__doc__": f"{stock.__name__} with widths per layer."}
+        return type(f"Atp{stock.__name__}", (*mixins, stock), {**about, **fields})
 
-    model_type = "atp_mistral"
-
-
-class AtpQwen2Config(PerLayerConfigMixin, Qwen2Config):
-    """Qwen2 config with widths per layer."""
-
-    model_type = "atp_qwen2"
-
-
-class AtpQwen3Config(PerLayerConfigMixin, Qwen3Config):
-    """Qwen3 config with widths per layer."""
-
-    model_type = "atp_qwen3"
+    own = made(config, PerLayerConfigMixin, model_type=f"atp_{config.model_type}")
+    parts = {"config_class": own, "layer_class": layer}
+    return own, made(base, PerLayerMixin, **parts), made(causal, PerLayerMixin, **parts)
 
 
-class AtpLlamaModel(PerLayerMixin, LlamaModel):
-    """Llama with widths per layer, without its output head."""
-
-    config_class = AtpLlamaConfig
-    layer_class = LlamaDecoderLayer
-
-
-class AtpLlamaForCausalLM(PerLayerMixin, LlamaForCausalLM):
-    """Llama with widths per layer."""
-
-    config_class = AtpLlamaConfig
-    layer_class = LlamaDecoderLayer
-
-
-class AtpMistralModel(PerLayerMixin, MistralModel):
-    """Mistral with widths per layer, without its output head."""
-
-    config_class = AtpMistralConfig
-    layer_class = MistralDecoderLayer
-
-
-class AtpMistralForCausalLM(PerLayerMixin, MistralForCausalLM):
-    """Mistral with widths per layer."""
-
-    config_class = AtpMistralConfig
-    layer_class = MistralDecoderLayer
-
-
-class AtpQwen2Model(PerLayerMixin, Qwen2Model):
-    """Qwen2 with widths per layer, without its output head."""
-
-    config_class = AtpQwen2Config
-    layer_class = Qwen2DecoderLayer
-
-
-class AtpQwen2ForCausalLM(PerLayerMixin, Qwen2ForCausalLM):
-    """Qwen2 with widths per layer."""
-
-    config_class = AtpQwen2Config
-    layer_class = Qwen2DecoderLayer
-
-
-class AtpQwen3Model(PerLayerMixin, Qwen3Model):
-    """Qwen3 with widths per layer, without its output head."""
-
-    config_class = AtpQwen3Config
-    layer_class = Qwen3DecoderLayer
-
-
-class AtpQwen3ForCausalLM(PerLayerMixin, Qwen3ForCausalLM):
-    """Qwen3 with widths per layer."""
-
-    config_class = AtpQwen3Config
-    layer_class = Qwen3DecoderLayer
-
+AtpLlamaConfig, AtpLlamaModel, AtpLlamaForCausalLM = per_layer(
+    llama.LlamaConfig, llama.LlamaModel, llama.LlamaForCausalLM, llama.LlamaDecoderLayer
+)
+AtpMistralConfig, AtpMistralModel, AtpMistralForCausalLM = per_layer(
+    mistral.MistralConfig, mistral.MistralModel, mistral.MistralForCausalLM, mistral.MistralDecoderLayer
+)
+AtpQwen2Config, AtpQwen2Model, AtpQwen2ForCausalLM = per_layer(
+    qwen2.Qwen2Config, qwen2.Qwen2Model, qwen2.Qwen2ForCausalLM, qwen2.Qwen2DecoderLayer
+)
+AtpQwen3Config, AtpQwen3Model, AtpQwen3ForCausalLM = per_layer(
+    qwen3.Qwen3Config, qwen3.Qwen3Model, qwen3.Qwen3ForCausalLM, qwen3.Qwen3DecoderLayer
+)
+AtpSmolLM3Config, AtpSmolLM3Model, AtpSmolLM3ForCausalLM = per_layer(
+    smollm3.SmolLM3Config, smollm3.SmolLM3Model, smollm3.SmolLM3ForCausalLM, smollm3.SmolLM3DecoderLayer
+)
+AtpGraniteConfig, AtpGraniteModel, AtpGraniteForCausalLM = per_layer(
+    granite.GraniteConfig, granite.GraniteModel, granite.GraniteForCausalLM, granite.GraniteDecoderLayer
+)
+AtpOlmo2Config, AtpOlmo2Model, AtpOlmo2ForCausalLM = per_layer(
+    olmo2.Olmo2Config, olmo2.Olmo2Model, olmo2.Olmo2ForCausalLM, olmo2.Olmo2DecoderLayer
+)
+AtpGemma3TextConfig, AtpGemma3TextModel, AtpGemma3ForCausalLM = per_layer(
+    gemma3.Gemma3TextConfig, gemma3.Gemma3TextModel, gemma3.Gemma3ForCausalLM, gemma3.Gemma3DecoderLayer
+)
+AtpGemma2Config, AtpGemma2Model, AtpGemma2ForCausalLM = per_layer(
+    gemma2.Gemma2Config, gemma2.Gemma2Model, gemma2.Gemma2ForCausalLM, gemma2.Gemma2DecoderLayer
+)
 
 MODEL_CLASSES: tuple[Any, ...] = (
     AtpLlamaForCausalLM,
     AtpMistralForCausalLM,
     AtpQwen2ForCausalLM,
     AtpQwen3ForCausalLM,
+    AtpSmolLM3ForCausalLM,
+    AtpGraniteForCausalLM,
+    AtpOlmo2ForCausalLM,
+    AtpGemma3ForCausalLM,
+    AtpGemma2ForCausalLM,
 )
-BASE_CLASSES: tuple[Any, ...] = (AtpLlamaModel, AtpMistralModel, AtpQwen2Model, AtpQwen3Model)
+BASE_CLASSES: tuple[Any, ...] = (
+    AtpLlamaModel,
+    AtpMistralModel,
+    AtpQwen2Model,
+    AtpQwen3Model,
+    AtpSmolLM3Model,
+    AtpGraniteModel,
+    AtpOlmo2Model,
+    AtpGemma3TextModel,
+    AtpGemma2Model,
+)
 CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {
     model_class.config_class.model_type: model_class.config_class for model_class in MODEL_CLASSES
 }

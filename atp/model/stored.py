@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from atp.errors import UserError
 from atp.model import modeling_atp
 from atp.model.adapter import ADAPTER_FOLDER, Adapter, has_adapter, read_adapter
-from atp.model.families import family_of
+from atp.model.families import FAMILIES, family_of
 from atp.model.odd_places import model_home, read_settings
 from atp.model.stored_names import Renaming, differences, listed, renamed
 from atp.model.weight_files import StoredTensor, opened, read_header, weight_files
@@ -196,9 +196,18 @@ def _read_config(directory: Path) -> PreTrainedConfig:
     except UserError:
         raise
     except Exception as error:  # whatever a wrong value makes transformers raise, of many kinds
-        family_of(_Named(read_settings(directory)["model_type"]))
+        settings = read_settings(directory)
+        if settings.get("auto_map") and settings["model_type"] not in FAMILIES:
+            raise UserError(
+                f"{directory} needs Python code of its own (auto_map in config.json), which is not run: ATP prunes "
+                f"{', '.join(FAMILIES)} as transformers has them"
+            ) from error
+        family_of(_Named(settings["model_type"]))
         raise UserError(f"{directory / 'config.json'} cannot be read: {error}") from error
-    family_of(config)
+    try:
+        family_of(config).check(config)
+    except UserError as error:
+        raise UserError(f"{directory / 'config.json'}: {error}") from error
     return config
 
 

@@ -215,13 +215,14 @@ class _Blockwise:
     def _write_back(self, layer: LayerSpace) -> None:
         """Put what the smaller layer learnt into the masked model's base weights."""
         sides = {weight.module: (weight.rows, weight.columns) for weight in self.space.weights}
+        scales, _ = self.space.norm_scales(self.masks)  # which removal has given, and will give, the smaller weights
         for name, trained in self._weights(layer).items():
             base, whole = self.masked.base_weight(name), self.masked.effective_weight(name)
             rows, columns = (kept_indices(side, self.masks) for side in sides[name])
             rows = torch.arange(base.shape[0]) if rows is None else rows
             columns = torch.arange(base.shape[1]) if columns is None else columns
             at = (rows.to(base.device)[:, None], columns.to(base.device)[None, :])
-            change = trained.to(whole) - whole[at]
+            change = trained.to(whole) / scales.get(f"{name}.weight", 1.0) - whole[at]
             base[at] = (base[at].float() + change).to(base.dtype)
             self.names.append(self.masked.base_weight_name(name))
 

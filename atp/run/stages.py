@@ -97,6 +97,7 @@ class Stages:
         dense = self.dense()
         parts.check_tokenizer(config.model, self.tokenizer, dense, self.splits.train)
         self.base_config, self.generation_config = dense.config, dense.generation_config
+        parts.check_packing(config, dense.config)
         self.data = parts.data_module(config, self.splits, self.tokenizer, dense.config.max_position_embeddings)
         self.preparation = Preparation(config, self.data, self.device, self.watch)
         self.space = parts.pruning_space(config.prune, dense)

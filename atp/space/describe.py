@@ -13,7 +13,6 @@ from typing import cast
 
 from torch import nn
 
-from atp.errors import UserError
 from atp.model.families import family_of
 from atp.model.layers import LayerParts, layer_parts
 from atp.space.units import WHOLE_MODEL, Axis, Factor, LayerSpace, Side, Site, Weight
@@ -39,6 +38,7 @@ class Description:
         self.others: dict[str, tuple[Side, Side]] = {}
         self._offset = 0
         self.family = family_of(getattr(model, "config", None))
+        self._across_heads = {norm.over for norm in self.family.norms if norm.across_heads}
         self.width = cast(nn.Embedding, model.get_submodule(self.family.embeddings)).embedding_dim
         self.hidden: Axis | None = None
         self.stream = Side(self.width)
@@ -47,11 +47,6 @@ class Description:
 
     def _add_stream(self, model: nn.Module) -> None:
         """The axis of the residual stream, which embeddings, norms and the output head share."""
-        if self.family.multipliers:
-            raise UserError(
-                f"prune.space holds 'hidden', but {self.family.model_type} scales the residual stream by "
-                f"{', '.join(self.family.multipliers)}, which depend on its width; take 'hidden' out"
-            )
         self.hidden = self._axis(WHOLE_MODEL, "hidden", self.width)
         self.stream = Side(self.width, (Factor(self.hidden),))
         self.sites.append(Site(self.family.embeddings, self.stream, "output"))
@@ -69,10 +64,10 @@ class Description:
         described = self._describe(index, prefix, parts, self.kinds if prunable else ())
         self.layers.append(described)
         self._add_weights(described, parts.linears)
-        if "qk_pairs" in described.axes or (self.hidden and described.num_heads):
-            per_head = Side(described.head_dim, _tiled(described, "qk_pairs", 2))
-            for module in parts.norms.values():
-                self.others[f"{prefix}.{module}.weight"] = (per_head, Side(1))
+        for over, module in parts.norms.items():
+            side = _normalised(described, over, across_heads=over in self._across_heads)
+            if side.factors or (self.hidden and described.num_heads):
+                self.others[f"{prefix}.{module}.weight"] = (side, Side(1))
 
     def _describe(self, index: int, prefix: str, parts: LayerParts, kinds: tuple[str, ...]) -> LayerSpace:
         query, key, down = (parts.linear(role) for role in ("query", "key", "down"))
@@ -120,8 +115,7 @@ class Description:
         return axis
 
     def _add_weights(self, layer: LayerSpace, linears: Mapping[str, nn.Linear]) -> None:
-        queries = Side(layer.num_heads * layer.head_dim, _head_factors(layer, "qk_pairs", shared=False))
-        keys = Side(layer.num_kv_heads * layer.head_dim, _head_factors(layer, "qk_pairs", shared=True))
+        queries, keys = _rotated(layer, "query"), _rotated(layer, "key")
         values = Side(layer.num_kv_heads * layer.value_dim, _head_factors(layer, "value_dims", shared=True))
         outputs = Side(layer.num_heads * layer.value_dim, _head_factors(layer, "value_dims", shared=False))
         channels = Side(layer.ffn_width, (Factor(layer.axes["channels"]),) if "channels" in layer.axes else ())
@@ -147,9 +141,24 @@ class Description:
                     self.sites.append(Site(module, columns, source=source))
                 if self.hidden:
                     self.sites.append(Site(module, self.stream, "output"))
-            elif role in ("query", "key") and "qk_pairs" in layer.axes:
+            elif role in ("query", "key"):
                 tile = 2 * (layer.num_heads if role == "query" else layer.num_kv_heads)
-                self.sites.append(Site(module, Side(linear.out_features, _tiled(layer, "qk_pairs", tile)), "output"))
+                pairs = Side(linear.out_features, _tiled(layer, "qk_pairs", tile))
+                # A norm over all heads sees those that are gone unless their queries and keys are zero before it.
+                side = rows if role in self._across_heads else pairs
+                if side.factors:
+                    self.sites.append(Site(module, side, "output"))
+
+
+def _rotated(layer: LayerSpace, role: str) -> Side:
+    """Rows of the query or the key projection."""
+    heads = layer.num_heads if role == "query" else layer.num_kv_heads
+    return Side(heads * layer.head_dim, _head_factors(layer, "qk_pairs", shared=role == "key"))
+
+
+def _normalised(layer: LayerSpace, role: str, *, across_heads: bool) -> Side:
+    """What a norm of queries or keys goes over: one head, or all of them."""
+    return _rotated(layer, role) if across_heads else Side(layer.head_dim, _tiled(layer, "qk_pairs", 2))
 
 
 def _head_factors(layer: LayerSpace, dims: str, *, shared: bool) -> tuple[Factor, ...]:

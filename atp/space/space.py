@@ -10,6 +10,7 @@ Shape suffixes: U units, D hidden, N query heads, K KV heads, H head dim, F FFN 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,7 @@ class PruningSpace:
         sites: Where masks act in the forward pass.
         others: Sides of further tensors that shrink with units but are in no budget (norms, embeddings), by name.
         family: The model's row in the table of families.
+        tied: Whether the output head is the embeddings.
 
     Attributes:
         cost: What the budget counts; parameters unless set otherwise.
@@ -69,6 +71,8 @@ class PruningSpace:
         sites: Sequence[Site],
         others: Mapping[str, tuple[Side, Side]],
         family: Family,
+        *,
+        tied: bool = False,
     ) -> None:
         self.layers = tuple(layers)
         self.axes = tuple(axes)
@@ -76,6 +80,7 @@ class PruningSpace:
         self.sites = tuple(sites)
         self.others = dict(others)
         self.family = family
+        self.tied = tied
         self.cost: CostModel = PARAMETERS
         self.num_units = sum(axis.size for axis in self.axes)
         self.total_parameters = sum(w.rows.size * w.columns.size + w.has_bias * w.rows.size for w in self.weights)
@@ -101,6 +106,11 @@ class PruningSpace:
         for kind in wanted:
             if kind not in KINDS:
                 raise UserError(f"prune.space holds {kind!r}; known kinds: {', '.join(KINDS)}")
+            if kind in family.refused:
+                raise UserError(
+                    f"prune.space holds {kind!r}, which {family.model_type} cannot lose: {family.refused[kind]}; "
+                    "take it out"
+                )
         if hasattr(model, "peft_config"):
             raise UserError("the model is wrapped by PEFT already; describe its space before adding adapters")
         layers = decoder_layers(model)
@@ -108,7 +118,9 @@ class PruningSpace:
         builder = Description(wanted, model)
         for index, (name, layer) in enumerate(layers.items()):
             builder.add_layer(index, name, layer, prunable=index not in protected)
-        space = cls(builder.layers, builder.axes, builder.weights, builder.sites, builder.others, family)
+        parts = (builder.layers, builder.axes, builder.weights, builder.sites, builder.others)
+        config: Any = model.config
+        space = cls(*parts, family, tied=bool(getattr(config, "tie_word_embeddings", False)))
         if not space.num_units:
             raise UserError(
                 f"prune.space is {list(wanted)}, which gives this {family.model_type} model no unit to prune"
@@ -244,7 +256,7 @@ class PruningSpace:
             set_group_size(module_named(layer.blocks["heads"][0]), int(left.sum(1).max()))
 
     def norm_scales(self, masks: Mapping[str, Tensor]) -> tuple[dict[str, float], float]:
-        """What keeps RMSNorms the same function once dimensions with mask zero are gone.
+        """What keeps norms, and embeddings that the width scales, the same function once masked dimensions are gone.
 
         A norm over D dimensions of which d are kept and the rest are zero equals one over d dimensions with weight
         times sqrt(D / d) and epsilon times D / d. There is one epsilon per model, so norms of queries and keys get
@@ -259,12 +271,19 @@ class PruningSpace:
         for name, (rows, columns) in self.others.items():
             if columns.size == 1 and any(f.axis.kind == "hidden" for f in rows.factors):
                 factors[name] = ratio**0.5
+        if self.family.embedding_root:  # embeddings are multiplied by sqrt(d) in place of sqrt(D)
+            embeddings, final_norm, head = self.family.embedding_tensors
+            factors[embeddings] = ratio**0.5
+            if self.tied:  # the last norm takes back what the head gets with the embeddings
+                factors[head], factors[final_norm] = ratio**0.5, 1.0
         for layer in self.layers:
             for role, norm in layer.norms.items():
                 if f"{norm}.weight" not in self.others:
                     continue
-                axis = layer.axes.get("qk_pairs")
-                own = axis.size / float(masks[axis.name].sum()) if axis else 1.0
+                over, _ = self.others[f"{norm}.weight"]
+                if not (kept := float(over.count(masks))):
+                    continue  # a layer that loses its attention
+                own = over.size / kept
                 factors[f"{norm}.weight"] = own**0.5
                 for tensor in ("weight", "bias"):
                     factors[f"{layer.modules[role]}.{tensor}"] = (ratio / own) ** 0.5

@@ -25,6 +25,8 @@ def why_uncut(space: PruningSpace, gates: str, *, taught: bool) -> str:
         taught: Whether the dense base is still needed as a teacher and cannot be loaded anew.
     """
     if not can_cut_live(space):
+        if any(norm.across_heads for norm in space.family.norms):
+            return f"{space.family.model_type} normalises queries and keys over all heads at once"
         return "of prune.space only heads, query_heads and channels can be cut while training"
     if gates != "binary":
         return f"prune.gates is {gates}, which scales what is kept until the end"

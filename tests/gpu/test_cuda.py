@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from atp.masks.budget import Projection, SparsitySchedule
-from atp.masks.fused import masked_swiglu
+from atp.masks.fused import masked_gated
 from atp.masks.generator import FreeLogits
 from atp.masks.lora import MaskedModel, add_lora
 from atp.masks.sampler import Threshold
@@ -40,7 +40,7 @@ def test_the_masked_product_and_its_gradients(
     gate, up, upstream = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
     mask = torch.rand(shape[-1], device="cuda") if masked else None
     inputs = [t.requires_grad_() for t in (gate, up, mask) if t is not None]
-    found = masked_swiglu(gate, up, mask)
+    found = masked_gated(gate, up, mask)
     gradients = torch.autograd.grad(found, inputs, upstream)
     exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
     product = nn.functional.silu(exact_inputs[0]) * exact_inputs[1]

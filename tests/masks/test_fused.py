@@ -8,7 +8,7 @@ from conftest import tiny_batch, tiny_model
 from torch import Tensor, nn
 
 from atp.masks import fused
-from atp.masks.fused import masked_swiglu, vocabulary_loss
+from atp.masks.fused import masked_gated, vocabulary_loss
 from atp.masks.lora import MaskedModel, add_lora
 from atp.masks.loss import causal_loss
 from atp.space.space import PruningSpace
@@ -20,18 +20,18 @@ def swiglu_inputs(dtype: torch.dtype = torch.double) -> tuple[Tensor, Tensor, Te
     return gate, up, torch.tensor([0.0, 0.3, 1.0, 0.0, 0.7], dtype=dtype, requires_grad=True)
 
 
-def test_masked_swiglu_has_the_gradients_of_its_definition_that_of_the_mask_included() -> None:
+def test_masked_gated_has_the_gradients_of_its_definition_that_of_the_mask_included() -> None:
     gate, up, mask = swiglu_inputs()
-    assert torch.autograd.gradcheck(masked_swiglu, (gate, up, mask))
-    assert torch.autograd.gradcheck(lambda g, u: masked_swiglu(g, u), (gate, up))
-    torch.testing.assert_close(masked_swiglu(gate, up, mask), mask * nn.functional.silu(gate) * up)
+    assert torch.autograd.gradcheck(masked_gated, (gate, up, mask))
+    assert torch.autograd.gradcheck(lambda g, u: masked_gated(g, u), (gate, up))
+    torch.testing.assert_close(masked_gated(gate, up, mask), mask * nn.functional.silu(gate) * up)
 
 
-def test_masked_swiglu_in_bfloat16_sums_the_masks_gradient_in_float32() -> None:
+def test_masked_gated_in_bfloat16_sums_the_masks_gradient_in_float32() -> None:
     torch.manual_seed(0)
     gate, up = (torch.randn(400, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     mask = torch.ones(8, requires_grad=True)
-    result = masked_swiglu(gate, up, mask)
+    result = masked_gated(gate, up, mask)
     result.sum().backward()
     exact = (nn.functional.silu(gate.detach().double()) * up.detach().double()).sum(0)
     assert result.dtype == torch.bfloat16
@@ -39,7 +39,7 @@ def test_masked_swiglu_in_bfloat16_sums_the_masks_gradient_in_float32() -> None:
     torch.testing.assert_close(mask.grad.double(), exact, atol=0.1, rtol=0.01)
 
 
-def test_masked_swiglu_keeps_two_tensors_where_autograd_keeps_four() -> None:
+def test_masked_gated_keeps_two_tensors_where_autograd_keeps_four() -> None:
     kept: list[tuple[int, ...]] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def test_masked_swiglu_keeps_two_tensors_where_autograd_keeps_four() -> None:
 
     gate, up, mask = swiglu_inputs()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        masked_swiglu(gate, up, mask)
+        masked_gated(gate, up, mask)
     assert kept == [(2, 3, 5), (2, 3, 5), (5,)]
 
 

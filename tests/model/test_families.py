@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,16 +12,21 @@ import pytest
 import torch
 from conftest import tiny_batch, tiny_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, SeedOssConfig, SeedOssForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.seed_oss.modeling_seed_oss import SeedOssDecoderLayer, SeedOssModel
 
 import atp
 from atp.cut.removal import config_after, max_logit_difference, remove, slice_tensors
 from atp.errors import UserError
 from atp.export.gguf.layout import gguf_architecture
+from atp.export.hf.loading import load_exported
+from atp.export.hf.writing import export_hf
 from atp.masks.lora import MaskedModel, add_lora
 from atp.masks.merging import merged_tensors
 from atp.model import modeling_atp
-from atp.model.families import ALWAYS, FAMILIES, ROLES, Family, StockClass, family_of
+from atp.model.families import ADDING_PAGE, ALWAYS, FAMILIES, ROLES, Family, StockClass, family_of
 from atp.model.layers import attention_widths, decoder_layers, layer_parts
 from atp.space.space import PruningSpace
 
@@ -45,7 +51,7 @@ class TestRows:
         assert {name for name in modules if "norm" in name} == {norm.module for norm in family.norms}
         for name in (family.embeddings, family.final_norm, family.head):
             assert model.get_submodule(name).weight.shape[-1] == 32
-        assert model.config.hidden_act in family.activations
+        assert family.activation_of(model.config) in family.activations
         assert attention_widths(layer.get_submodule(family.attention)) == (32, 32)
         assert attention_widths(layer.get_submodule(family.mlp)) is None
 
@@ -70,52 +76,6 @@ class TestRows:
         assert gguf_architecture(config, uniform=True) == family.gguf[0]
         config.tie_word_embeddings = True
         assert gguf_architecture(config, uniform=False) == family.gguf[1]
-
-
-@pytest.fixture
-def granite() -> Iterator[PreTrainedModel]:
-    """A family that is not in the table until this fixture adds its row."""
-    FAMILIES["granite"] = Family(
-        "granite",
-        stock=(StockClass("granite"),),
-        gguf=("granite", "granite"),
-        multipliers=("embedding_multiplier", "residual_multiplier", "logits_scaling"),
-    )
-    torch.manual_seed(0)
-    config = GraniteConfig(
-        vocab_size=64,
-        hidden_size=48,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        residual_multiplier=0.7,
-        embedding_multiplier=3.0,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    yield GraniteForCausalLM(config).eval()
-    del FAMILIES["granite"]
-
-
-def test_a_row_is_enough_for_a_family_of_the_usual_shape(granite: PreTrainedModel) -> None:
-    space = PruningSpace.from_model(granite)
-    masks_U = torch.ones(space.num_units)
-    for name, units in space.split(masks_U).items():
-        units[torch.randperm(len(units))[: len(units) // 3]] = 0.0
-        assert name
-    config = granite.config
-    masked = MaskedModel(add_lora(granite, r=2), space)
-    masked.set_masks(masks_U)
-    removed = remove(merged_tensors(masked.peft_model), config, space, masks_U)
-    assert type(removed) is GraniteForCausalLM and removed.config.residual_multiplier == 0.7
-    assert max_logit_difference(masked, removed, [tiny_batch()]) < 1e-5
-
-
-def test_multipliers_keep_the_residual_stream_whole(granite: PreTrainedModel) -> None:
-    with pytest.raises(UserError, match=r"'hidden'.*granite.*residual_multiplier"):
-        PruningSpace.from_model(granite, ("heads", "hidden"))
 
 
 def test_an_unknown_family_is_named() -> None:
@@ -172,3 +132,43 @@ def test_only_the_model_room_knows_the_names() -> None:
         if name.startswith(("model/", *OTHERS_NAMES)) or name in STANDALONE | DEFAULTS | LLAMA_ONLY:
             continue
         assert not named_in_code(path), name
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[PreTrainedModel]:
+    """A model of a family that is in no table, once its row and its classes are added as the page says."""
+    sizes = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 20, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "bos_token_id": 1, "eos_token_id": 2}
+    config = SeedOssConfig(**sizes, **heads, pad_token_id=0, attention_bias=True, attention_out_bias=False)
+    with pytest.raises(UserError, match="model_type='seed_oss' is not supported"):
+        family_of(config)
+    biases = {**dict.fromkeys(("query", "key", "value"), "attention_bias"), "output": "attention_out_bias"}
+    row = Family("seed_oss", stock=(StockClass("seed_oss"),), gguf=("seed_oss", "seed_oss"), biases=biases)
+    monkeypatch.setitem(FAMILIES, "seed_oss", row)
+
+    own, base, causal = modeling_atp.per_layer(SeedOssConfig, SeedOssModel, SeedOssForCausalLM, SeedOssDecoderLayer)
+    monkeypatch.setattr(modeling_atp, "BASE_CLASSES", (*modeling_atp.BASE_CLASSES, base))
+    monkeypatch.setattr(modeling_atp, "MODEL_CLASSES", (*modeling_atp.MODEL_CLASSES, causal))
+    monkeypatch.setitem(modeling_atp.CONFIG_CLASSES, "atp_seed_oss", own)
+    torch.manual_seed(0)
+    yield SeedOssForCausalLM(config).eval()
+    for mapping in (CONFIG_MAPPING, MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        mapping._extra_content.pop("atp_seed_oss", None)
+        mapping._extra_content.pop(own, None)
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_a_family_is_added_as_the_page_says(toy: PreTrainedModel, uniform: bool, tmp_path: Path) -> None:
+    steps = re.findall(r"^(\d+)\. ", (PACKAGE.parent / ADDING_PAGE).read_text(encoding="utf-8"), re.MULTILINE)
+    assert [int(step) for step in steps] == list(range(1, 11))
+    space = PruningSpace.from_model(toy, ("heads", "channels", "hidden"))
+    masks_U = torch.ones(space.num_units)
+    for axis in space.axes:
+        masks_U[axis.offset : axis.offset + axis.size // (3 if uniform or axis.layer < 1 else 2)] = 0.0
+    config = toy.config
+    masked = MaskedModel(add_lora(toy, r=2), space).eval()
+    masked.set_masks(masks_U)
+    removed = remove(merged_tensors(masked.peft_model), config, space, masks_U)
+    assert type(removed).__name__ == ("SeedOssForCausalLM" if uniform else "AtpSeedOssForCausalLM")
+    export_hf(removed, None, tmp_path / "model")
+    assert max_logit_difference(masked, load_exported(tmp_path / "model"), [tiny_batch()]) < 1e-5

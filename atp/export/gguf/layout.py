@@ -15,30 +15,33 @@ what each architecture's loader accepts) was read in its sources and checked by 
   queries and keys are permuted; the other architectures rotate halves.
 * All heads have one size, for keys and for values. Dimensions that were removed inside heads are written as zeros,
   which is exact, as the scale of the scores stays that of whole heads.
-* Rotary scaling is written as frequency factors where the architecture reads them, which holds every static kind.
+* What else a family needs (multipliers, caps, windows) is metadata that its row in the table names.
+
+How positions are written, rotary and windows, is in :mod:`atp.export.gguf.positions`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedConfig
 
 from atp.errors import UserError
+from atp.export.gguf.positions import check_positions, check_score_scale, context_of, rope_of, rotary
 from atp.export.gguf.tensors import GgufTensor, layer_tensors
 from atp.model.families import FAMILIES, family_of
-from atp.model.gguf.names import EMBEDDINGS, FINAL_NORM, HEAD, NEIGHBOURS, ROTARY_FACTORS
+from atp.model.gguf.names import EMBEDDINGS, FINAL_NORM, HEAD, ROTARY_FACTORS
 from atp.model.widths import LayerWidths, layer_widths
 
-PER_LAYER = frozenset(family.gguf[1] for family in FAMILIES.values())
+PER_LAYER = frozenset(family.gguf[1] for family in FAMILIES.values() if family.gguf[1] != family.gguf[0])
 """llama.cpp's architectures whose layers may differ in width; the table of families names them."""
 FILLED_NOTE = (
-    "llama.cpp has no architecture for Qwen3 with widths per layer and an untied head or scaled rotary frequencies; "
-    "GGUF files hold it with zeros up to the widest layer. Prune with prune.shape=uniform for small ones"
+    "llama.cpp has no architecture that holds this family with widths per layer (Qwen3: with an untied head or scaled "
+    "rotary frequencies); GGUF files hold it with zeros up to the widest layer. Prune with prune.shape=uniform for "
+    "small ones"
 )
-_LONGEST_EXACT_CONTEXT = 1 << 30
 _BYTES_PER_WEIGHT = 34 / 32  # q8_0; the fewer, the more filling up pays
 
 
@@ -77,9 +80,15 @@ def gguf_architecture(config: PreTrainedConfig, *, uniform: bool) -> str:
     """
     family = family_of(config)
     whole, per_layer = family.gguf
-    activation = getattr(config, "hidden_act", "silu")
+    if "gguf" in family.refused:
+        raise UserError(f"GGUF: {family.refused['gguf']}; leave export.gguf out")
+    activation = family.activation_of(config)
     if activation not in family.activations:
-        raise UserError(f"GGUF: hidden_act={activation!r} has no llama.cpp architecture here; only silu has")
+        raise UserError(
+            f"GGUF: {family.activation}={activation!r} has no llama.cpp architecture here; only "
+            f"{family.activations[0]} has"
+        )
+    check_positions(config)
     if whole == "qwen3" and family.has_bias(config, "output"):
         raise UserError("GGUF: llama.cpp's Qwen3 has no bias in its output projection; export without attention_bias")
     fits = per_layer != "openelm" or _fits_openelm(config)
@@ -101,24 +110,25 @@ def check_layout(config: PreTrainedConfig, *, uniform: bool, axes: Sequence[str]
         ValueError: llama.cpp could not compute the pruned model; the message says why and what can be done.
     """
     architecture = gguf_architecture(config, uniform=uniform)
-    if "qk_pairs" in axes and architecture in ("qwen3", "openelm"):
-        raise UserError(
-            "GGUF: Qwen3 normalises whole heads, which llama.cpp cannot do without some rotary pairs; take qk_pairs "
-            f"out of prune.space={list(axes)}, or leave export.gguf out"
-        )
-    _rotary(config, _roped(config, architecture), _one_head_dim(config, layer_widths(config)))
+    refused = family_of(config).refused
+    for kind in axes:
+        if reason := refused.get(f"gguf:{kind}"):
+            raise UserError(f"GGUF: {reason}; take {kind} out of prune.space={list(axes)}, or leave export.gguf out")
+    head_dim = _one_head_dim(config, layer_widths(config))
+    rotary(config, _roped(config, architecture), head_dim)
+    check_score_scale(config, config.num_attention_heads, head_dim, axes)
     return architecture
 
 
 def _roped(config: PreTrainedConfig, architecture: str) -> str:
     """The architecture that reads this kind of rotary scaling: llama computes Qwen2 too and takes every static one."""
-    plain = _rope(config).get("rope_type", "default") in ("default", "linear", "yarn")
+    plain = rope_of(config).get("rope_type", "default") in ("default", "linear", "yarn")
     return "llama" if architecture == "qwen2" and not plain else architecture
 
 
 def _fits_openelm(config: PreTrainedConfig) -> bool:
     """Whether llama.cpp's openelm computes a Qwen3: it ties the output head and scales no rotary frequencies."""
-    return config.tie_word_embeddings and _rope(config).get("rope_type", "default") in ("default", "linear")
+    return config.tie_word_embeddings and rope_of(config).get("rope_type", "default") in ("default", "linear")
 
 
 def gguf_layout(config: PreTrainedConfig, *, block: int = 1) -> GgufLayout:
@@ -139,12 +149,10 @@ def gguf_layout(config: PreTrainedConfig, *, block: int = 1) -> GgufLayout:
     if architecture == "qwen2" and widths[0].num_attention_heads * head_dim != config.hidden_size:
         architecture = "llama"
     written, notes = _written(config, widths, architecture, head_dim, block)
-    if architecture in ("qwen3", "openelm") and any(layer.rotary_pairs is not None for layer in widths):
-        raise UserError(
-            "GGUF: Qwen3 normalises whole heads, so rotary pairs cannot be cut for llama.cpp; leave GGUF out"
-        )
-    factors, rope_fields = _rotary(config, architecture, head_dim)
-    context, window_notes = _context(config)
+    _check_cuts(config, widths, written)
+    check_score_scale(config, written[0].num_attention_heads, head_dim)
+    factors, rope_fields = rotary(config, architecture, head_dim)
+    context, window_notes = context_of(config)
     notes += window_notes
     if any(layer.is_slim for layer in widths):
         notes += ("dimensions removed inside heads are zeros in this file, as llama.cpp knows one head size",)
@@ -162,6 +170,7 @@ def gguf_layout(config: PreTrainedConfig, *, block: int = 1) -> GgufLayout:
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.dimension_count": head_dim,
         **rope_fields,
+        **_own_fields(config),
     }
     tensors = [GgufTensor(ROTARY_FACTORS, (len(factors),), filling=factors)] if factors else []
     for index, (kept, layer) in enumerate(zip(widths, written, strict=True)):
@@ -169,21 +178,36 @@ def gguf_layout(config: PreTrainedConfig, *, block: int = 1) -> GgufLayout:
     return GgufLayout(architecture, written, fields, (*_outer_tensors(config), *tensors), notes)
 
 
+def _own_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Metadata that the family's row names, where the config has it."""
+    fields = family_of(config).gguf_fields.items()
+    return {key: value for key, name in fields if (value := getattr(config, name, None)) is not None}
+
+
+def _check_cuts(config: PreTrainedConfig, widths: Sequence[LayerWidths], written: Sequence[LayerWidths]) -> None:
+    """Refuses a model that lost units that the family's row says llama.cpp cannot be without."""
+    refused = family_of(config).refused
+    if "gguf:qk_pairs" in refused and any(layer.rotary_pairs is not None for layer in widths):
+        raise UserError(f"GGUF: {refused['gguf:qk_pairs']}; leave GGUF out")
+    lost = any(layer.num_attention_heads * layer.head_dim != config.hidden_size for layer in (*widths, *written))
+    if "gguf:heads" in refused and lost:
+        raise UserError(f"GGUF: {refused['gguf:heads']}; leave GGUF out")
+
+
 def _outer_tensors(config: PreTrainedConfig) -> list[GgufTensor]:
     """Tensors outside the layers."""
     table = (config.vocab_size, config.hidden_size)
-    embeddings, final_norm, head = family_of(config).embedding_tensors
+    family = family_of(config)
+    embeddings, final_norm, head = family.embedding_tensors
     tensors = [
         GgufTensor(EMBEDDINGS, table, (embeddings,)),
-        GgufTensor(FINAL_NORM, table[1:], (final_norm,)),
+        GgufTensor(FINAL_NORM, table[1:], (final_norm,), added=family.norm_offset),
     ]
     if not config.tie_word_embeddings:
         tensors.append(GgufTensor(HEAD, table, (head,)))
+    elif family.gguf_own_head:
+        tensors.append(GgufTensor(HEAD, table, (embeddings,)))
     return tensors
-
-
-def _rope(config: PreTrainedConfig) -> dict[str, Any]:
-    return dict(getattr(config, "rope_parameters", None) or {})
 
 
 def _one_head_dim(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> int:
@@ -232,51 +256,3 @@ def _counts(written: Sequence[LayerWidths], *, as_lists: bool) -> list[Any]:
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     lists = [[getattr(layer, name) for layer in written] for name in names]
     return lists if as_lists else [values[0] for values in lists]
-
-
-def _rotary(config: PreTrainedConfig, architecture: str, head_dim: int) -> tuple[tuple[float, ...], dict[str, Any]]:
-    """Frequency factors (default over actual frequency, none where all are one) and the metadata of the rotary part."""
-    import torch
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    rope = _rope(config)
-    kind = rope.get("rope_type", "default")
-    if kind in ("dynamic", "longrope") or rope.get("partial_rotary_factor", 1.0) != 1.0 or "rope_theta" not in rope:
-        raise UserError(
-            f"GGUF: rope_parameters={rope} of the model's config change with the length or are partial, for which "
-            "files have no field; leave GGUF out (export.gguf)"
-        )
-    rotary: Any = LlamaRotaryEmbedding(cast(Any, config))
-    actual = rotary.inv_freq.double()
-    default = float(rope["rope_theta"]) ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    if actual.shape != default.shape:
-        raise UserError(f"GGUF: {2 * len(actual)} rotary dimensions in heads of {head_dim} are not supported")
-    ratios = default / actual
-    fields: dict[str, Any] = {"rope.freq_base": float(rope["rope_theta"])}
-    if kind == "default":
-        return (), fields
-    if kind == "linear":
-        return (), {**fields, "rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn" and architecture not in NEIGHBOURS:
-        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        fields |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(rope["factor"])}
-        return (), {**fields, "rope.scaling.original_context_length": int(original)}
-    if architecture not in NEIGHBOURS:
-        raise UserError(f"GGUF: llama.cpp's {architecture} takes no {kind!r} rotary scaling; leave GGUF out")
-    fields |= {"rope.scaling.type": "none"} if kind == "yarn" else {}
-    if rotary.attention_scaling != 1.0:
-        fields["rope.scaling.attn_factor"] = float(rotary.attention_scaling)
-    return tuple(float(ratio) for ratio in ratios), fields
-
-
-def _context(config: PreTrainedConfig) -> tuple[int, tuple[str, ...]]:
-    """Longest context that llama.cpp computes as transformers does; these architectures know no sliding window."""
-    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    windowed |= family_of(config).slides_everywhere(config)
-    window = config.sliding_window if windowed else _LONGEST_EXACT_CONTEXT
-    if window >= config.max_position_embeddings:
-        return int(config.max_position_embeddings), ()
-    return int(window), (
-        f"llama.cpp computes no sliding window here: the context is limited to the window of {window} tokens, within "
-        "which both agree",
-    )

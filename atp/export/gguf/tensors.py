@@ -32,6 +32,7 @@ class GgufTensor:
         kept: By source, the dimensions that its heads keep; the others are zero. Empty where heads are whole.
         head_dim: Size of a whole head, where heads keep only some dimensions.
         axis: The dimension along which heads or channels lie.
+        added: What is added to every number, where the file's norms multiply by another weight than the model's.
         grid: Where the file has more units along that axis than the model: the model's units (KV heads, queries of
             each, dimensions; or channels) and the file's; the rest is zero.
     """
@@ -44,6 +45,7 @@ class GgufTensor:
     kept: tuple[tuple[int, ...], ...] = ()
     head_dim: int = 0
     axis: int = 0
+    added: float = 0.0
     grid: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def values(self, read: Callable[[str], torch.Tensor]) -> np.ndarray:
@@ -59,6 +61,7 @@ class GgufTensor:
         if self.kept:
             parts = [self._whole_heads(part, kept) for part, kept in zip(parts, self.kept, strict=True)]
         made = parts[0] if len(parts) == 1 else torch.cat(parts)
+        made = made + self.added if self.added else made
         if self.grid:
             made = self._filled_up(made, *self.grid)
         if self.heads:
@@ -143,9 +146,12 @@ def _norms(
         if is_attention and not written.has_attention:
             continue
         size = config.hidden_size if norm.over == "stream" else written.head_dim
+        if norm.across_heads:
+            size *= written.num_attention_heads if norm.over == "query" else written.num_key_value_heads
         present = kept.has_attention if is_attention else kept.has_mlp
         sources = (f"{family.layers}.{index}.{norm.module}.weight",) if present else ()
-        tensors.append(GgufTensor(f"blk.{index}.{norm_name(norm)}.weight", (size,), sources, filling=(1.0,)))
+        name = f"blk.{index}.{norm_name(norm)}.weight"
+        tensors.append(GgufTensor(name, (size,), sources, filling=(1.0,), added=family.norm_offset))
     return tensors
 
 

@@ -20,9 +20,9 @@ from atp.model.gguf.reading import GgufFile
 
 log = logging.getLogger(__name__)
 
-WHOLE = {family.gguf[0]: name for name, family in reversed(FAMILIES.items())}
+WHOLE = {family.gguf[0]: name for name, family in reversed(FAMILIES.items()) if family.gguf_base}
 """llama.cpp's architecture -> the family that computes it; widths are equal in all layers."""
-PER_LAYER = frozenset(family.gguf[1] for family in FAMILIES.values())
+PER_LAYER = frozenset(family.gguf[1] for family in FAMILIES.values() if family.gguf_base)
 
 _READ = (
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),

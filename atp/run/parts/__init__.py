@@ -7,6 +7,7 @@ arguments. It knows nothing of the order of stages.
 from atp.run.parts.base import DTYPES, check_tokenizer, export_dtype, load_base, load_tokenizer, model_source
 from atp.run.parts.components import component, device_of, make_loggers, make_trainer
 from atp.run.parts.data import (
+    check_packing,
     data_faults,
     data_module,
     load_beyond,
@@ -31,6 +32,7 @@ from atp.run.parts.training import (
 
 __all__ = [
     "DTYPES",
+    "check_packing",
     "check_quantization",
     "check_start",
     "check_tokenizer",

@@ -1,7 +1,7 @@
 """Records, prompt and batches of a run, from its configuration.
 
 The builders' data side: it chooses among the sources of :mod:`atp.data` and hands them their settings. It knows nothing
-of models beyond their tokenizer and context.
+of models beyond their tokenizer, context and how far their attention reaches.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from atp.config.schema import DataConfig, TrainConfig
 from atp.data.batches import PruningDataModule
@@ -30,6 +30,7 @@ from atp.data.streaming import StreamedRecords
 from atp.data.tasks import NORMALISATIONS, load_tasks, nearest
 from atp.errors import UserError
 from atp.evaluate import harness
+from atp.model.families import family_of
 
 log = logging.getLogger(__name__)
 
@@ -226,6 +227,28 @@ def data_module(
         packing=config.data.packing,
         cache=_token_cache(config.data),
     )
+
+
+def check_packing(config: TrainConfig, base: PreTrainedConfig) -> None:
+    """Refuse packing where the base's attention would not be what it is without.
+
+    Raises:
+        UserError: Its attention slides within a sequence, or its scores are capped.
+    """
+    if not config.data.packing:
+        return
+    family = family_of(base)
+    if family.caps_scores(base):
+        raise UserError(
+            f"data.packing needs the attention kernel sdpa, which does not compute the soft cap that {base.model_type} "
+            f"has on scores ({family.score_cap}); set data.packing=false"
+        )
+    window = family.window(base)
+    if window is not None and config.data.max_length > window:
+        raise UserError(
+            f"data.packing: the base's attention reaches back {window} tokens, and masks of packed records know no "
+            f"window; set data.max_length={window} or less (it is {config.data.max_length}), or data.packing=false"
+        )
 
 
 def _token_cache(config: DataConfig) -> TokenCache | None:
