@@ -272,7 +272,7 @@ def test_page_tells_the_run(page):
         "python train.py experiment=legal_50pct",
     ):
         assert part in text
-    for part in ("torch 2.13.0", "seed 42", "git 0123abc", "experiment=legal_50pct", "sparsity: 0.5", "143.2"):
+    for part in ("torch 2.13.0", "seed 42", "git 0123abc", "experiment=legal_50pct", "sparsity: 0.5", "90.0 (75%)"):
         assert part in text
     assert "from_pretrained(" in text and "trust_remote_code=True" in text
     assert "Not in this report" not in text
