@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -41,6 +42,7 @@ _COMPARED = 5  # likeliest tokens whose log-probabilities are compared at each p
 def main() -> int:
     """Compares, measures, prints and writes JSON; 1 where an answer differs, 2 for what cannot be served."""
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers end with us
     try:
         vllm = find_vllm(options.python)
         with tempfile.TemporaryDirectory(prefix="atp-vllm-") as work:
