@@ -1,8 +1,7 @@
 """Domains: tasks read from local files or the hub, and combined to one data set by weight.
 
-It sits beside :mod:`atp.data.sources`: task and files or hub -> records -> :class:`atp.data.records.Splits`. The only
-part of the package that reaches the network for data, and only for tasks that the user named without local files. It
-knows nothing of tokens, models or torch.
+It sits beside :mod:`atp.data.sources`: task and files or hub -> records -> :class:`atp.data.records.Splits`. Knows
+nothing of tokens, models or torch.
 """
 
 from __future__ import annotations
@@ -15,24 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from atp.data.hub import SPLIT_NAMES, filled, joined, read_hub
 from atp.data.licences import holds_licences, licence_rows
 from atp.data.reading.bad_rows import BadRows, OnBad, bad_rows_of, refuse
-from atp.data.reading.files import Row, made, paths_of, rows
+from atp.data.reading.files import made, paths_of, rows
 from atp.data.reading.folders import find_files, visible_files
-from atp.data.records import PathLike, Record, Splits, TextRecord, limit
+from atp.data.records import PathLike, Record, Splits, limit
 from atp.data.records.overlap import check_overlap
 from atp.data.sources import HELD_OUT_SHARE, complete, load_embedded
 from atp.data.tasks import Task, find_task, load_tasks, nearest
 from atp.errors import UserError
 
 log = logging.getLogger(__name__)
-
-SPLIT_NAMES = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "heldout"),
-}
-_BAD_ROWS_SHARE = 0.01
 
 
 def load_domain(
@@ -167,14 +160,14 @@ def read_task(task: Task, path: Any = None, *, alone: bool = True, bad: OnBad = 
                 f"{task.name} {why} (source: {task.source}); set data.path to your own copy: a folder with "
                 f"{' or '.join(_stems(task, 'train'))}.jsonl, or data.path={{{task.name}: <file>}}"
             )
-        return _read_hub(task)
+        return read_hub(task)
     raw = {
         split: list(itertools.chain.from_iterable(rows(p, header=_header(task, p), bad=bad) for p in some))
         for split, some in found.items()
     }
-    raw = {split: _filled(task, some) for split, some in raw.items()}
+    raw = {split: filled(task, some) for split, some in raw.items()}
     bound = task.with_options_of(row for some in raw.values() for row, _ in some)
-    return {split: _joined(bound, list(made(some, bound.record, bad))) for split, some in raw.items()}
+    return {split: joined(bound, list(made(some, bound.record, bad))) for split, some in raw.items()}
 
 
 def _packaged(task: Task, path: Any) -> dict[str, list[Record]] | None:
@@ -184,7 +177,7 @@ def _packaged(task: Task, path: Any) -> dict[str, list[Record]] | None:
         return None
     found = licence_rows(None if own is None else Path(own).expanduser())
     bound = task.with_options_of(row for some in found.values() for row, _ in some)
-    return {split: list(made(_filled(task, some), bound.record)) for split, some in found.items()}
+    return {split: list(made(filled(task, some), bound.record)) for split, some in found.items()}
 
 
 def task_files(task: Task, path: Any, *, alone: bool = True) -> dict[str, list[Path]] | None:
@@ -263,13 +256,6 @@ def _header(task: Task, path: Path) -> Sequence[str] | None:
     return None if all(column.casefold() in first for column in task.header) else task.header
 
 
-def _joined(task: Task, records: list[Record]) -> list[Record]:
-    if not task.concatenate:
-        return records
-    text = "\n\n".join(record.text.strip("\n") for record in records if isinstance(record, TextRecord))
-    return [TextRecord(text, task.name)]
-
-
 def _sizes(counts: Mapping[str, int], weights: Mapping[str, float | None], most: int | None) -> dict[str, int]:
     """How many training records of each task: as many as the weights allow, at most ``most`` together."""
     if all(not weight for weight in weights.values()):
@@ -283,82 +269,3 @@ def _sizes(counts: Mapping[str, int], weights: Mapping[str, float | None], most:
         total = int(min(counts[task] / share[task] for task in counts))
     total = total if most is None else min(total, most)
     return {task: max(1, round(share[task] * total)) for task in counts}
-
-
-def _filled(task: Task, found: Sequence[Row]) -> list[Row]:
-    """The rows without those that the task skips."""
-    kept = [(row, where) for row, where in found if not task.skips(row)]
-    if len(kept) < len(found):
-        empty = " or ".join(task.skip_empty)
-        log.info("%s: left out %d of %d rows without %s", task.name, len(found) - len(kept), len(found), empty)
-    return kept
-
-
-def _read_hub(task: Task) -> dict[str, list[Record]]:
-    """Fetch a task from the Hugging Face hub, which the user asked for by naming it without local files."""
-    where = f"{task.hub}{f' ({task.subset})' if task.subset else ''}, revision {task.revision}"
-    given = set(task.splits.values())  # what one split takes is not taken once more by the split of that name
-    wanted = {
-        split: task.splits.get(split, split) for split in SPLIT_NAMES if split in task.splits or split not in given
-    }
-    try:
-        found = _fetch(task)
-        raw = {split: list(found[theirs]) for split, theirs in wanted.items() if theirs in found}
-    # Whatever the client raises (offline, gated, gone, moved, a script, a broken cache), the way out is the same.
-    except Exception as error:
-        gated = "gated" in f"{type(error).__name__} {error}".lower()
-        hint = (
-            f"It is gated: accept its terms at https://huggingface.co/datasets/{task.hub} and log in with "
-            "`hf auth login`"
-            if gated
-            else "If it should be reachable, go online or log in"
-        )
-        raise UserError(
-            f"cannot fetch {where} from the Hugging Face hub: {type(error).__name__}: {error}. {hint}; otherwise use "
-            f"local copies of the same columns with data.path=<folder or file>, your own file with data=files "
-            "data.path=<file>, or data=embedded_legal, which needs no network"
-        ) from error
-    if not raw:
-        raise UserError(f"{where} has the splits {sorted(found)} but none of {sorted(wanted.values())}")
-    placed = {
-        split: _filled(task, [(row, f"{task.hub}/{split} row {i}") for i, row in enumerate(some)])
-        for split, some in raw.items()
-    }
-    bound = task.with_options_of(row for some in placed.values() for row, _ in some)
-    return {split: _joined(bound, _usable(bound, some)) for split, some in placed.items()}
-
-
-def _fetch(task: Task) -> Any:
-    """The task's set as ``datasets`` gives it, by the set's own split names (ours for files that the task lists)."""
-    from datasets import load_dataset
-
-    if not task.hub_files:
-        part = {"data_dir": task.subset} if task.revision.startswith("refs/convert") else {"name": task.subset}
-        return load_dataset(task.hub, revision=task.revision, **part)
-    folder = f"hf://datasets/{task.hub}@{task.revision}"
-    files = {split: f"{folder}/{some.format(subset=task.subset)}" for split, some in task.hub_files.items()}
-    suffixes = Path(next(iter(files.values()))).suffixes
-    if ".jsonl" in suffixes:
-        return load_dataset("json", data_files=files)
-    if ".parquet" in suffixes:
-        return load_dataset("parquet", data_files=files)
-    # "None" and "N/A" are answers, not missing values.
-    return load_dataset("csv", data_files=files, sep="\t" if ".tsv" in suffixes else ",", keep_default_na=False)
-
-
-def _usable(task: Task, found: Sequence[Row]) -> list[Record]:
-    """Parse rows that the user cannot mend: leave a few bad ones out, and say so; raise the first error on many."""
-    records: list[Record] = []
-    errors: list[ValueError] = []
-    for row, where in found:
-        if task.concatenate and isinstance(row, Mapping) and not str(row.get("text", "")).strip():
-            continue
-        try:
-            records.append(task.record(row, where))
-        except ValueError as error:
-            errors.append(error)
-    if errors:
-        if len(errors) > _BAD_ROWS_SHARE * len(found):
-            raise errors[0]
-        log.warning("%s: left out %d of %d rows; the first: %s", task.name, len(errors), len(found), errors[0])
-    return records
