@@ -83,8 +83,8 @@ def tell(space: PruningSpace, sampler: Sampler, scores_U: Tensor, masks_U: Tenso
     log.info("at the freeze masks expect a sparsity of %.4f; %.1f%% of units are undecided", expected, 100 * undecided)
     if abs(expected - target) > MOST_OFF:
         log.warning(
-            "the masks had not reached their target at the freeze: they expect a sparsity of %.3f, the target is %.3f. "
-            "The cut meets the target by the units' order alone; train longer, or raise prune.generator_lr or "
+            "the masks were away from their target at the freeze: they expect a sparsity of %.3f, the target is %.3f. "
+            "The cut meets the target by the units' order alone; train longer, or change prune.generator_lr or "
             "prune.multiplier_lr",
             expected,
             target,

@@ -38,7 +38,7 @@ def test_masks_that_did_not_reach_their_target_are_told(caplog: pytest.LogCaptur
     with caplog.at_level(logging.INFO):
         module.freeze_masks()
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warning.startswith("the masks had not reached their target at the freeze: they expect a sparsity of 0.0")
+    assert warning.startswith("the masks were away from their target at the freeze: they expect a sparsity of 0.0")
     assert "the target is 0.500" in warning
     lines = [record.getMessage() for record in caplog.records if "units are undecided" in record.getMessage()]
     assert len(lines) == 1 and lines[0].endswith("0.0% of units are undecided")
