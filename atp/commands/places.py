@@ -48,7 +48,7 @@ def gguf_file(path: Path) -> Path | None:
     Raises:
         UserError: There is no such file, the package is not installed, or a directory holds several.
     """
-    from atp.model.gguf.base import gguf_of
+    from atp.model.gguf.packages import gguf_of
 
     if path.suffix == ".gguf" and not path.exists():
         raise UserError(f"{path}: no such file")

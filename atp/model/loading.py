@@ -18,7 +18,8 @@ from transformers.utils.hub import cached_file, cached_files
 from atp.errors import UserError
 from atp.model.adapter import ADAPTER_CONFIG, ADAPTER_FOLDER, merge_beside
 from atp.model.families import family_of
-from atp.model.gguf.base import companions, gguf_of, load_gguf
+from atp.model.gguf.base import companions, load_gguf
+from atp.model.gguf.packages import gguf_of
 from atp.model.odd_places import model_home
 from atp.model.stored import StoredModel, tell_once
 from atp.model.weight_files import INDEX_FILE, WEIGHTS_FILE

@@ -197,7 +197,8 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         raise
     except Exception as error:  # whatever a wrong value makes transformers raise, of many kinds
         settings = read_settings(directory)
-        if settings.get("auto_map") and settings["model_type"] not in FAMILIES:
+        known = {*FAMILIES, *modeling_atp.CONFIG_CLASSES}
+        if settings.get("auto_map") and settings["model_type"] not in known:
             raise UserError(
                 f"{directory} needs Python code of its own (auto_map in config.json), which is not run: ATP prunes "
                 f"{', '.join(FAMILIES)} as transformers has them"

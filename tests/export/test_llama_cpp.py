@@ -1,5 +1,6 @@
 """llama.cpp on a user's files: text from them, a server for them, and what is said where either cannot be."""
 
+import functools
 import json
 import os
 import re
@@ -100,7 +101,10 @@ def start(*words: str) -> tuple[subprocess.Popen, list[str]]:
     """A server of its own, and the three lines that it prints when it listens."""
     command = [sys.executable, "-m", "atp.serve", *words, "port=0", "threads=1"]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, **pipes)
+    heard = functools.partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # also where the tests run in the background
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=heard, **pipes)
     return process, [process.stdout.readline().rstrip("\n") for _ in range(3)]
 
 

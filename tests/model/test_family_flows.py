@@ -33,8 +33,8 @@ from atp.masks.loss import causal_loss
 from atp.masks.merging import base_tensors, merged_tensors
 from atp.model.families import FAMILIES, Family, is_stock
 from atp.prepare.blockwise import Repair, repair
+from atp.prepare.comparison import repaired_losses
 from atp.prepare.criteria import CRITERIA, importances
-from atp.prepare.starts import repaired_losses
 from atp.space.space import KINDS, PruningSpace
 from atp.train.cuttable import why_uncut
 
@@ -158,8 +158,8 @@ def test_every_importance_is_finite_and_a_repaired_cut_is_nearer_to_the_dense_mo
     found = importances([*CRITERIA], masked, [BATCH])
     assert all(torch.isfinite(values).all() and (values >= 0).all() for values in found.values())
     masks_U = random_masks(masked.space, 0.25)
-    losses = repaired_losses(masked, {"random": masks_U}, lambda scores: scores, causal_loss, [BATCH])
-    assert losses["random"] > 0
+    compared = repaired_losses(masked, {"random": masks_U}, lambda scores: scores, causal_loss, [BATCH])
+    assert compared.losses["random"] > 0
     real_BT, dense = BATCH["attention_mask"].bool(), logits(masked)
     distances = []
     for how in (None, Repair(epochs=0), Repair(epochs=8, lr=0.02)):

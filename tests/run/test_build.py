@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 
 from atp.commands.train import compose_config
 from atp.config.schema import TrainConfig, config_dir
+from atp.model.gguf.packages import PACKAGED
 from atp.prepare.baselines import BASELINES
 from atp.run import parts
 from atp.train.joint import PruningModule
@@ -69,7 +71,7 @@ def loaded() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("experiment", names("experiment"))
-def test_every_experiment_builds(experiment: str, loaded: dict[str, Any]) -> None:
+def test_every_experiment_builds(experiment: str, loaded: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole preset where it needs no hub; otherwise everything but its model and data, which say so clearly."""
     made = config(f"experiment={experiment}")
     if made.trainer.accelerator != "gpu":
@@ -82,6 +84,10 @@ def test_every_experiment_builds(experiment: str, loaded: dict[str, Any]) -> Non
         data.setup("fit")
         assert len(data.train_dataloader()) == made.trainer.max_steps * made.trainer.accumulate_grad_batches
         parts.pruning_module(made, base)
+    elif made.model.path in PACKAGED:  # the package is seldom there; its loading has tests of its own
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+        with pytest.raises(ValueError, match="is not installed: pip install"):
+            parts.load_base(made.model)
     else:
         with pytest.raises(ValueError, match="cannot be fetched from the hub"):
             parts.load_base(made.model)

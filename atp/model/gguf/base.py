@@ -15,8 +15,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from atp.model.gguf.config import gguf_config
-from atp.model.gguf.packages import PACKAGED, packaged_file
-from atp.model.gguf.reading import GgufFile, find_gguf
+from atp.model.gguf.reading import GgufFile
 from atp.model.gguf.tokenizer import gguf_tokenizer
 from atp.model.gguf.weights import check_tensors, read_tensors
 from atp.model.widths import build_model
@@ -59,15 +58,6 @@ def read_gguf(path: Path) -> GgufBase:
     """
     file = GgufFile(path)
     return GgufBase(file, gguf_config(file))
-
-
-def gguf_of(source: str) -> Path | None:
-    """The GGUF file that a user's name of a model stands for, or None: a package's, a file, or the one of a directory.
-
-    Raises:
-        ValueError: The package is not installed or not the known one, or the directory holds several.
-    """
-    return packaged_file(source) if source in PACKAGED else find_gguf(Path(source).expanduser())
 
 
 def load_gguf(path: Path, *, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel:

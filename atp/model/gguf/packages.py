@@ -1,4 +1,4 @@
-"""Base models that come as Python packages: where an installed one has its file, or the command that installs it.
+"""Which GGUF file a name means: a path's, or that of a package, or the command that installs it.
 
 A name such as ``smollm2`` stands for the GGUF file inside a package of the registry. The package is never imported (its
 own dependencies are not needed), only found; its version and the file's digest must be those known here.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atp.errors import UserError
+from atp.model.gguf.reading import find_gguf
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,15 @@ def packaged_file(name: str) -> Path:
             f"{base.sha256[:12]}...); install it again: {base.way} --force-reinstall"
         )
     return path
+
+
+def gguf_of(source: str) -> Path | None:
+    """The GGUF file that a user's name of a model stands for, or None: a package's, a file, or the one of a directory.
+
+    Raises:
+        ValueError: The package is not installed or not the known one, or the directory holds several.
+    """
+    return packaged_file(source) if source in PACKAGED else find_gguf(Path(source).expanduser())
 
 
 @functools.cache

@@ -23,7 +23,8 @@ from atp.data.records import Record
 from atp.data.records.types import all_text
 from atp.errors import UserError
 from atp.export.formats import WEIGHT_DTYPES
-from atp.model.gguf.base import companions, gguf_of
+from atp.model.gguf.base import companions
+from atp.model.gguf.packages import gguf_of
 from atp.model.loading import fetched, is_local, load_model
 from atp.model.odd_places import model_home
 from atp.model.stops import stored_stops
