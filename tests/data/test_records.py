@@ -442,7 +442,7 @@ def test_a_split_of_the_hub_is_not_taken_twice_and_empty_answers_are_left_out(mo
 
 
 def test_nothing_of_the_network_is_touched_for_local_files(legal_files: dict[str, Path], monkeypatch) -> None:
-    monkeypatch.setattr(domains, "_read_hub", lambda *args: pytest.fail("asked the hub"))
+    monkeypatch.setattr(domains, "read_hub", lambda *args: pytest.fail("asked the hub"))
     assert load_domain(LEGAL, seed=0, path=legal_files).train
 
 
