@@ -172,6 +172,8 @@ FAMILIES: dict[str, Family] = {
             },
             gguf_window_step=2,
             gguf_wide_layers=46,
+            gguf_tied_only=True,
+            remarks=("`gemma2` holds tied heads only; GGUF of a model with a head of its own is refused.",),
             **_GEMMA,
         ),
     )

@@ -96,6 +96,7 @@ class Family:
         gguf_wide_layers: Number of layers of the model for which llama.cpp takes the scale of scores from hidden size
             over heads in place of the head size.
         gguf_own_head: Whether llama.cpp's architecture wants an output head of its own even where it is the embeddings.
+        gguf_tied_only: Whether llama.cpp's architecture knows no output head but the embeddings.
         gguf_base: Whether a GGUF file of its architecture is read as a base.
         refused: What the family cannot do -> why, in one sentence: a kind of unit, ``gguf`` for all of that format, or
             ``gguf:<kind>`` for files of models that lost units of a kind.
@@ -130,6 +131,7 @@ class Family:
     gguf_window_step: int = 0
     gguf_wide_layers: int = 0
     gguf_own_head: bool = False
+    gguf_tied_only: bool = False
     gguf_base: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()

@@ -88,6 +88,11 @@ def gguf_architecture(config: PreTrainedConfig, *, uniform: bool) -> str:
             f"GGUF: {family.activation}={activation!r} has no llama.cpp architecture here; only "
             f"{family.activations[0]} has"
         )
+    if family.gguf_tied_only and not config.tie_word_embeddings:
+        raise UserError(
+            f"GGUF: llama.cpp's {whole} takes the embeddings as the output head, and this model has a head of its own "
+            "(tie_word_embeddings=false); leave export.gguf out"
+        )
     check_positions(config)
     if whole == "qwen3" and family.has_bias(config, "output"):
         raise UserError("GGUF: llama.cpp's Qwen3 has no bias in its output projection; export without attention_bias")
