@@ -95,9 +95,9 @@ def _framed(text: str, options: Options) -> tuple[str, Frame]:
     from atp.data.prompt import CHAT_NAME, Prompt
     from atp.data.tasks import fill_prompt, load_tasks
 
-    own, tokenizer, begins = Prompt(), None, ""
+    own, tokenizer = Prompt(), None
     if not (options.plain or options.chat):
-        own, tokenizer, begins = _own_prompt(*find_model(options.model, options.format))
+        own, tokenizer = _own_prompt(*find_model(options.model, options.format))
     instructed = options.task in own.instructions and options.task not in load_tasks()
     if options.task and not instructed:
         text = fill_prompt(options.task, text)
@@ -105,14 +105,12 @@ def _framed(text: str, options: Options) -> tuple[str, Frame]:
         return text, ()
     where = "of an instruct model" if own.name == CHAT_NAME else "from the model's prompt.json"
     sys.stderr.write(f"prompt: {own.name}, {where}; --plain leaves it out\n")
-    text, frame = own.framed(text, options.task or "text", tokenizer)
-    cut = len(begins) if begins and frame and text.startswith(begins) else 0
-    return text[cut:], tuple((max(low - cut, 0), high - cut) for low, high in frame if high > cut)
+    return own.framed(text, options.task or "text", tokenizer)
 
 
-def _own_prompt(path: Path, kind: str) -> tuple[Prompt, PreTrainedTokenizerBase | None, str]:
-    """What a model is asked with, the tokenizer of its chat template, and what llama.cpp itself puts before a text."""
-    from atp.data.encoding.tokenizer import load_tokenizer, surroundings
+def _own_prompt(path: Path, kind: str) -> tuple[Prompt, PreTrainedTokenizerBase | None]:
+    """What a model is asked with, and the tokenizer of its chat template."""
+    from atp.data.encoding.tokenizer import load_tokenizer
     from atp.data.prompt import PROMPT_FILE, Prompt, prompt_of, read_prompt
     from atp.model.gguf.base import companions
     from atp.model.stops import stored_stops
@@ -120,7 +118,7 @@ def _own_prompt(path: Path, kind: str) -> tuple[Prompt, PreTrainedTokenizerBase 
     folder = prompt_folder(path)
     own = read_prompt(folder) if (folder / PROMPT_FILE).is_file() else None
     if own is not None and own.chat is None:
-        return own, None, ""
+        return own, None
     try:
         home = folder if (folder / "config.json").is_file() else companions(path)
         tokenizer = load_tokenizer(home, local_files_only=True)
@@ -130,9 +128,8 @@ def _own_prompt(path: Path, kind: str) -> tuple[Prompt, PreTrainedTokenizerBase 
             raise UserError(f"{folder / PROMPT_FILE} wants a chat template: {error}; --plain leaves it out") from None
         if kind == "gguf":
             sys.stderr.write(f"prompt: continued as it stands, as a chat template is not looked for ({error})\n")
-        return Prompt(), None, ""  # of a directory without a tokenizer, loading says so
-    begins = tokenizer.convert_ids_to_tokens(surroundings(tokenizer)[0]) if kind == "gguf" else []
-    return own or prompt_of(folder, tokenizer, stops), tokenizer, "".join(begins)
+        return Prompt(), None  # of a directory without a tokenizer, loading says so
+    return own or prompt_of(folder, tokenizer, stops), tokenizer
 
 
 def stream(
@@ -274,7 +271,8 @@ def _stream_gguf(path: Path, prompt: str, chat: bool, frame: Frame, **sampling: 
             return
         ids = []
         for start, end, framed in stretches(prompt, frame):
-            ids += server.tokens(prompt[start:end], first=start == 0, control=framed)
+            # what a template wrote begins as it says, with a beginning of sequence or without one
+            ids += server.tokens(prompt[start:end], first=start == 0 and not framed, control=framed)
         yield from server.complete(ids, **sampling)
     finally:
         server.close()

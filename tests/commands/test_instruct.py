@@ -95,6 +95,31 @@ def test_a_gguf_file_continues_as_its_directory_does(
     assert generate(["nowhere.gguf", *ASKED]) == 2 and "no such file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("begins", ["", "{{ bos_token }}"])
+def test_llama_cpp_is_given_the_ids_that_transformers_is(
+    begins: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'atp[llamacpp]'")
+    from atp.export.llama_cpp.server import LlamaCppServer
+
+    folder = instruct(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(begins + TEMPLATE)
+    export_gguf(folder, types=["f32"])
+    given: list[list[int]] = []
+    complete = LlamaCppServer.complete
+    monkeypatch.setattr(
+        LlamaCppServer, "complete", lambda self, ids, **more: given.append(ids) or complete(self, ids, **more)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turns = [{"role": "user", "content": "The court"}]
+    framed = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert (framed[0] == tokenizer.bos_token_id) == bool(begins)
+    for switches, ids in (([], framed), (["--plain"], tokenizer("The court")["input_ids"])):
+        said = written(capsys, folder, "--format", "gguf", *ASKED, *switches)
+        assert said == written(capsys, folder, *ASKED, *switches)
+        assert given.pop() == ids
+
+
 def test_a_package_that_is_not_installed_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
