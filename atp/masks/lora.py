@@ -174,9 +174,8 @@ class MaskedModel(nn.Module):
         self, block: Any, names: tuple[str, str, str], side: Side | None, activation: str, hidden: Tensor
     ) -> Tensor:
         mask = self._masks.get(side) if side else None
-        gate, up, down = names
-        product = masked_gated(getattr(block, gate)(hidden), getattr(block, up)(hidden), mask, activation)
-        output: Tensor = getattr(block, down)(product)
+        gate, up, down = (getattr(block, name) for name in names)
+        output: Tensor = down(masked_gated(gate(hidden), up(hidden), mask, activation))
         return output
 
     def _on_input(self, side: Side) -> Any:

@@ -87,19 +87,13 @@ def repaired_losses(
     masked.eval()
     cuts: dict[bytes, _Cut] = {}
     names: dict[str, bytes] = {}
-    room = _LARGEST_FITS_BYTES
     for name, scores_U in candidates.items():
         masks_U = select(scores_U)
         names[name] = key = masks_U.cpu().bool().numpy().tobytes()  # candidates that cut the same are judged once
         if key not in cuts:
             cuts[key] = _Cut(masked, masks_U.to(scores_U.device), ridge, fits, batches)
-    left = list(cuts)
-    for number in rounds(len(left), len(batches)) if halving and fits is not None else [len(batches)]:
-        for key in left:
-            room -= cuts[key].run(loss, batches[:number], room)
-        left = sorted(left, key=lambda key: cuts[key].loss)[: max(-(-len(left) // 2), 1)]
-        for key in cuts.keys() - {*left}:
-            room += cuts[key].forget()
+    numbers = rounds(len(cuts), len(batches)) if halving and fits is not None else [len(batches)]
+    best = _best(cuts, loss, batches, numbers)
     masked.train(training)
     found = Compared()
     for name, key in names.items():
@@ -107,8 +101,22 @@ def repaired_losses(
         log.info(
             "starting scores %s: %.4f nats after repair, %d batches", name, found.losses[name], found.batches[name]
         )
-    found.best = next(name for name, key in names.items() if key == left[0])
+    found.best = next(name for name, key in names.items() if key == best)
     return found
+
+
+def _best(
+    cuts: Mapping[bytes, _Cut], loss: Loss, batches: Sequence[Mapping[str, Tensor]], numbers: Sequence[int]
+) -> bytes:
+    """Key of the cut that loses least, half of those left being dropped after each number of batches."""
+    left, room = list(cuts), _LARGEST_FITS_BYTES
+    for number in numbers:
+        for key in left:
+            room -= cuts[key].run(loss, batches[:number], room)
+        left = sorted(left, key=lambda key: cuts[key].loss)[: max(-(-len(left) // 2), 1)]
+        for key in cuts.keys() - {*left}:
+            room += cuts[key].forget()
+    return left[0]
 
 
 def rounds(candidates: int, batches: int) -> list[int]:

@@ -92,13 +92,7 @@ def starting_scores(
     Raises:
         ValueError: An unknown criterion or ranking, no batch, or no alternative.
     """
-    if not criteria:
-        raise UserError(f"prune.warm_start.criterion is empty; name at least one: {', '.join(CRITERIA)}")
-    unknown = [one for name in criteria for one in name.split("+") if one not in CRITERIA]
-    if unknown:
-        raise UserError(f"prune.warm_start.criterion is {unknown[0]!r}; known: {', '.join(CRITERIA)}")
-    if ranking not in RANKINGS:
-        raise UserError(f"prune.warm_start.ranking is {ranking!r}; known: {', '.join(RANKINGS)}")
+    _check(criteria, ranking)
     candidates(masked.space, {}, attention)  # refuses what it would refuse after minutes of measuring
     with part("importance"):
         several = len(criteria) * len(attention) > 1
@@ -115,6 +109,17 @@ def starting_scores(
         compared = repaired_losses(masked, found, select, causal_loss, batches[:COMPARED], ridge=ridge, fits=fits)
     log.info("masks start from %s", compared.best)
     return Start(compared.best, found[compared.best], compared.losses, compared.batches, fits, limit)
+
+
+def _check(criteria: Sequence[str], ranking: str) -> None:
+    """Refuse what has no meaning before anything is measured."""
+    if not criteria:
+        raise UserError(f"prune.warm_start.criterion is empty; name at least one: {', '.join(CRITERIA)}")
+    unknown = [one for name in criteria for one in name.split("+") if one not in CRITERIA]
+    if unknown:
+        raise UserError(f"prune.warm_start.criterion is {unknown[0]!r}; known: {', '.join(CRITERIA)}")
+    if ranking not in RANKINGS:
+        raise UserError(f"prune.warm_start.ranking is {ranking!r}; known: {', '.join(RANKINGS)}")
 
 
 def candidates(space: PruningSpace, scores: Mapping[str, Tensor], attention: Sequence[float]) -> dict[str, Tensor]:

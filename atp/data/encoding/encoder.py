@@ -109,10 +109,8 @@ class Encoder:
     @property
     def pad_id(self) -> int:
         """Return the id to pad with; attention masks and labels hide it, so a stand-in does when there is none."""
-        for name in ("pad_token_id", "eos_token_id"):
-            if getattr(self.tokenizer, name) is not None:
-                return int(getattr(self.tokenizer, name))
-        return 0
+        ids = (getattr(self.tokenizer, name) for name in ("pad_token_id", "eos_token_id"))
+        return int(next((found for found in ids if found is not None), 0))
 
     def encode(self, records: Sequence[Record], loss_on: str = "auto") -> list[list[Example]]:
         """Encode records: each becomes one example, or several windows if it is long running text.
@@ -145,9 +143,8 @@ class Encoder:
         for record in records:
             parts = [next(pairs) for _ in record.choices]
             prompt = self._fit(record, parts[0][0], max(len(continuation) for _, continuation in parts))
-            closed = [
-                self._close(record, prompt, ids, text) for (_, ids), text in zip(parts, record.choices, strict=True)
-            ]
+            choices = zip(parts, record.choices, strict=True)
+            closed = [self._close(record, prompt, ids, text) for (_, ids), text in choices]
             found.append(Choices(prompt, *(list(column) for column in zip(*closed, strict=True))))
         return found
 
